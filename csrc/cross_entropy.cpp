@@ -1,0 +1,119 @@
+// Cross-entropy of rows of logits against integer targets: loss = logsumexp(logits) - logits[target].
+// A row whose target is ignore_index has loss 0 and gradient 0.
+#include "tensor.h"
+
+namespace fastgpt {
+namespace {
+
+template <class T>
+float row_max(const T* logits, int64_t V) {
+  Vec running = broadcast(-INFINITY);
+  for_each_vector(V, [&](int64_t i, int64_t n) {
+    running = max(running, keep_first(load(logits + i, n), n, -INFINITY));
+  });
+  return max(running);
+}
+
+template <class T>
+float sum_of_exp(const T* logits, float shift, int64_t V) {
+  Vec total{};
+  for_each_vector(V, [&](int64_t i, int64_t n) { total += keep_first(exp(load(logits + i, n) - shift), n); });
+  return sum(total);
+}
+
+// Gradient of `scale` times the loss: scale (softmax(logits) - onehot(target)). May run in place.
+template <class T>
+void gradient_row(const T* logits, int64_t target, float lse, float scale, int64_t V, T* grad) {
+  const float at_target = std::exp(static_cast<float>(logits[target]) - lse) - 1.0f;
+  for_each_vector(V, [&](int64_t i, int64_t n) { store(grad + i, exp(load(logits + i, n) - lse) * scale, n); });
+  grad[target] = static_cast<T>(at_target * scale);
+}
+
+void check_target(int64_t target, int64_t V) {
+  STD_TORCH_CHECK(target >= 0 && target < V, "targets: ", target, " is outside the ", V, " classes");
+}
+
+// Loss and logsumexp of each row.
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_in, const Tensor& targets_in, int64_t ignore_index) {
+  const Tensor logits = dense(logits_in), targets = dense(targets_in);
+  const int64_t N = logits.size(0), V = logits.size(1);
+  Tensor losses = empty({N}, ScalarType::Float), lse = empty({N}, ScalarType::Float);
+  dispatch(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* x = data<T>(logits) + row * V;
+        const int64_t target = data<int64_t>(targets)[row];
+        const float top = row_max(x, V);
+        data<float>(lse)[row] = top + std::log(sum_of_exp(x, top, V));
+        if (target == ignore_index) {
+          data<float>(losses)[row] = 0.0f;
+          continue;
+        }
+        check_target(target, V);
+        data<float>(losses)[row] = data<float>(lse)[row] - static_cast<float>(x[target]);
+      }
+    });
+  });
+  return {losses, lse};
+}
+
+Tensor cross_entropy_backward(
+    const Tensor& dlosses_in, const Tensor& logits_in, const Tensor& targets_in, const Tensor& lse,
+    int64_t ignore_index) {
+  const Tensor dlosses = dense(dlosses_in), logits = dense(logits_in), targets = dense(targets_in);
+  const int64_t N = logits.size(0), V = logits.size(1);
+  Tensor dlogits = empty({N, V}, logits.scalar_type());
+  dispatch(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* grad = data<T>(dlogits) + row * V;
+        const int64_t target = data<int64_t>(targets)[row];
+        if (target == ignore_index)
+          std::memset(static_cast<void*>(grad), 0, V * sizeof(T));
+        else
+          gradient_row(
+              data<T>(logits) + row * V, target, data<float>(lse)[row], data<float>(dlosses)[row], V, grad);
+      }
+    });
+  });
+  return dlogits;
+}
+
+// Turns contiguous logits into the gradient of scale * sum(losses) in place; returns the losses.
+Tensor cross_entropy_(Tensor logits, const Tensor& targets_in, const Tensor& scale, int64_t ignore_index) {
+  const Tensor targets = dense(targets_in);
+  const int64_t N = logits.size(0), V = logits.size(1);
+  Tensor losses = empty({N}, ScalarType::Float);
+  const float grad_scale = *data<float>(scale);
+  dispatch(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* x = data<T>(logits) + row * V;
+        const int64_t target = data<int64_t>(targets)[row];
+        if (target == ignore_index) {
+          std::memset(static_cast<void*>(x), 0, V * sizeof(T));
+          data<float>(losses)[row] = 0.0f;
+          continue;
+        }
+        check_target(target, V);
+        const float top = row_max(x, V), lse = top + std::log(sum_of_exp(x, top, V));
+        data<float>(losses)[row] = lse - static_cast<float>(x[target]);
+        gradient_row(x, target, lse, grad_scale, V, x);
+      }
+    });
+  });
+  return losses;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
+}
+
+}  // namespace fastgpt

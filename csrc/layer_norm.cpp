@@ -1,0 +1,165 @@
+// Layer norm over the last dimension, alone or after a residual add, and the backward of both.
+// Ba, Kiros and Hinton, "Layer Normalization", 2016.
+#include "tensor.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr int64_t kElementsPerTask = 8192;
+
+// Rows whose weight gradients are summed by one task. A constant, so that the order of summation and
+// with it every bit of the result is the same for any number of threads.
+constexpr int64_t kRowsPerPartial = 64;
+
+int64_t row_grain(int64_t n_columns) { return 1 + kElementsPerTask / n_columns; }
+
+// One row: mean first, then the variance about it (two passes over a row that sits in L1).
+template <class T>
+void normalise_row(
+    const T* x, const float* weight, const float* bias, float eps, int64_t C, T* y, float* mean, float* rstd) {
+  Vec total{};
+  for_each_vector(C, [&](int64_t i, int64_t n) { total += load(x + i, n); });
+  const float mu = sum(total) / C;
+  Vec squares{};
+  for_each_vector(C, [&](int64_t i, int64_t n) {
+    const Vec centred = keep_first(load(x + i, n) - mu, n);
+    squares += centred * centred;
+  });
+  const float r = 1.0f / std::sqrt(sum(squares) / C + eps);
+  for_each_vector(C, [&](int64_t i, int64_t n) {
+    Vec normal = (load(x + i, n) - mu) * r * load(weight + i, n);
+    if (bias) normal += load(bias + i, n);
+    store(y + i, normal, n);
+  });
+  *mean = mu;
+  *rstd = r;
+}
+
+struct Shape {
+  int64_t rows, columns;
+};
+Shape shape_of(const Tensor& x) {
+  const int64_t columns = x.size(x.dim() - 1);
+  return {columns ? x.numel() / columns : 0, columns};
+}
+std::vector<int64_t> leading_sizes(const Tensor& x) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.pop_back();
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(
+    const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, double eps) {
+  const Tensor x = dense(x_in);
+  const auto weight = to_floats(weight_in), bias = to_floats(bias_in);
+  const auto [rows, C] = shape_of(x);
+  Tensor y = empty(sizes_of(x), x.scalar_type());
+  Tensor mean = empty(leading_sizes(x), ScalarType::Float), rstd = empty(leading_sizes(x), ScalarType::Float);
+  dispatch(x.scalar_type(), [&, C = C, rows = rows](auto element) {
+    using T = decltype(element);
+    torch::stable::parallel_for(0, rows, row_grain(C), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        normalise_row(
+            data<T>(x) + row * C, weight.data(), bias_in ? bias.data() : nullptr, eps, C, data<T>(y) + row * C,
+            data<float>(mean) + row, data<float>(rstd) + row);
+    });
+  });
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
+    const Tensor& x_in, const Tensor& residual_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+    double eps) {
+  const Tensor x = dense(x_in), residual = dense(residual_in);
+  const auto weight = to_floats(weight_in), bias = to_floats(bias_in);
+  const auto [rows, C] = shape_of(x);
+  Tensor y = empty(sizes_of(x), x.scalar_type()), total = empty(sizes_of(x), x.scalar_type());
+  Tensor mean = empty(leading_sizes(x), ScalarType::Float), rstd = empty(leading_sizes(x), ScalarType::Float);
+  dispatch(x.scalar_type(), [&, C = C, rows = rows](auto element) {
+    using T = decltype(element);
+    torch::stable::parallel_for(0, rows, row_grain(C), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T *a = data<T>(x) + row * C, *b = data<T>(residual) + row * C;
+        T* s = data<T>(total) + row * C;
+        for_each_vector(C, [&](int64_t i, int64_t n) { store(s + i, load(a + i, n) + load(b + i, n), n); });
+        normalise_row(
+            s, weight.data(), bias_in ? bias.data() : nullptr, eps, C, data<T>(y) + row * C,
+            data<float>(mean) + row, data<float>(rstd) + row);
+      }
+    });
+  });
+  return {y, total, mean, rstd};
+}
+
+// With xhat = (x - mean) rstd and g = dy weight:
+//   dx = rstd (g - mean(g) - xhat mean(g xhat)) + dsum,  dweight = sum dy xhat,  dbias = sum dy,
+// dsum being what flows straight into the residual sum, if there is one.
+template <class T>
+void backward_row(
+    const T* dy, const T* dsum, const T* x, const float* weight, float mean, float rstd, int64_t C, T* dx,
+    float* dweight, float* dbias) {
+  Vec g_total{}, g_xhat_total{};
+  for_each_vector(C, [&](int64_t i, int64_t n) {
+    const Vec grad = load(dy + i, n), xhat = (load(x + i, n) - mean) * rstd;
+    const Vec g = grad * load(weight + i, n), grad_xhat = grad * xhat;
+    g_total += g;
+    g_xhat_total += g * xhat;
+    store(dweight + i, load(dweight + i, n) + grad_xhat, n);
+    store(dbias + i, load(dbias + i, n) + grad, n);
+  });
+  const float g_mean = sum(g_total) / C, g_xhat_mean = sum(g_xhat_total) / C;
+  for_each_vector(C, [&](int64_t i, int64_t n) {
+    const Vec xhat = (load(x + i, n) - mean) * rstd;
+    Vec grad = (load(dy + i, n) * load(weight + i, n) - g_mean - xhat * g_xhat_mean) * rstd;
+    if (dsum) grad += load(dsum + i, n);
+    store(dx + i, grad, n);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
+    const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& x_in, const Tensor& weight_in,
+    const Tensor& mean, const Tensor& rstd, bool has_bias) {
+  const Tensor dy = dense(dy_in), x = dense(x_in);
+  const std::optional<Tensor> dsum = dsum_in ? std::optional(dense(*dsum_in)) : std::nullopt;
+  const auto weight = to_floats(weight_in);
+  const auto [rows, C] = shape_of(x);
+  Tensor dx = empty(sizes_of(x), x.scalar_type());
+  Tensor dweight = empty({C}, weight_in.scalar_type()), dbias = empty({has_bias ? C : 0}, weight_in.scalar_type());
+
+  const int64_t n_partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
+  std::vector<float> partials(n_partials * 2 * C);
+  dispatch(x.scalar_type(), [&, C = C, rows = rows](auto element) {
+    using T = decltype(element);
+    torch::stable::parallel_for(0, n_partials, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * kRowsPerPartial; row < std::min(end * kRowsPerPartial, rows); ++row) {
+        float* partial = partials.data() + row / kRowsPerPartial * 2 * C;
+        backward_row(
+            data<T>(dy) + row * C, dsum ? data<T>(*dsum) + row * C : nullptr, data<T>(x) + row * C, weight.data(),
+            data<float>(mean)[row], data<float>(rstd)[row], C, data<T>(dx) + row * C, partial, partial + C);
+      }
+    });
+  });
+  dispatch(weight_in.scalar_type(), [&, C = C](auto element) {
+    using W = decltype(element);
+    for_each_vector(C, [&](int64_t i, int64_t n) {
+      Vec dw{}, db{};
+      for (int64_t p = 0; p < n_partials; ++p) {
+        dw += load(partials.data() + p * 2 * C + i, n);
+        db += load(partials.data() + p * 2 * C + C + i, n);
+      }
+      store(data<W>(dweight) + i, dw, n);
+      if (has_bias) store(data<W>(dbias) + i, db, n);
+    });
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+}
+
+}  // namespace fastgpt

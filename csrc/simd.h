@@ -1,0 +1,196 @@
+// Vectors of floats as wide as the instruction set this file is compiled for, and the maths on them.
+//
+// Written in the vector extensions that GCC and Clang share, so one source serves AVX-512, AVX2 and NEON:
+// setup.py compiles csrc/ once per instruction set, and fastgpt/kernels/cpp.py loads the library that
+// the CPU at hand can run. Arithmetic is fp32 whatever the tensors hold.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+
+namespace fastgpt {
+
+using BFloat16 = c10::BFloat16;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+#define FASTGPT_INLINE inline __attribute__((always_inline))
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfwordVec __attribute__((vector_size(kLanes * 2)));
+typedef uint64_t WideVec __attribute__((vector_size(kLanes * 8)));
+
+FASTGPT_INLINE Vec broadcast(float value) { return Vec{} + value; }
+
+FASTGPT_INLINE IntVec lane_index() {
+  IntVec index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  return index;
+}
+
+FASTGPT_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
+FASTGPT_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
+
+FASTGPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+FASTGPT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// The first n lanes of `value`, `fill` in the others.
+FASTGPT_INLINE Vec keep_first(Vec value, int64_t n, float fill = 0.0f) {
+  if (n >= kLanes) return value;
+  return lane_index() < static_cast<int32_t>(n) ? value : broadcast(fill);
+}
+
+// ---- memory: fp32 and bf16, whole vectors or the first n lanes (missing lanes read as zero) ----
+
+FASTGPT_INLINE Vec widen(HalfwordVec bits) {
+  return as_float(__builtin_convertvector(bits, IntVec) << 16);
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+FASTGPT_INLINE HalfwordVec narrow(Vec value) {
+  const IntVec bits = as_int(value);
+  const UintVec rounded = (UintVec)bits + 0x7fff + (((UintVec)bits >> 16) & 1);
+  const UintVec quiet_nan = UintVec{} + 0x7fc00000u;
+  return __builtin_convertvector((value == value ? rounded : quiet_nan) >> 16, HalfwordVec);
+}
+
+FASTGPT_INLINE Vec load(const float* p) {
+  Vec value;
+  std::memcpy(&value, p, sizeof(Vec));
+  return value;
+}
+FASTGPT_INLINE Vec load(const BFloat16* p) {
+  HalfwordVec bits;
+  std::memcpy(&bits, p, sizeof(HalfwordVec));
+  return widen(bits);
+}
+FASTGPT_INLINE void store(float* p, Vec value) { std::memcpy(p, &value, sizeof(Vec)); }
+FASTGPT_INLINE void store(BFloat16* p, Vec value) {
+  const HalfwordVec bits = narrow(value);
+  std::memcpy(p, &bits, sizeof(HalfwordVec));
+}
+
+template <class T>
+FASTGPT_INLINE Vec load(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  alignas(64) T lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+FASTGPT_INLINE void store(T* p, Vec value, int64_t n) {
+  if (n >= kLanes) return store(p, value);
+  alignas(64) T lanes[kLanes];
+  store(lanes, value);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// body(offset, lanes) over [0, n) a vector at a time. In the main loop `lanes` is the constant kLanes,
+// so that load and store above fold to the whole-vector forms.
+template <class Body>
+FASTGPT_INLINE void for_each_vector(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, static_cast<int64_t>(kLanes));
+  if (i < n) body(i, n - i);
+}
+
+// ---- reductions across lanes ----
+
+FASTGPT_INLINE float sum(Vec value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+FASTGPT_INLINE float max(Vec value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+// ---- maths ----
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// 2**x, within 2 ulp for x in [-126, 127]; 0 below, 2**127 above, NaN for NaN.
+// x = n + f with n integer and |f| <= 1/2; 2**f by its Taylor series to degree 7 (remainder < 1e-9).
+FASTGPT_INLINE Vec exp2(Vec x) {
+  const Vec bounded = x > broadcast(127.0f) ? broadcast(127.0f) : x;
+  const Vec round_to_int = broadcast(12582912.0f);  // 1.5 * 2**23: adding it leaves no fraction bits
+  const Vec shifted = bounded + round_to_int;
+  const Vec n = shifted - round_to_int;
+  const Vec f = bounded - n;
+  Vec p = broadcast(1.52527338e-5f);
+  p = p * f + 1.54035304e-4f;
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.0f;
+  const IntVec exponent = as_int(shifted) << 23;  // n sits in the low bits of `shifted`
+  const Vec result = as_float(as_int(p) + exponent);
+  return x < broadcast(-126.0f) ? Vec{} : result;
+}
+
+// e**x = 2**n e**r with r = x - n ln 2, so that no rounding of x log2(e) enters the result.
+FASTGPT_INLINE Vec exp(Vec x) {
+  x = x < broadcast(-104.0f) ? broadcast(-104.0f) : x;  // 0 from there on; keeps -inf out of the products
+  const Vec turns = x * kLog2e;
+  const Vec bounded = turns > broadcast(127.0f) ? broadcast(127.0f) : turns;
+  const Vec round_to_int = broadcast(12582912.0f);
+  const Vec n = (bounded + round_to_int) - round_to_int;
+  // ln 2 = 0.693359375 - 2.12194440e-4 with the first part exact in nine bits (Cody and Waite 1980)
+  const Vec remainder = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec scaled = exp2(n);
+  Vec p = broadcast(1.98412698e-4f);
+  p = p * remainder + 1.38888889e-3f;
+  p = p * remainder + 8.33333333e-3f;
+  p = p * remainder + 4.16666667e-2f;
+  p = p * remainder + 1.66666667e-1f;
+  p = p * remainder + 5.0e-1f;
+  p = p * remainder + 1.0f;
+  p = p * remainder + 1.0f;
+  return p * scaled;
+}
+
+// Phi(x), the standard normal distribution function, and its density, sharing one exponential.
+// Abramowitz and Stegun 7.1.26: absolute error below 7.5e-8 in Phi, no cancellation in the left tail.
+struct Normal {
+  Vec cdf, pdf;
+};
+FASTGPT_INLINE Normal normal(Vec x) {
+  const Vec magnitude = (x < Vec{} ? -x : x);
+  const Vec gauss = exp(x * x * -0.5f);
+  const Vec t = 1.0f / (1.0f + 0.3275911f * 0.707106781186547524f * magnitude);
+  Vec p = broadcast(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vec tail = 0.5f * p * t * gauss;
+  return {x < Vec{} ? tail : 1.0f - tail, 0.398942280401432678f * gauss};
+}
+
+FASTGPT_INLINE Vec sqrt(Vec x) {
+  Vec root;
+  for (int i = 0; i < kLanes; ++i) root[i] = std::sqrt(x[i]);
+  return root;
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,71 @@
+// What every op needs of tensors: allocation, contiguity and dispatch on the element type.
+#pragma once
+
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "simd.h"
+
+namespace fastgpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Tensor empty_strided(
+    const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  return empty_strided(sizes, strides, dtype);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// body(T{}) with the C++ type of `dtype`; the kernels hold fp32 and bf16.
+template <class Body>
+void dispatch(ScalarType dtype, Body&& body) {
+  if (dtype == ScalarType::Float) return body(float{});
+  if (dtype == ScalarType::BFloat16) return body(BFloat16{});
+  STD_TORCH_CHECK(false, "fastgpt's C++ kernels take float32 and bfloat16");
+}
+
+// The elements of `t` as fp32, for small tensors that are read many times; empty if there is none.
+inline std::vector<float> to_floats(const std::optional<Tensor>& t) {
+  if (!t) return {};
+  const Tensor source = dense(*t);
+  std::vector<float> values(source.numel());
+  dispatch(source.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(data<T>(source)[i]);
+  });
+  return values;
+}
+
+}  // namespace fastgpt

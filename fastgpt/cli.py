@@ -1,0 +1,78 @@
+"""What every command line of fastgpt shares: flag spelling, one-line errors, exit status.
+
+Exit status: 0 done; 2 the request was wrong; 1 the run failed; 128+N stopped by signal N.
+"""
+
+import argparse
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from fastgpt.errors import RequestError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that takes ``--some_flag`` and ``--some-flag`` alike and errs in one line.
+
+    An unknown flag is answered with the nearest name that exists.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else args
+        namespace, unknown = super().parse_known_args([self._canonical(arg) for arg in args], namespace)
+        if unknown:
+            self.error(self._unknown_message(unknown[0]))
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see {self.prog} --help)")
+
+    def _canonical(self, arg: str) -> str:
+        """The spelling of a flag that this parser knows, whichever of ``_`` and ``-`` was typed."""
+        flag, equals, value = arg.partition("=")
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return arg
+        for spelling in (flag[:2] + flag[2:].replace("-", "_"), flag[:2] + flag[2:].replace("_", "-")):
+            if spelling in self._option_string_actions:
+                return spelling + equals + value
+        return arg
+
+    def _unknown_message(self, arg: str) -> str:
+        if not arg.startswith("-"):
+            return f"unexpected argument '{arg}'"
+        flag = arg.partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        return f"unknown flag {flag}{did_you_mean(flag, known)}"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """``"; did you mean NEAREST?"``, or an empty string where nothing known is near ``name``."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def parse_bool(text: str) -> bool:
+    """``True``/``False`` as nanoGPT's command lines spell them, and their usual synonyms."""
+    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected True or False, not '{text}'")
+    return value
+
+
+def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run an entry point and exit the process with the status that its outcome stands for."""
+    try:
+        status = main(argv) or 0
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    sys.exit(status)

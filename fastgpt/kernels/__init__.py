@@ -1,0 +1,31 @@
+"""Kernels for training GPTs: C++ on CPUs, Triton on NVIDIA GPUs, plain PyTorch as the reference.
+
+    from fastgpt.kernels import layer_norm, attention, linear_cross_entropy, FusedAdamW
+
+Imports nothing else of fastgpt, and works without a GPU, without Triton and without the compiled extension.
+``backends()`` says what each operator runs on; ``FASTGPT_BACKEND`` and ``use_backend`` choose.
+"""
+
+from fastgpt.kernels.adamw import FusedAdamW
+from fastgpt.kernels.attention import attention, attention_qkv
+from fastgpt.kernels.cross_entropy import cross_entropy
+from fastgpt.kernels.gelu import gelu
+from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt.kernels.linear import embedding, linear
+from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt.kernels.ops import backends, use_backend
+
+__all__ = [
+    "FusedAdamW",
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "backends",
+    "cross_entropy",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "use_backend",
+]

@@ -1,0 +1,141 @@
+"""Scaled dot-product attention whose T x T weights are never materialised, forward or backward.
+
+Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
+
+Dropout draws from Philox-4x32-10 with a seed taken from torch's generator, so ``torch.manual_seed`` governs
+it, the backward redraws the mask instead of storing it, and a seed means the same mask on every backend.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastgpt.kernels import checks, ops
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+    ) -> Any:
+        return ops.resolve("attention", q)(q, k, v, causal, scale, dropout_p, seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, ctx.causal, ctx.scale, ctx.dropout_p, seed = inputs
+        out, lse = output
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        gradients = ops.resolve("attention_backward", q)(
+            dout, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.dropout_p, seed
+        )
+        return (*gradients, None, None, None, None)
+
+
+class _AttentionQKV(Function):
+    @staticmethod
+    def forward(
+        qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+    ) -> Any:
+        return ops.resolve("attention_qkv", qkv)(qkv, n_head, causal, scale, dropout_p, seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        qkv, ctx.n_head, ctx.causal, ctx.scale, ctx.dropout_p, seed = inputs
+        out, lse = output
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+        qkv, out, lse, seed = ctx.saved_tensors
+        dqkv = ops.resolve("attention_qkv_backward", qkv)(
+            dout, qkv, out, lse, ctx.n_head, ctx.causal, ctx.scale, ctx.dropout_p, seed
+        )
+        return dqkv, None, None, None, None, None
+
+
+def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A 0-dim int64 seed on ``device``; a tensor, because reading it back would stop a GPU's queue."""
+    return torch.randint(2**62, (), device=device) if dropout_p > 0.0 else None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """``softmax(q k^T * scale) v`` as ``torch.nn.functional.scaled_dot_product_attention`` computes it.
+
+    Args:
+        q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to 256.
+        k: ``(B, H, S, D)``, dtype and device of ``q``.
+        v: shape of ``k``.
+        causal: position t attends to positions up to t only; needs S = T.
+        scale: default ``1 / sqrt(D)``.
+        dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
+
+    Returns:
+        ``(B, H, T, D)`` in the dtype of ``q``, laid out in memory as ``(B, T, H, D)``, so that
+        ``out.transpose(1, 2).reshape(B, T, H * D)`` copies nothing.
+
+    Raises:
+        TypeError: a dtype is not a float or differs from that of ``q``.
+        ValueError: a shape, a device or ``dropout_p`` does not fit.
+    """
+    checks.floating(q=q, k=k, v=v)
+    checks.same("q", q=q, k=k, v=v)
+    if q.dim() != 4 or 0 in q.shape or q.shape[3] > 256:
+        raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= 256, got {tuple(q.shape)}")
+    B, H, T, D = q.shape
+    if k.dim() != 4 or k.shape[2] == 0:
+        raise ValueError(f"k: expected (B, H, S, D) with S > 0, got {tuple(k.shape)}")
+    checks.shape("k", k, (B, H, k.shape[2], D))
+    checks.shape("v", v, tuple(k.shape))
+    if causal and k.shape[2] != T:
+        raise ValueError(f"k: causal attention needs as many keys as queries, got {k.shape[2]} and {T}")
+    checks.probability("dropout_p", dropout_p)
+    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    return _Attention.apply(q, k, v, causal, scale, float(dropout_p), _draw_seed(dropout_p, q.device))[0]
+
+
+def attention_qkv(qkv: Tensor, n_head: int, *, causal: bool = True, dropout_p: float = 0.0) -> Tensor:
+    """Self-attention on the packed output of one linear layer, read in place.
+
+    The backward writes the gradients of q, k and v straight into one packed tensor: no split, transpose
+    or concatenation, forward or backward.
+
+    Args:
+        qkv: ``(B, T, 3C)``, q, k and v side by side, each ``n_head`` heads of ``C / n_head``; any strides,
+            fp32, bf16 or fp16.
+        n_head: number of heads; must divide C.
+        causal: position t attends to positions up to t only.
+        dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
+
+    Returns:
+        ``(B, T, C)``, contiguous, dtype of ``qkv``.
+
+    Raises:
+        TypeError: ``qkv`` is no floating-point tensor.
+        ValueError: the shape, ``n_head`` or ``dropout_p`` does not fit.
+    """
+    checks.floating(qkv=qkv)
+    if qkv.dim() != 3 or 0 in qkv.shape or qkv.shape[2] % 3:
+        raise ValueError(f"qkv: expected (B, T, 3C), none of them 0, got {tuple(qkv.shape)}")
+    C = qkv.shape[2] // 3
+    if n_head < 1 or C % n_head or C // n_head > 256:
+        raise ValueError(f"n_head: {n_head} heads do not divide C = {C} into heads of at most 256")
+    checks.probability("dropout_p", dropout_p)
+    scale = 1.0 / math.sqrt(C // n_head)
+    seed = _draw_seed(dropout_p, qkv.device)
+    return _AttentionQKV.apply(qkv, n_head, causal, scale, float(dropout_p), seed)[0]

@@ -1,0 +1,57 @@
+"""Mean cross-entropy of logits against integer targets."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastgpt.kernels import checks, ops
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> Any:
+        return ops.resolve("cross_entropy", logits)(logits, targets, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        logits, targets, ctx.ignore_index = inputs
+        _, lse = output
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Tensor, *_: Any) -> Any:
+        logits, targets, lse = ctx.saved_tensors
+        dlogits = ops.resolve("cross_entropy_backward", logits)(
+            dlosses, logits, targets, lse, ctx.ignore_index
+        )
+        return dlogits, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """The mean over counted rows of ``logsumexp(logits) - logits[target]``, in nats.
+
+    Args:
+        logits: ``(N, V)``, any strides, fp32, bf16 or fp16; sums are taken in fp32.
+        targets: ``(N,)`` int64 in ``[0, V)``, or ``ignore_index`` for a row that does not count.
+        ignore_index: marks rows without a target.
+
+    Returns:
+        0-dim fp32 tensor; NaN if no row counts, as in PyTorch.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape or a device does not fit.
+        RuntimeError: a target lies outside ``[0, V)`` (on the CPU; a GPU does not look).
+    """
+    checks.floating(logits=logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: expected (N, V) with V > 0, got {tuple(logits.shape)}")
+    checks.targets(targets, logits.shape[0], logits.device)
+    losses, _ = _CrossEntropy.apply(logits, targets, ignore_index)
+    return losses.sum() / torch.count_nonzero(targets != ignore_index)

@@ -1,0 +1,124 @@
+"""Layer norm, alone and fused with the residual add before it.
+
+Ba, Kiros and Hinton, "Layer Normalization", 2016.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastgpt.kernels import checks, ops
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+        return ops.resolve("layer_norm", x)(x, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, _ = inputs
+        _, mean, rstd = output
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = ops.resolve("layer_norm_backward", x)(
+            dy, None, x, weight, mean, rstd, ctx.has_bias
+        )
+        return dx, dweight, dbias if ctx.has_bias else None, None
+
+
+class _AddLayerNorm(Function):
+    @staticmethod
+    def forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+        return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, weight, bias, _ = inputs
+        _, total, mean, rstd = output
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
+        total, weight, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            return dsum, dsum, None, None, None
+        dx, dweight, dbias = ops.resolve("layer_norm_backward", total)(
+            dy, dsum, total, weight, mean, rstd, ctx.has_bias
+        )
+        return dx, dx, dweight, dbias if ctx.has_bias else None, None
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.floating(x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one dimension, the last not empty, got {tuple(x.shape)}")
+    checks.same("x", x=x, weight=weight, bias=bias)
+    checks.shape("weight", weight, (x.shape[-1],))
+    if bias is not None:
+        checks.shape("bias", bias, (x.shape[-1],))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension of ``x`` to mean 0 and variance 1, then scale and shift it.
+
+    Statistics are taken in fp32. Two tensors of one float per row are kept for the backward.
+
+    Args:
+        x: ``(..., C)``, any strides, fp32, bf16 or fp16.
+        weight: ``(C,)``, dtype and device of ``x``.
+        bias: ``(C,)`` or ``None``.
+        eps: added to the variance.
+
+    Returns:
+        ``(..., C)``, contiguous, dtype of ``x``.
+
+    Raises:
+        TypeError: a dtype is not a float or differs from that of ``x``.
+        ValueError: a shape or a device does not fit.
+    """
+    _check(x, weight, bias)
+    return _LayerNorm.apply(x, weight, bias, eps)[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm(x + residual)`` and the sum itself, in one pass over memory.
+
+    The backward adds the gradient that reaches the sum directly into the one it returns, so the residual
+    stream of a pre-norm transformer costs no pass of its own.
+
+    Args:
+        x: ``(..., C)``, any strides, fp32, bf16 or fp16.
+        residual: shape, dtype and device of ``x``.
+        weight: ``(C,)``, dtype and device of ``x``.
+        bias: ``(C,)`` or ``None``.
+        eps: added to the variance.
+
+    Returns:
+        ``(y, sum)``, both contiguous ``(..., C)``.
+
+    Raises:
+        TypeError: a dtype is not a float or differs from that of ``x``.
+        ValueError: a shape or a device does not fit.
+    """
+    _check(x, weight, bias)
+    checks.floating(residual=residual)
+    checks.same("x", x=x, residual=residual)
+    checks.shape("residual", residual, tuple(x.shape))
+    y, total, _, _ = _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    return y, total

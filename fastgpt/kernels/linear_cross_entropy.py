@@ -1,0 +1,166 @@
+"""The output layer and its loss in one, chunk by chunk: the ``(tokens, vocab)`` logits never exist whole.
+
+A chunk's logits are turned into their gradient in place while they are at hand, so the products that the
+backward needs are done in the forward pass and nothing is recomputed. The idea is Liger-Kernel's
+``fused_linear_cross_entropy`` (Hsu et al., 2024).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastgpt.kernels import checks, ops
+from fastgpt.kernels.main_grad import add_product, main_grad_of
+
+# Bytes of logits alive at a time. On a CPU they should stay in the last-level cache between the product that
+# makes them, the softmax and the two products that consume them; fewer rows than this make the GEMMs slow.
+CHUNK_BYTES = 32 << 20
+
+
+def _chunk_rows(n_rows: int, n_classes: int, element_size: int) -> int:
+    rows = max(1, CHUNK_BYTES // (n_classes * element_size))
+    return min(n_rows, max(16, rows // 16 * 16))
+
+
+def chunked(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dx: Tensor | None, dweight: Tensor | None
+) -> Tensor:
+    """The mean loss; writes the gradient of ``x`` into ``dx`` and adds that of ``weight`` to ``dweight``.
+
+    Args:
+        x: ``(N, C)``.
+        weight: ``(V, C)``.
+        targets: ``(N,)`` int64.
+        ignore_index: marks rows without a target.
+        dx: ``(N, C)`` or ``None`` if not needed.
+        dweight: ``(V, C)``, any float dtype, or ``None`` if not needed.
+    """
+    N, V = x.shape[0], weight.shape[0]
+    total = x.new_zeros((), dtype=torch.float32)
+    inverse_count = torch.count_nonzero(targets != ignore_index).float().reciprocal()
+    rows = _chunk_rows(N, V, x.element_size())
+    buffer = x.new_empty((rows, V))
+    with_gradient = dx is not None or dweight is not None
+    for start in range(0, N, rows):
+        chunk, chunk_targets = x[start : start + rows], targets[start : start + rows]
+        logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])
+        if not with_gradient:
+            losses, _ = ops.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
+            total += losses.sum()
+            continue
+        losses = ops.resolve("cross_entropy_", x)(logits, chunk_targets, inverse_count, ignore_index)
+        total += losses.sum()
+        if dx is not None:
+            torch.mm(logits, weight, out=dx[start : start + rows])
+        if dweight is not None:
+            add_product(dweight, logits.T, chunk)
+    return total * inverse_count
+
+
+def chunked_operator(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`chunked` with the signature of the operator ``linear_cross_entropy``."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
+    dweight = weight.new_zeros(weight.shape) if needs_dweight else None
+    loss = chunked(x, weight, targets, ignore_index, dx, dweight)
+    return loss, x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dweight is None else dweight
+
+
+ops.implement("linear_cross_entropy", "CPU", chunked_operator)
+ops.implement("linear_cross_entropy", "CUDA", chunked_operator)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
+    ) -> Any:
+        return ops.resolve("linear_cross_entropy", x)(
+            x, weight, targets, ignore_index, needs_dx, needs_dweight
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *_, ctx.needs_dx, ctx.needs_dweight = inputs
+        _, dx, dweight = output
+        ctx.save_for_backward(dx, dweight)
+        ctx.mark_non_differentiable(dx, dweight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
+        dx, dweight = ctx.saved_tensors
+        return (
+            dx * dloss if ctx.needs_dx else None,
+            dweight * dloss if ctx.needs_dweight else None,
+            *(None,) * 4,
+        )
+
+
+class _LinearCrossEntropyInPlace(Function):
+    """The weight gradient goes into ``main_grad`` in the forward, for an upstream gradient of exactly 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, main_grad: Tensor
+    ) -> Tensor:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        loss = chunked(x, weight, targets, ignore_index, dx, main_grad)
+        ctx.save_for_backward(dx)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        if dloss.device.type == "cpu" and dloss.item() != 1.0:
+            raise RuntimeError(
+                "linear_cross_entropy: with weight.main_grad the loss must be the root of backward(); "
+                f"its gradient came in as {dloss.item()}, and the weight's has been added as if for 1"
+            )
+        (dx,) = ctx.saved_tensors
+        return dx, None, None, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """``cross_entropy(x @ weight.T, targets)`` without ever holding all logits.
+
+    Peak memory beyond inputs and gradients: one chunk of logits, 32 MiB. Gradients are computed in this
+    call, for the inputs that require them, and handed out by ``backward``.
+
+    If ``weight`` carries a ``main_grad`` (see ``main_grad.py``), its gradient is added there in this call,
+    as if for an upstream gradient of 1: call ``backward()`` on the loss itself, and fold any scale (of
+    gradient accumulation, say) into the optimizer.
+
+    Args:
+        x: ``(N, C)``, any strides, fp32, bf16 or fp16.
+        weight: ``(V, C)``, dtype and device of ``x``.
+        targets: ``(N,)`` int64 in ``[0, V)``, or ``ignore_index`` for a row that does not count.
+        ignore_index: marks rows without a target.
+
+    Returns:
+        0-dim fp32 tensor: the mean loss in nats; NaN if no row counts, as in PyTorch.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape or a device does not fit.
+        RuntimeError: a target lies outside ``[0, V)`` (on the CPU; a GPU does not look).
+    """
+    checks.floating(x=x, weight=weight)
+    checks.same("x", x=x, weight=weight)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"x: expected (N, C) with C > 0, got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight: expected (V, {x.shape[1]}) with V > 0, got {tuple(weight.shape)}")
+    checks.targets(targets, x.shape[0], x.device)
+    main_grad = main_grad_of(weight)
+    if main_grad is not None:
+        return _LinearCrossEntropyInPlace.apply(x, weight, targets, ignore_index, main_grad)
+    gradients = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        x, weight, targets, ignore_index, gradients and x.requires_grad, gradients and weight.requires_grad
+    )[0]

@@ -1,0 +1,266 @@
+"""The seam: every operator's schema and fake, once, and the choice of the backend that runs it.
+
+An operator is declared here in the dispatcher's namespace ``fastgpt::`` and implemented by up to three
+backends: ``cpp`` (csrc/, CPU), ``triton`` (NVIDIA GPUs) and ``reference`` (plain PyTorch, any device). The
+dispatcher routes by device; :func:`resolve` is what the public functions call, and also honours
+``FASTGPT_BACKEND`` and :func:`use_backend`.
+
+Conventions: B batch, H heads, T sequence, D head size, C width, V vocabulary, N rows. ``lse``, ``mean``,
+``rstd`` and losses are fp32 whatever the dtype of the inputs. Every backend of an operator saves the same
+tensors for the backward, so a forward on one and a backward on another agree.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import cpp, reference
+
+BACKENDS = ("auto", "triton", "cpp", "reference")
+
+# What the compiled backends take; other dtypes (float64, and float16 on the CPU) run on the reference.
+COMPILED_DTYPES = {
+    "cpp": frozenset({torch.float32, torch.bfloat16}),
+    "triton": frozenset({torch.float32, torch.bfloat16, torch.float16}),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """``schema`` as the dispatcher writes it; ``fake`` gives the outputs' shapes and strides, no data."""
+
+    schema: str
+    fake: Callable[..., Any]
+
+
+def _row_statistics(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) laid out as (B, T, H, D), the order in which a GPT reads it next."""
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
+
+
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
+
+
+def _layer_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, ...]:
+    bias_shape = weight.shape if has_bias else (0,)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(bias_shape)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, ...]:
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _attention_qkv(
+    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, ...]:
+    B, T, C3 = qkv.shape
+    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+def _attention_qkv_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(qkv.shape)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+    return _row_statistics(logits), _row_statistics(logits)
+
+
+def _cross_entropy_backward(
+    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, ...]:
+    return (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(x.shape if needs_dx else (0,)),
+        weight.new_empty(weight.shape if needs_dweight else (0,)),
+    )
+
+
+OPERATORS: dict[str, Operator] = {
+    "layer_norm": Operator(
+        "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+        _layer_norm,
+    ),
+    "add_layer_norm": Operator(
+        "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
+        " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+        _add_layer_norm,
+    ),
+    "layer_norm_backward": Operator(
+        "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        _layer_norm_backward,
+    ),
+    "gelu": Operator("(Tensor x, bool tanh) -> Tensor", lambda x, tanh: x.new_empty(x.shape)),
+    "gelu_backward": Operator(
+        "(Tensor dy, Tensor x, bool tanh) -> Tensor", lambda dy, x, tanh: x.new_empty(x.shape)
+    ),
+    "attention": Operator(
+        "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
+        " -> (Tensor out, Tensor lse)",
+        _attention,
+    ),
+    "attention_backward": Operator(
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale,"
+        " float dropout_p, Tensor? seed) -> (Tensor dq, Tensor dk, Tensor dv)",
+        _attention_backward,
+    ),
+    "attention_qkv": Operator(
+        "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed)"
+        " -> (Tensor out, Tensor lse)",
+        _attention_qkv,
+    ),
+    "attention_qkv_backward": Operator(
+        "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, bool causal, float scale,"
+        " float dropout_p, Tensor? seed) -> Tensor",
+        _attention_qkv_backward,
+    ),
+    "cross_entropy": Operator(
+        "(Tensor logits, Tensor targets, int ignore_index) -> (Tensor losses, Tensor lse)",
+        _cross_entropy,
+    ),
+    "cross_entropy_backward": Operator(
+        "(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
+        _cross_entropy_backward,
+    ),
+    # Turns contiguous logits into the gradient of scale * sum(losses), in place.
+    "cross_entropy_": Operator(
+        "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index) -> Tensor losses",
+        lambda logits, targets, scale, ignore_index: _row_statistics(logits),
+    ),
+    # The gradients of the mean loss come with it; one that is not needed is an empty tensor.
+    "linear_cross_entropy": Operator(
+        "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx, bool needs_dweight)"
+        " -> (Tensor loss, Tensor dx, Tensor dweight)",
+        _linear_cross_entropy,
+    ),
+    "grad_norm": Operator(
+        "(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32)
+    ),
+    # step: fp32, lr: fp64, grad_scale: fp32, each 0-dim on the parameters' device, so that a captured
+    # CUDA graph reads the current values. copies: bf16 twins that receive the new parameters, or none.
+    "adamw_": Operator(
+        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+        " Tensor(e!)[] copies, Tensor step, Tensor lr, Tensor? grad_scale, float beta1, float beta2,"
+        " float eps, float weight_decay, bool zero_grad) -> ()",
+        lambda *args: None,
+    ),
+}
+
+_library = torch.library.Library("fastgpt", "DEF")
+for _name, _operator in OPERATORS.items():
+    _library.define(_name + _operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgpt::{_name}", _operator.fake, lib=_library)
+
+
+def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:
+    """Register ``function`` as operator ``name`` on one kind of device (``"CPU"``, ``"CUDA"``)."""
+    _library.impl(name, function, dispatch_key)
+
+
+_overloads: dict[str, Any] = {name: getattr(torch.ops.fastgpt, name).default for name in OPERATORS}
+_references: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in OPERATORS}
+
+
+def _backend_from_environment() -> str:
+    name = os.environ.get("FASTGPT_BACKEND", "auto")
+    if name in BACKENDS:
+        return name
+    warnings.warn(f"FASTGPT_BACKEND={name} is none of {', '.join(BACKENDS)}; using auto", stacklevel=2)
+    return "auto"
+
+
+_choice = _backend_from_environment()
+_cpp = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTGPT_BACKEND={_choice}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the block on ``name``: ``auto``, ``triton``, ``cpp`` or ``reference``.
+
+    Process-wide, not per thread, because autograd runs backward passes on threads of its own. A tensor
+    that a forced backend cannot take (its device or dtype) is a ``RuntimeError`` at the call.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    global _choice
+    if name not in BACKENDS:
+        raise ValueError(f"name: '{name}' is none of {', '.join(BACKENDS)}")
+    previous, _choice = _choice, name
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that an operator on such tensors runs on, and the reason in a few words."""
+    if device_type == "cpu":
+        if _cpp.library is None:
+            natural, reason = "reference", _cpp.reason
+        elif dtype not in COMPILED_DTYPES["cpp"]:
+            natural, reason = "reference", f"the C++ kernels take float32 and bfloat16, not {dtype}"
+        else:
+            natural, reason = "cpp", _cpp.reason
+    else:
+        natural, reason = "reference", f"no compiled kernels for {device_type} yet"
+    if _choice in ("auto", natural):
+        return natural, reason
+    if _choice == "reference":
+        return "reference", "chosen"
+    raise RuntimeError(f"backend '{_choice}' cannot run {dtype} on {device_type}: {reason}")
+
+
+def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
+    """The implementation of operator ``name`` for tensors such as ``tensor``."""
+    backend, _ = backend_of(tensor.device.type, tensor.dtype)
+    return _references[name] if backend == "reference" else _overloads[name]
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What each operator runs on: ``{device: {operator: "backend (why)"}}`` for float32 tensors."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    table = {}
+    for device in devices:
+        backend, reason = backend_of(device, torch.float32)
+        table[device] = dict.fromkeys(OPERATORS, f"{backend} ({reason})")
+    return table

@@ -1,0 +1,239 @@
+"""Each operator in plain PyTorch: the oracle that kernels are held against, and the fallback of last resort.
+
+Same signatures as the table in ops.py. Arithmetic is fp32 for half-precision inputs and in the inputs'
+own dtype otherwise, so float64 inputs give a float64 oracle. Written for clarity: attention builds its
+T x T weights, linear + cross-entropy its logits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype the arithmetic runs in."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ---- layer norm ----
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(x)
+    mean = wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    y = (wide - mean) * rstd * _wide(weight)
+    if bias is not None:
+        y = y + _wide(bias)
+    return y.to(x.dtype).contiguous(), mean.squeeze(-1).float(), rstd.squeeze(-1).float()
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = (x + residual).contiguous()
+    return (layer_norm(total, weight, bias, eps)[0], total, *layer_norm(total, weight, bias, eps)[1:])
+
+
+def layer_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = tuple(range(x.dim() - 1))
+    grad, scale = _wide(dy), rstd.unsqueeze(-1).to(_wide(x).dtype)
+    normal = (_wide(x) - mean.unsqueeze(-1)) * scale
+    g = grad * _wide(weight)
+    dx = scale * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
+    if dsum is not None:
+        dx = dx + _wide(dsum)
+    dweight = (grad * normal).sum(rows).to(weight.dtype)
+    dbias = grad.sum(rows).to(weight.dtype) if has_bias else weight.new_empty(0)
+    return dx.to(x.dtype).contiguous(), dweight, dbias
+
+
+# ---- GELU ----
+
+
+def gelu(x: Tensor, tanh: bool) -> Tensor:
+    return F.gelu(x, approximate="tanh" if tanh else "none").contiguous()
+
+
+def gelu_backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
+    approximate = "tanh" if tanh else "none"
+    return torch.ops.aten.gelu_backward(dy, x, approximate=approximate).contiguous()
+
+
+# ---- attention ----
+
+
+def _philox(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """32-bit random words, one per (head, row, column), as int64 in [0, 2**32).
+
+    Philox-4x32-10 (Salmon et al. 2011): key = seed, counter = (column // 4, row, head, 0), word column % 4.
+    int64 products wrap modulo 2**64, which keeps both 32-bit halves exact.
+    """
+    mask = 0xFFFFFFFF
+    key0, key1 = seed & mask, (seed >> 32) & mask
+    c0, c1, c2 = torch.broadcast_tensors(columns // 4, rows, heads)
+    c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((p1 >> 32) & mask) ^ c1 ^ key0, ((p0 >> 32) & mask) ^ c3 ^ key1
+        c1, c3 = p1 & mask, p0 & mask
+        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
+    return torch.stack((c0, c1, c2, c3)).gather(0, (columns % 4).expand_as(c0).unsqueeze(0)).squeeze(0)
+
+
+def dropout_factors(seed: Tensor, dropout_p: float, B: int, H: int, n_query: int, n_key: int) -> Tensor:
+    """(B, H, n_query, n_key) of 0 and 1 / (1 - p): the dropout that every backend draws for ``seed``."""
+    device = seed.device
+    heads = torch.arange(B * H, device=device).view(B, H, 1, 1)
+    rows = torch.arange(n_query, device=device).view(1, 1, n_query, 1)
+    columns = torch.arange(n_key, device=device).view(1, 1, 1, n_key)
+    kept = _philox(seed, heads, rows, columns) >= min(int(dropout_p * 2**32), 2**32 - 1)
+    return kept / (1.0 - dropout_p)
+
+
+def _weights(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax weights and logsumexp of the scores."""
+    scores = (_wide(q) @ _wide(k).transpose(-2, -1)) * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    return scores.softmax(-1), scores.logsumexp(-1)
+
+
+def _time_major(x: Tensor) -> Tensor:
+    """(B, H, T, D), laid out in memory as (B, T, H, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    weights, lse = _weights(q, k, causal, scale)
+    if dropout_p > 0.0 and seed is not None:
+        weights = weights * dropout_factors(seed, dropout_p, *weights.shape).to(weights.dtype)
+    return _time_major((weights @ _wide(v)).to(q.dtype)), lse.float()
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights, _ = _weights(q, k, causal, scale)
+    grad = _wide(dout)
+    dweights = grad @ _wide(v).transpose(-2, -1)
+    used = weights
+    if dropout_p > 0.0 and seed is not None:
+        factors = dropout_factors(seed, dropout_p, *weights.shape).to(weights.dtype)
+        used, dweights = weights * factors, dweights * factors
+    delta = (weights * dweights).sum(-1, keepdim=True)
+    dscores = weights * (dweights - delta) * scale
+    dq, dk, dv = dscores @ _wide(k), dscores.transpose(-2, -1) @ _wide(q), used.transpose(-2, -1) @ grad
+    return _time_major(dq.to(q.dtype)), _time_major(dk.to(k.dtype)), _time_major(dv.to(v.dtype))
+
+
+def _split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
+    """(B, T, n * C) as n views (B, H, T, D)."""
+    B, T, width = packed.shape
+    return packed.view(B, T, n, n_head, width // n // n_head).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge_heads(*heads: Tensor) -> Tensor:
+    """The inverse of :func:`_split_heads`, contiguous."""
+    B, H, T, D = heads[0].shape
+    return torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D).contiguous()
+
+
+def attention_qkv(
+    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _split_heads(qkv.contiguous(), n_head, 3)
+    out, lse = attention(q, k, v, causal, scale, dropout_p, seed)
+    return _merge_heads(out), lse
+
+
+def attention_qkv_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    q, k, v = _split_heads(qkv.contiguous(), n_head, 3)
+    (dout_heads,), (out_heads,) = (_split_heads(t.contiguous(), n_head, 1) for t in (dout, out))
+    gradients = attention_backward(dout_heads, q, k, v, out_heads, lse, causal, scale, dropout_p, seed)
+    return _merge_heads(*gradients)
+
+
+# ---- cross-entropy ----
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    losses = F.cross_entropy(_wide(logits), targets, ignore_index=ignore_index, reduction="none")
+    return losses.float(), _wide(logits).logsumexp(-1).float()
+
+
+def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    """Gradient of sum(scales * losses), scales of shape (N,)."""
+    wide = _wide(logits)
+    counted = (targets != ignore_index).unsqueeze(-1)
+    onehot = F.one_hot(targets.clamp(min=0) * counted.squeeze(-1), logits.shape[-1])
+    softmax = (wide - lse.to(wide.dtype).unsqueeze(-1)).exp()
+    return torch.where(counted, (softmax - onehot) * scales.to(wide.dtype).unsqueeze(-1), 0.0).to(logits.dtype)
+
+
+def cross_entropy_backward(
+    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    return _dlogits(dlosses, logits, targets, lse, ignore_index).contiguous()
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+    losses, lse = cross_entropy(logits, targets, ignore_index)
+    logits.copy_(_dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index))
+    return losses
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = x @ weight.T
+    losses, lse = cross_entropy(logits, targets, ignore_index)
+    inverse_count = 1.0 / (targets != ignore_index).sum()
+    dlogits = _dlogits(inverse_count.expand_as(lse), logits, targets, lse, ignore_index)
+    dx = dlogits @ weight if needs_dx else x.new_empty(0)
+    dweight = dlogits.T @ x if needs_dweight else weight.new_empty(0)
+    return losses.sum() * inverse_count, dx, dweight
+
+
+# ---- AdamW ----
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def adamw_(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
+    eps: float, weight_decay: float, zero_grad: bool,
+) -> None:  # fmt: skip
+    t, rate = step.double(), lr.double()
+    step_size = rate / (1.0 - beta1**t)
+    correction2 = (1.0 - beta2**t).sqrt()
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+    ):
+        g = _wide(grad) if grad_scale is None else _wide(grad) * grad_scale
+        m = _wide(exp_avg).lerp(g.to(_wide(exp_avg).dtype), 1.0 - beta1)
+        v = _wide(exp_avg_sq) * beta2 + (1.0 - beta2) * g * g
+        p = _wide(param) * (1.0 - rate * weight_decay).to(_wide(param).dtype)
+        p = p - (step_size.to(p.dtype) * m) / (v.sqrt() / correction2.to(p.dtype) + eps)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        param.copy_(p)
+        if copies:
+            copies[i].copy_(p)
+        if zero_grad:
+            grad.zero_()
