@@ -53,7 +53,10 @@ class OptionalBuild(BuildExtension):
             if os.environ.get("FASTGPT_REQUIRE_BUILD"):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(f"warning: fastgpt's C++ kernels were not built ({reason}); ops run on plain PyTorch", file=sys.stderr)
+            print(
+                f"warning: fastgpt's C++ kernels were not built ({reason}); ops run on plain PyTorch",
+                file=sys.stderr,
+            )
             self.extensions.clear()
 
     def build_extension(self, ext: CppExtension) -> None:

@@ -127,14 +127,23 @@ FASTGPT_INLINE float max(Vec value) {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// 2**x, within 2 ulp for x in [-126, 127]; 0 below, 2**127 above, NaN for NaN.
-// x = n + f with n integer and |f| <= 1/2; 2**f by its Taylor series to degree 7 (remainder < 1e-9).
+// A float rounded to an integer, as a float and as the exponent bits of 2**n.
+struct Rounded {
+  Vec value;
+  IntVec exponent;
+};
+FASTGPT_INLINE Rounded round(Vec x) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2**23: added to, no fraction bits remain
+  const Vec shifted = x + magic;
+  return {shifted - magic, as_int(shifted) << 23};
+}
+
+// 2**x, within 2 ulp; 0 below 2**-126, 2**127 at most (attention's exponents are never positive).
+// x = n + f with n an integer and |f| <= 1/2; 2**f by its Taylor series to degree 7, remainder below 1e-8.
 FASTGPT_INLINE Vec exp2(Vec x) {
   const Vec bounded = x > broadcast(127.0f) ? broadcast(127.0f) : x;
-  const Vec round_to_int = broadcast(12582912.0f);  // 1.5 * 2**23: adding it leaves no fraction bits
-  const Vec shifted = bounded + round_to_int;
-  const Vec n = shifted - round_to_int;
-  const Vec f = bounded - n;
+  const Rounded n = round(bounded);
+  const Vec f = bounded - n.value;
   Vec p = broadcast(1.52527338e-5f);
   p = p * f + 1.54035304e-4f;
   p = p * f + 1.33335581e-3f;
@@ -143,30 +152,30 @@ FASTGPT_INLINE Vec exp2(Vec x) {
   p = p * f + 2.40226507e-1f;
   p = p * f + 6.93147181e-1f;
   p = p * f + 1.0f;
-  const IntVec exponent = as_int(shifted) << 23;  // n sits in the low bits of `shifted`
-  const Vec result = as_float(as_int(p) + exponent);
+  const Vec result = as_float(as_int(p) + n.exponent);
   return x < broadcast(-126.0f) ? Vec{} : result;
 }
 
-// e**x = 2**n e**r with r = x - n ln 2, so that no rounding of x log2(e) enters the result.
+// e**x, within 2 ulp; infinity above 88.72, 0 below -87.33. e**x = 2**n e**r with r = x - n ln 2, so that no
+// rounding of x log2(e) enters the result; ln 2 = 0.693359375 - 2.12194440e-4, the first part exact in nine
+// bits (Cody and Waite, 1980); e**r by its Taylor series to degree 7.
 FASTGPT_INLINE Vec exp(Vec x) {
-  x = x < broadcast(-104.0f) ? broadcast(-104.0f) : x;  // 0 from there on; keeps -inf out of the products
-  const Vec turns = x * kLog2e;
-  const Vec bounded = turns > broadcast(127.0f) ? broadcast(127.0f) : turns;
-  const Vec round_to_int = broadcast(12582912.0f);
-  const Vec n = (bounded + round_to_int) - round_to_int;
-  // ln 2 = 0.693359375 - 2.12194440e-4 with the first part exact in nine bits (Cody and Waite 1980)
-  const Vec remainder = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const Vec scaled = exp2(n);
+  const Vec largest = broadcast(88.7228317f);
+  const Vec bounded = x > largest ? largest : x;
+  const Vec turns = bounded * kLog2e;
+  const Rounded n = round(turns > broadcast(127.0f) ? broadcast(127.0f) : turns);
+  const Vec r = (bounded - n.value * 0.693359375f) + n.value * 2.12194440e-4f;
   Vec p = broadcast(1.98412698e-4f);
-  p = p * remainder + 1.38888889e-3f;
-  p = p * remainder + 8.33333333e-3f;
-  p = p * remainder + 4.16666667e-2f;
-  p = p * remainder + 1.66666667e-1f;
-  p = p * remainder + 5.0e-1f;
-  p = p * remainder + 1.0f;
-  p = p * remainder + 1.0f;
-  return p * scaled;
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 5.0e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Vec result = as_float(as_int(p) + n.exponent);
+  const Vec flushed = x < broadcast(-87.3365448f) ? Vec{} : result;
+  return x > largest ? broadcast(INFINITY) : flushed;
 }
 
 // Phi(x), the standard normal distribution function, and its density, sharing one exponential.

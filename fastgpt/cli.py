@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         args = sys.argv[1:] if args is None else args
         namespace, unknown = super().parse_known_args([self._canonical(arg) for arg in args], namespace)
         if unknown:

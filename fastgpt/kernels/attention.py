@@ -34,7 +34,9 @@ class _Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
+        if dout is None:
+            return (None,) * 7
         q, k, v, out, lse, seed = ctx.saved_tensors
         gradients = ops.resolve("attention_backward", q)(
             dout, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.dropout_p, seed
@@ -44,9 +46,7 @@ class _Attention(Function):
 
 class _AttentionQKV(Function):
     @staticmethod
-    def forward(
-        qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
-    ) -> Any:
+    def forward(qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None) -> Any:
         return ops.resolve("attention_qkv", qkv)(qkv, n_head, causal, scale, dropout_p, seed)
 
     @staticmethod
@@ -59,7 +59,9 @@ class _AttentionQKV(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
+        if dout is None:
+            return (None,) * 6
         qkv, out, lse, seed = ctx.saved_tensors
         dqkv = ops.resolve("attention_qkv_backward", qkv)(
             dout, qkv, out, lse, ctx.n_head, ctx.causal, ctx.scale, ctx.dropout_p, seed
@@ -73,7 +75,13 @@ def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """``softmax(q k^T * scale) v`` as ``torch.nn.functional.scaled_dot_product_attention`` computes it.
 

@@ -6,11 +6,9 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating(**tensors: Tensor | None) -> None:
-    """Every tensor given is a floating-point tensor of a dtype that fastgpt knows."""
+def floating(**tensors: Tensor) -> None:
+    """Each is a floating-point tensor of a dtype that fastgpt knows."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:

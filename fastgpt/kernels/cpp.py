@@ -29,7 +29,11 @@ def load() -> Extension:
     built = [path for name in names for path in sorted(here.glob(f"_cpu_{name}.*so"))]
     if not built:
         others = sorted(path.name for path in here.glob("_cpu_*so"))
-        reason = f"this CPU is {capability}, the build has {', '.join(others)}" if others else "the C++ kernels are not built"
+        reason = (
+            f"this CPU is {capability}, the build has {', '.join(others)}"
+            if others
+            else "the C++ kernels are not built"
+        )
         return _without(reason)
     try:
         torch.ops.load_library(str(built[0]))

@@ -25,11 +25,11 @@ class _CrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlosses: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dlosses: Tensor | None, *_: Any) -> Any:
+        if dlosses is None:
+            return (None,) * 3
         logits, targets, lse = ctx.saved_tensors
-        dlogits = ops.resolve("cross_entropy_backward", logits)(
-            dlosses, logits, targets, lse, ctx.ignore_index
-        )
+        dlogits = ops.resolve("cross_entropy_backward", logits)(dlosses, logits, targets, lse, ctx.ignore_index)
         return dlogits, None, None
 
 

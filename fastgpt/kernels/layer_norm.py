@@ -28,11 +28,11 @@ class _LayerNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        if dy is None:
+            return (None,) * 4
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = ops.resolve("layer_norm_backward", x)(
-            dy, None, x, weight, mean, rstd, ctx.has_bias
-        )
+        dx, dweight, dbias = ops.resolve("layer_norm_backward", x)(dy, None, x, weight, mean, rstd, ctx.has_bias)
         return dx, dweight, dbias if ctx.has_bias else None, None
 
 
@@ -63,7 +63,7 @@ class _AddLayerNorm(Function):
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    checks.floating(x=x, weight=weight, bias=bias)
+    checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected at least one dimension, the last not empty, got {tuple(x.shape)}")
     checks.same("x", x=x, weight=weight, bias=bias)

@@ -22,7 +22,7 @@ CHUNK_BYTES = 32 << 20
 
 def _chunk_rows(n_rows: int, n_classes: int, element_size: int) -> int:
     rows = max(1, CHUNK_BYTES // (n_classes * element_size))
-    return min(n_rows, max(16, rows // 16 * 16))
+    return max(1, min(n_rows, max(16, rows // 16 * 16)))
 
 
 def chunked(
@@ -79,9 +79,7 @@ class _LinearCrossEntropy(Function):
     def forward(
         x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
     ) -> Any:
-        return ops.resolve("linear_cross_entropy", x)(
-            x, weight, targets, ignore_index, needs_dx, needs_dweight
-        )
+        return ops.resolve("linear_cross_entropy", x)(x, weight, targets, ignore_index, needs_dx, needs_dweight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -93,7 +91,9 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+        if dloss is None:
+            return (None,) * 6
         dx, dweight = ctx.saved_tensors
         return (
             dx * dloss if ctx.needs_dx else None,
@@ -106,9 +106,7 @@ class _LinearCrossEntropyInPlace(Function):
     """The weight gradient goes into ``main_grad`` in the forward, for an upstream gradient of exactly 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, main_grad: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, main_grad: Tensor) -> Tensor:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         loss = chunked(x, weight, targets, ignore_index, dx, main_grad)
         ctx.save_for_backward(dx)

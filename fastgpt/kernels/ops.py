@@ -53,9 +53,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> t
     return x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
 
 
-def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
+def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
 
 
@@ -97,9 +95,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[
     return _row_statistics(logits), _row_statistics(logits)
 
 
-def _cross_entropy_backward(
-    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def _cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -129,9 +125,7 @@ OPERATORS: dict[str, Operator] = {
         _layer_norm_backward,
     ),
     "gelu": Operator("(Tensor x, bool tanh) -> Tensor", lambda x, tanh: x.new_empty(x.shape)),
-    "gelu_backward": Operator(
-        "(Tensor dy, Tensor x, bool tanh) -> Tensor", lambda dy, x, tanh: x.new_empty(x.shape)
-    ),
+    "gelu_backward": Operator("(Tensor dy, Tensor x, bool tanh) -> Tensor", lambda dy, x, tanh: x.new_empty(x.shape)),
     "attention": Operator(
         "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
         " -> (Tensor out, Tensor lse)",
@@ -143,8 +137,7 @@ OPERATORS: dict[str, Operator] = {
         _attention_backward,
     ),
     "attention_qkv": Operator(
-        "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed)"
-        " -> (Tensor out, Tensor lse)",
+        "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)",
         _attention_qkv,
     ),
     "attention_qkv_backward": Operator(
@@ -171,9 +164,7 @@ OPERATORS: dict[str, Operator] = {
         " -> (Tensor loss, Tensor dx, Tensor dweight)",
         _linear_cross_entropy,
     ),
-    "grad_norm": Operator(
-        "(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32)
-    ),
+    "grad_norm": Operator("(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32)),
     # step: fp32, lr: fp64, grad_scale: fp32, each 0-dim on the parameters' device, so that a captured
     # CUDA graph reads the current values. copies: bf16 twins that receive the new parameters, or none.
     "adamw_": Operator(

@@ -40,15 +40,14 @@ def add_layer_norm(
 def layer_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = tuple(range(x.dim() - 1))
     grad, scale = _wide(dy), rstd.unsqueeze(-1).to(_wide(x).dtype)
     normal = (_wide(x) - mean.unsqueeze(-1)) * scale
     g = grad * _wide(weight)
     dx = scale * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     if dsum is not None:
         dx = dx + _wide(dsum)
-    dweight = (grad * normal).sum(rows).to(weight.dtype)
-    dbias = grad.sum(rows).to(weight.dtype) if has_bias else weight.new_empty(0)
+    dweight = (grad * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    dbias = grad.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if has_bias else weight.new_empty(0)
     return dx.to(x.dtype).contiguous(), dweight, dbias
 
 
@@ -182,9 +181,7 @@ def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignor
     return torch.where(counted, (softmax - onehot) * scales.to(wide.dtype).unsqueeze(-1), 0.0).to(logits.dtype)
 
 
-def cross_entropy_backward(
-    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
     return _dlogits(dlosses, logits, targets, lse, ignore_index).contiguous()
 
 
@@ -222,9 +219,7 @@ def adamw_(
     t, rate = step.double(), lr.double()
     step_size = rate / (1.0 - beta1**t)
     correction2 = (1.0 - beta2**t).sqrt()
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    ):
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = _wide(grad) if grad_scale is None else _wide(grad) * grad_scale
         m = _wide(exp_avg).lerp(g.to(_wide(exp_avg).dtype), 1.0 - beta1)
         v = _wide(exp_avg_sq) * beta2 + (1.0 - beta2) * g * g

@@ -1,0 +1,38 @@
+"""``fastgpt VERB …``, the console script: the same as ``python -m fastgpt.VERB …``."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastgpt.cli import did_you_mean, run
+from fastgpt.errors import RequestError
+
+# Each names a module whose main(argv) does the work.
+VERBS = {
+    "train": ("fastgpt.train.__main__", "train a GPT"),
+    "data": ("fastgpt.data.__main__", "prepare a dataset"),
+    "sample": ("fastgpt.sample", "let a trained model write"),
+    "doctor": ("fastgpt.doctor", "what this machine has and what the kernels run on"),
+}
+
+
+def main() -> NoReturn:
+    """Hand over to the verb."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: fastgpt VERB [--help] …\n\nverbs:")
+        for verb, (_, purpose) in VERBS.items():
+            print(f"  {verb:8} {purpose}")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    run(_dispatch, sys.argv[1:])
+
+
+def _dispatch(argv: Sequence[str] | None) -> int | None:
+    verb, *rest = argv or ()
+    if verb not in VERBS:
+        raise RequestError(f"unknown verb '{verb}'{did_you_mean(verb, list(VERBS))} (there are {', '.join(VERBS)})")
+    return importlib.import_module(VERBS[verb][0]).main(rest)
+
+
+if __name__ == "__main__":
+    main()

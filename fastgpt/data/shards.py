@@ -1,0 +1,252 @@
+"""Token shards on disk, and the folders of them that make a dataset.
+
+A shard is llm.c's format: a header of 256 int32 (magic number, version, token count, zeros), then the tokens
+as uint16, all little-endian. A dataset is a folder:
+
+    train_000000.bin train_000001.bin …   the training split
+    val_000000.bin …                      the validation split
+    meta.json                             tokenizer, vocabulary size, split, SHA-256 and length of each shard
+
+``meta.json`` is written last: a folder without one is not a dataset.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt.cli import did_you_mean
+from fastgpt.data.tokenizers import Tokenizer, Tokens, tokenizer_from_meta
+from fastgpt.errors import RequestError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+META_FILE = "meta.json"
+
+PREPARE = "python -m fastgpt.data prepare"  # the command that error messages tell one to type
+
+
+def write_shard(path: str | Path, tokens: npt.NDArray[Any]) -> None:
+    """Write ``tokens`` (1-D, ids from 0 to 65535) as one shard: whole under its name, or not at all.
+
+    ``ValueError`` for tokens of another shape or range.
+    """
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        raise ValueError(f"tokens must be a 1-D array of integers, not {tokens.ndim}-D of {tokens.dtype}")
+    if tokens.dtype != np.uint16 and tokens.size and not 0 <= tokens.min() <= tokens.max() <= 65535:
+        raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, beyond 0 to 65535")
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            header.tofile(file)
+            tokens.astype("<u2", copy=False).tofile(file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_shard(path: str | Path) -> Tokens:
+    """The tokens of one shard: a 1-D read-only view of the file, which is memory-mapped, not read.
+
+    ``RequestError`` if the file is missing, is no shard, or does not hold as many tokens as its header says.
+    """
+    size = _size(path)
+    if size < HEADER_BYTES:
+        raise RequestError(f"{path} is no token shard: {size} bytes, less than the {HEADER_BYTES} of its header")
+    magic, version, count = (int(n) for n in np.fromfile(path, dtype="<i4", count=3))
+    if magic != MAGIC:
+        raise RequestError(f"{path} is no token shard: it starts with {magic}, not the magic number {MAGIC}")
+    if version != VERSION:
+        raise RequestError(f"{path} is a token shard of version {version}, and only version {VERSION} is known")
+    if size != HEADER_BYTES + 2 * count:
+        raise RequestError(
+            f"{path} is damaged: its header says {count} tokens, its {size} bytes "
+            f"hold {(size - HEADER_BYTES) / 2:g}; prepare or copy it again"
+        )
+    return _map(path, HEADER_BYTES, count)
+
+
+def read_tokens(path: str | Path) -> Tokens:
+    """The tokens of a ``.bin`` file, a shard or nanoGPT's bare uint16, as a 1-D memory-mapped read-only view.
+
+    ``RequestError`` if the file is missing or cannot be either.
+    """
+    size = _size(path)
+    # Bare GPT-2 tokens cannot start like a shard: the magic number's lower half is 55432.
+    if size >= 4 and np.fromfile(path, dtype="<i4", count=1)[0] == MAGIC:
+        return read_shard(path)
+    if size % 2:
+        raise RequestError(f"{path} is no file of uint16 tokens: its {size} bytes are an odd number")
+    return _map(path, 0, size // 2)
+
+
+def _size(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _map(path: str | Path, offset: int, count: int) -> Tokens:
+    if count == 0:  # an empty range cannot be mapped
+        return np.empty(0, dtype=np.uint16)
+    # A plain array on the map: slices of np.memmap itself take several times as long to make.
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What ``meta.json`` says of one shard: its file name, its length in tokens, the file's SHA-256."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Shard":
+        """The record of the shard at ``path``, from the file itself."""
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return cls(path.name, len(read_shard(path)), digest.hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetMeta:
+    """The content of ``meta.json``."""
+
+    source: str  # where the text is from, in words
+    split: str  # which part is validation, in words
+    tokenizer: dict[str, Any]  # Tokenizer.to_meta()
+    vocab_size: int
+    train: list[Shard]
+    val: list[Shard]
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/meta.json``, which makes ``folder`` a dataset."""
+        partial = folder / f".{META_FILE}.{os.getpid()}"
+        try:
+            partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, folder / META_FILE)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> "DatasetMeta":
+        """The content of ``folder/meta.json``. ``RequestError`` if it is not what ``write`` writes."""
+        path = folder / META_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for split in ("train", "val"):
+                content[split] = [Shard(**shard) for shard in content[split]]
+            return cls(**content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{path} cannot be read ({error}): prepare the dataset again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An opened dataset: each split a list of memory-mapped 1-D uint16 shards."""
+
+    path: Path
+    train: list[Tokens]
+    val: list[Tokens]
+    meta: DatasetMeta | None  # None for bare files
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's vocabulary size; None for bare files, which do not tell it."""
+        return self.meta.vocab_size if self.meta else None
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that made the tokens; None for bare files, which do not tell it."""
+        return tokenizer_from_meta(self.meta.tokenizer) if self.meta else None
+
+
+def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dataset:
+    """Open a dataset: a name under ``data_dir``, the path of its folder, or that of a training ``.bin``.
+
+    The last is for the files of nanoGPT (``…/train.bin``) and llm.c: the validation split is the file beside
+    it whose name has ``val`` for ``train``. Their vocabulary is unknown. nanoGPT's ``meta.pkl`` is not looked
+    at, as unpickling a file runs whatever code is in it.
+
+    ``RequestError`` if there is no such dataset, with how to get it, or if one of its files is damaged.
+    """
+    data_dir = Path(data_dir)
+    candidates = (data_dir / name_or_path, Path(name_or_path))
+    for path in candidates:
+        if (path / META_FILE).is_file():
+            return _open_folder(path)
+    for path in candidates:
+        if path.is_file():
+            return _open_file(path)
+        if (path / "train.bin").is_file():
+            raise RequestError(
+                f"{path} is no prepared dataset; to train on nanoGPT's files in it, pass {path / 'train.bin'}"
+            )
+        if any(path.glob("train_*.bin")):
+            raise RequestError(f"{path} has no {META_FILE}, so its preparation did not finish: prepare it again")
+    raise RequestError(_how_to_get(str(name_or_path), data_dir))
+
+
+def _open_folder(path: Path) -> Dataset:
+    meta = DatasetMeta.read(path)
+
+    def read(shard: Shard) -> Tokens:
+        tokens = read_shard(path / shard.file)
+        if len(tokens) != shard.tokens:
+            raise RequestError(
+                f"{path / shard.file} has {len(tokens)} tokens, but {META_FILE} says {shard.tokens}: "
+                "prepare the dataset again"
+            )
+        return tokens
+
+    return Dataset(path, [read(shard) for shard in meta.train], [read(shard) for shard in meta.val], meta)
+
+
+def _open_file(path: Path) -> Dataset:
+    if path.suffix != ".bin":
+        raise RequestError(
+            f"{path} holds no tokens; if it is text: {PREPARE} text {path} --name {path.stem}, "
+            f"then --dataset {path.stem}"
+        )
+    val = path.with_name("val".join(path.name.rsplit("train", 1)))
+    if val == path:
+        raise RequestError(f"{path} is not named as a training split: pass a file like train.bin, beside a val.bin")
+    if not val.is_file():
+        raise RequestError(f"{path} has no validation split beside it: there is no {val}")
+    return Dataset(path, [read_tokens(path)], [read_tokens(val)], meta=None)
+
+
+def _how_to_get(name: str, data_dir: Path) -> str:
+    """The answer to a request for a dataset that is not there."""
+    into = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
+    obtainable = {
+        "stdlib": "",
+        "shakespeare-char": " (needs network)",
+        "openwebtext": " (needs network and `pip install datasets`)",
+        "fineweb10b": " (needs network and `pip install huggingface_hub`)",
+    }
+    if name in obtainable:
+        tokenizer = {"stdlib": "byte", "shakespeare-char": "char"}.get(name, "gpt2")
+        return (
+            f"no dataset '{name}' in {data_dir}: `{PREPARE} {name}{into}` makes it{obtainable[name]}; "
+            f"or `{PREPARE} text FILE --tokenizer {tokenizer} --name NAME{into}` makes one of your own text, "
+            "for --dataset NAME"
+        )
+    there = sorted(path.parent.name for path in data_dir.glob(f"*/{META_FILE}"))
+    return (
+        f"no dataset '{name}' in {data_dir} (there {'are ' + ', '.join(there) if there else 'is none yet'}); "
+        f"`{PREPARE} text FILE --name NAME{into}` makes one of your own text"
+        f"{did_you_mean(name, [*there, *obtainable])}"
+    )

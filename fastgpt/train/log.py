@@ -1,0 +1,129 @@
+"""What a run says: ``metrics.jsonl``, a live line on a terminal or plain lines elsewhere, and the loss plot."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+class RunLog:
+    """Writes metrics to a file as they come and shows them.
+
+    Args:
+        path: ``metrics.jsonl``; appended to.
+        first_step: the step that the run starts or resumes at.
+        max_iters: the step that it ends at.
+        console: where to show; standard output by default.
+    """
+
+    def __init__(self, path: Path, first_step: int, max_iters: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._file = path.open("a", buffering=1)
+        self._first_step, self._max_iters = first_step, max_iters
+        self._started = time.perf_counter()
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "RunLog":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(Text(text))
+
+    def train(self, **values: Any) -> None:
+        """One update's metrics: step, loss, lr, grad_norm, tokens, ms, tokens_per_s, tflops, mfu."""
+        self._write("train", values)
+        line = self._progress(values)
+        if self.console.is_terminal:
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+        else:
+            self.say(line)
+
+    def evaluate(self, **values: Any) -> None:
+        """One evaluation's metrics: step, train_loss, val_loss."""
+        self._write("eval", values)
+        self.say(f"step {values['step']}: train loss {values['train_loss']:.4f}, val loss {values['val_loss']:.4f}")
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
+
+    def _progress(self, values: dict[str, Any]) -> str:
+        step = values["step"]
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / (step - self._first_step) * (self._max_iters - step)
+        speed = f"MFU {values['mfu']:.1%}" if values["mfu"] is not None else f"{values['tflops']:.3g} TFLOP/s"
+        return (
+            f"step {step}/{self._max_iters}  loss {values['loss']:.4f}  {values['ms']:.1f} ms  "
+            f"{values['tokens_per_s']:,.0f} tokens/s  {speed}  {duration(left)} left"
+        )
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units: ``42s``, ``3m 05s``, ``7h 12m``, ``4d 03h``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """``metrics.jsonl`` by kind. Of a step logged twice, before and after a resume, the later one counts."""
+    records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        records.setdefault(record["kind"], {})[record["step"]] = record
+    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}
+
+
+def plot_losses(metrics: Path, image: Path, title: str) -> None:
+    """Draw training and validation loss over tokens into ``image``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics)
+    train = [r for r in records["train"] if r["loss"] is not None]
+    evaluations = [r for r in records["eval"] if r["val_loss"] is not None]
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(
+        [r["step"] for r in train],
+        [r["loss"] for r in train],
+        color="#9bb7d4",
+        lw=1,
+        label="training, each batch",
+    )
+    axes.plot(
+        [r["step"] for r in evaluations], [r["val_loss"] for r in evaluations], color="#c0392b", marker="o", ms=4,
+        label="validation",
+    )  # fmt: skip
+    if evaluations:
+        last = evaluations[-1]
+        axes.annotate(
+            f"{last['val_loss']:.3f}", (last["step"], last["val_loss"]), textcoords="offset points", xytext=(0, 8),
+            ha="center", color="#c0392b",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(image)

