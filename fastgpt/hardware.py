@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fastgpt.errors import RequestError
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -25,6 +27,27 @@ GPUS = {
     "NVIDIA H100 80GB HBM3": GPU(989.4, 3350, 80, "NVIDIA H100 datasheet, SXM5, dense"),
     "NVIDIA H200": GPU(989.4, 4800, 141, "NVIDIA H200 datasheet, SXM, dense"),
 }
+
+
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` is a GPU if there is one.
+
+    Raises:
+        RequestError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"--device takes cpu, cuda, cuda:N or auto, not '{name}'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise RequestError(f"--device {name} is not supported; cpu and cuda are")
+    return device
 
 
 def device_name(device: torch.device) -> str:

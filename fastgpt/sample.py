@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.data.tokenizers import Tokenizer, tokenizer_from_meta
 from fastgpt.errors import RequestError
@@ -21,19 +22,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Sample from the newest checkpoint of a run."""
     parser = Parser(prog="python -m fastgpt.sample", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, as given to --out_dir")
-    parser.add_argument("--prompt", default="\n", help="what the text starts with (a line break)")
+    parser.add_argument("--prompt", help="what the text starts with (a line break)")
     parser.add_argument("--max_new_tokens", type=int, default=500, metavar="N", help="length of a sample (500)")
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="how many (1)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token (0.8)")
     parser.add_argument("--top_k", type=int, default=200, metavar="N", help="draw from the N likeliest tokens (200)")
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="same seed, same text (1337)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (cpu)")
     options = parser.parse_args(argv)
     for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 1), ("temperature", 0)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}")
 
-    model, tokenizer = load(Path(options.run), torch.device(options.device))
+    model, tokenizer = load(Path(options.run), hardware.find_device(options.device))
     for i in range(options.num_samples):
         if i:
             print("-" * 20)
@@ -58,14 +59,15 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
 
 
 def show(
-    model: GPT, tokenizer: Tokenizer, *, prompt: str, max_new_tokens: int, seed: int, temperature: float = 0.8,
-    top_k: int = 200,
+    model: GPT, tokenizer: Tokenizer, *, prompt: str | None = None, max_new_tokens: int, seed: int,
+    temperature: float = 0.8, top_k: int = 200,
 ) -> None:  # fmt: skip
-    """Print a sample as it is drawn, the prompt first.
+    """Print a sample as it is drawn, the prompt first: a line break if none is given.
 
     Raises:
         RequestError: the prompt is empty, or holds what the tokenizer does not know.
     """
+    prompt = _default_prompt(tokenizer) if prompt is None else prompt
     ids = [int(i) for i in tokenizer.encode(prompt)]
     if not ids:
         raise RequestError("--prompt is empty; give it at least one character")
@@ -87,6 +89,15 @@ def show(
         sys.stdout.flush()
     print()
     model.train(training)
+
+
+def _default_prompt(tokenizer: Tokenizer) -> str:
+    """A line break, or the first character of a vocabulary that has none."""
+    try:
+        tokenizer.encode("\n")
+    except RequestError:
+        return tokenizer.decode([0])
+    return "\n"
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -19,6 +19,7 @@ class Extension:
 
     library: Path | None
     reason: str
+    left_to_torch: frozenset[str] = frozenset()  # operators that PyTorch does faster on this CPU
 
 
 def load() -> Extension:
@@ -39,7 +40,8 @@ def load() -> Extension:
         torch.ops.load_library(str(built[0]))
     except OSError as error:
         return _without(f"{built[0].name} does not load: {str(error).splitlines()[0]}")
-    return Extension(built[0], f"{built[0].name.split('.')[0].removeprefix('_cpu_')}")
+    slower = frozenset() if torch.ops.fastgpt.matmul_beats_torch() else frozenset({"matmul_"})
+    return Extension(built[0], built[0].name.split(".")[0].removeprefix("_cpu_"), slower)
 
 
 def _without(reason: str) -> Extension:

@@ -1,30 +1,41 @@
-"""Linear layer and embedding that accumulate their weight gradients in place (see ``main_grad.py``)."""
+"""Linear layer and embedding that may accumulate their weight gradients in place (see ``main_grad.py``)."""
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels.main_grad import add_product, main_grad_of
+from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.matmul import matmul_into
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.main_grad, ctx.has_bias = main_grad, bias is not None
-        return F.linear(x, weight, bias)
+        ctx.main_grad = main_grad
+        rows = x.reshape(-1, x.shape[-1])
+        y = matmul_into(x.new_empty(rows.shape[0], weight.shape[0]), rows, weight.T, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        add_product(ctx.main_grad, rows.T, x.reshape(-1, x.shape[-1]))
-        dx = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, rows.sum(0) if ctx.has_bias else None, None
+        rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = matmul_into(torch.empty_like(x_rows), rows, weight).view(x.shape)
+        if ctx.main_grad is not None:
+            matmul_into(ctx.main_grad, rows.T, x_rows, accumulate=True)
+        elif ctx.needs_input_grad[1]:
+            dweight = matmul_into(torch.empty_like(weight), rows.T, x_rows)
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias, None
 
 
 class _Embedding(Function):
@@ -54,9 +65,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``(..., C_out)``.
     """
-    main_grad = main_grad_of(weight)
-    if main_grad is None:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
+    main_grad = main_grad_of(weight)
     return _Linear.apply(x, weight, bias, main_grad)
 
 

@@ -13,7 +13,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import checks, ops
-from fastgpt.kernels.main_grad import add_product, main_grad_of
+from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.matmul import matmul_into
 
 # Bytes of logits alive at a time. On a CPU they should stay in the last-level cache between the product that
 # makes them, the softmax and the two products that consume them; fewer rows than this make the GEMMs slow.
@@ -46,7 +47,7 @@ def chunked(
     with_gradient = dx is not None or dweight is not None
     for start in range(0, N, rows):
         chunk, chunk_targets = x[start : start + rows], targets[start : start + rows]
-        logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])
+        logits = matmul_into(buffer[: chunk.shape[0]], chunk, weight.T)
         if not with_gradient:
             losses, _ = ops.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
             total += losses.sum()
@@ -54,9 +55,9 @@ def chunked(
         losses = ops.resolve("cross_entropy_", x)(logits, chunk_targets, inverse_count, ignore_index)
         total += losses.sum()
         if dx is not None:
-            torch.mm(logits, weight, out=dx[start : start + rows])
+            matmul_into(dx[start : start + rows], logits, weight)
         if dweight is not None:
-            add_product(dweight, logits.T, chunk)
+            matmul_into(dweight, logits.T, chunk, accumulate=True)
     return total * inverse_count
 
 

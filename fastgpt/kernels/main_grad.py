@@ -19,11 +19,3 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or not (parameter.requires_grad and torch.is_grad_enabled()):
         return None
     return getattr(parameter, "main_grad", None)
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``, straight into ``out`` where the dtypes allow."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(a @ b)

@@ -110,6 +110,11 @@ def _linear_cross_entropy(
 
 
 OPERATORS: dict[str, Operator] = {
+    # out = a @ b + bias, or out += a @ b
+    "matmul_": Operator(
+        "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool accumulate) -> ()",
+        lambda out, a, b, bias, accumulate: None,
+    ),
     "layer_norm": Operator(
         "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
         _layer_norm,
@@ -244,7 +249,9 @@ def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of operator ``name`` for tensors such as ``tensor``."""
     backend, _ = backend_of(tensor.device.type, tensor.dtype)
-    return _references[name] if backend == "reference" else _overloads[name]
+    if backend == "reference" or (backend == "cpp" and name in _cpp.left_to_torch):
+        return _references[name]
+    return _overloads[name]
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -254,4 +261,6 @@ def backends() -> dict[str, dict[str, str]]:
     for device in devices:
         backend, reason = backend_of(device, torch.float32)
         table[device] = dict.fromkeys(OPERATORS, f"{backend} ({reason})")
+        if backend == "cpp":
+            table[device] |= dict.fromkeys(_cpp.left_to_torch, "reference (PyTorch's is faster on this CPU)")
     return table

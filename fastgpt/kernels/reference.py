@@ -17,6 +17,20 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+# ---- matrix product ----
+
+
+def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+    if accumulate and a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif accumulate:
+        out.add_(a @ b)
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+
+
 # ---- layer norm ----
 
 

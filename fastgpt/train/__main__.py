@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = trainer.train()
         if status == 0 and trainer.tokenizer is not None:
             print("sample:", flush=True)
-            sample.show(trainer.model, trainer.tokenizer, prompt="\n", max_new_tokens=300, seed=config.seed)
+            sample.show(trainer.model, trainer.tokenizer, max_new_tokens=300, seed=config.seed)
     return status
 
 

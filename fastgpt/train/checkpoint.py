@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,16 +97,26 @@ def load_state(path: Path) -> State:
 
 
 def load_parameters(path: Path) -> dict[str, Tensor]:
-    """The parameters of a checkpoint, by name, on the CPU."""
-    return load_file(path / "model.safetensors")
+    """The parameters of a checkpoint, by name, on the CPU. ``RequestError`` if they are damaged."""
+    return _load_tensors(path / "model.safetensors")
 
 
 def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's moments, by kind and parameter name; restores torch's random state on the way."""
-    tensors = load_file(path / "optimizer.safetensors")
+    """The optimizer's moments, by kind and parameter name; restores torch's random state on the way.
+
+    ``RequestError`` if they are damaged.
+    """
+    tensors = _load_tensors(path / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng_state"))
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         moments.setdefault(kind, {})[name] = tensor
     return moments
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from error

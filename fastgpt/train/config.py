@@ -19,6 +19,7 @@ _AT_LEAST_ONE = (
     "log_interval",
 )
 _NOT_NEGATIVE = (
+    "seed",
     "warmup_iters",
     "checkpoint_interval",
     "max_hours",

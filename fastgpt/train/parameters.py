@@ -115,6 +115,7 @@ def _lay_out(named: list[tuple[str, nn.Parameter]]) -> tuple[list[Slot], int]:
 
 @torch.no_grad()
 def _fold_into_main_grad(parameter: Tensor) -> None:
-    assert parameter.grad is not None
+    if parameter.grad is None:  # autograd calls the hook all the same where a kernel kept the gradient to itself
+        return
     parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None

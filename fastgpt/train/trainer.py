@@ -16,7 +16,7 @@ from fastgpt.data.loader import BatchLoader
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import Dataset, open_dataset
 from fastgpt.errors import RequestError
-from fastgpt.kernels import FusedAdamW
+from fastgpt.kernels import FusedAdamW, ops
 from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import checkpoint, run_folder
@@ -42,8 +42,12 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.device = _device(config.device)
+        self.device = hardware.find_device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
+        try:
+            ops.backend_of(self.device.type, self.dtype)
+        except RuntimeError as error:
+            raise RequestError(str(error)) from error
         resuming = config.init_from == "resume"
         self.run = Path(config.out_dir) if resuming else run_folder.check(config)
         self.dataset = _open_or_prepare(config)
@@ -271,22 +275,6 @@ def _open_or_prepare(config: TrainConfig) -> Dataset:
         if config.dataset != "stdlib":
             raise
         return open_dataset(prepare("stdlib", data_dir=config.data_dir))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RequestError(f"--device takes cpu, cuda, cuda:N or auto, not '{name}'") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; --device cpu works"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise RequestError(f"--device {name} is not supported; cpu and cuda are")
-    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
