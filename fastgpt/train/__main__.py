@@ -13,6 +13,8 @@ from fastgpt.train.config import parse
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.trainer import Trainer
 
+PROMPT_TOKENS = 16  # of the validation split, for the sample at the end
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run that ``argv`` asks for."""
@@ -21,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = Trainer(config)
         status = trainer.train()
         if status == 0 and trainer.tokenizer is not None:
-            print("sample:", flush=True)
-            sample.show(trainer.model, trainer.tokenizer, max_new_tokens=300, seed=config.seed)
+            prompt = trainer.tokenizer.decode(trainer.dataset.val[0][:PROMPT_TOKENS])
+            print(f"sample, going on from {prompt!r}:", flush=True)
+            sample.show(trainer.model, trainer.tokenizer, prompt=prompt, max_new_tokens=300, seed=config.seed)
     return status
 
 
