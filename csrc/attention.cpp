@@ -129,7 +129,7 @@ void forward_block(
   std::fill_n(row_max, n, -INFINITY);
   std::fill_n(row_sum, n, 0.0f);
   std::fill_n(result.get(), n * p.padded_dim, 0.0f);
-  pack(q, first, n, p, p.scale * kLog2e, queries.get());
+  pack(q, first, n, p, p.scale, queries.get());
 
   const int64_t keys_in_use = p.visible(first + n - 1);
   for (int64_t key = 0; key < keys_in_use; key += kKeyBlock) {
@@ -144,12 +144,12 @@ void forward_block(
       const float new_max = max(top);
       Vec total{};
       for_each_vector(visible, [&](int64_t j, int64_t lanes) {
-        const Vec weight = keep_first(exp2(load(row + j) - new_max), lanes);
+        const Vec weight = keep_first(exp_nonpositive(load(row + j) - new_max), lanes);
         total += weight;
         store(row + j, weight);
       });
       for (int64_t j = round_up(visible, kLanes); j < columns; j += kLanes) store(row + j, Vec{});
-      const float shrink = std::exp2(row_max[i] - new_max);
+      const float shrink = std::exp(row_max[i] - new_max);
       row_sum[i] = row_sum[i] * shrink + sum(total);
       row_max[i] = new_max;
       if (shrink != 1.0f)
@@ -166,7 +166,7 @@ void forward_block(
           p.padded_dim, result.get(), p.padded_dim, true});
   }
   for (int64_t i = 0; i < n; ++i) {
-    lse[first + i] = (row_max[i] + std::log2(row_sum[i])) * kLn2;
+    lse[first + i] = row_max[i] + std::log(row_sum[i]);
     const float inverse = 1.0f / row_sum[i];
     for_each_vector(p.padded_dim, [&](int64_t d, int64_t) {
       float* at = result.get() + i * p.padded_dim + d;
@@ -242,7 +242,7 @@ void backward_head(
         const float row_lse = lse[first + i], row_delta = delta[first + i];
         if (p.dropout) p.dropout.factors(head, first + i, key, keep);
         for_each_vector(columns, [&](int64_t j, int64_t) {
-          const Vec w = keep_first(exp((load(weight + j) - row_lse)), std::max<int64_t>(0, visible - j));
+          const Vec w = keep_first(exp_nonpositive((load(weight + j) - row_lse)), std::max<int64_t>(0, visible - j));
           const Vec z = p.dropout ? load(keep + j) : broadcast(1.0f);
           store(weight + j, w * z);
           store(dweight + j, w * (z * load(dweight + j) - row_delta));

@@ -17,7 +17,7 @@ float row_max(const T* logits, int64_t V) {
 template <class T>
 float sum_of_exp(const T* logits, float shift, int64_t V) {
   Vec total{};
-  for_each_vector(V, [&](int64_t i, int64_t n) { total += keep_first(exp(load(logits + i, n) - shift), n); });
+  for_each_vector(V, [&](int64_t i, int64_t n) { total += keep_first(exp_nonpositive(load(logits + i, n) - shift), n); });
   return sum(total);
 }
 
@@ -25,18 +25,24 @@ float sum_of_exp(const T* logits, float shift, int64_t V) {
 template <class T>
 void gradient_row(const T* logits, int64_t target, float lse, float scale, int64_t V, T* grad) {
   const float at_target = std::exp(static_cast<float>(logits[target]) - lse) - 1.0f;
-  for_each_vector(V, [&](int64_t i, int64_t n) { store(grad + i, exp(load(logits + i, n) - lse) * scale, n); });
+  for_each_vector(V, [&](int64_t i, int64_t n) { store(grad + i, exp_nonpositive(load(logits + i, n) - lse) * scale, n); });
   grad[target] = static_cast<T>(at_target * scale);
 }
 
-void check_target(int64_t target, int64_t V) {
-  STD_TORCH_CHECK(target >= 0 && target < V, "targets: ", target, " is outside the ", V, " classes");
+// Before the parallel loop, through whose interface no message passes.
+void check_targets(const Tensor& targets, int64_t ignore_index, int64_t V) {
+  for (int64_t row = 0; row < targets.size(0); ++row) {
+    const int64_t target = data<int64_t>(targets)[row];
+    STD_TORCH_CHECK(
+        target == ignore_index || (target >= 0 && target < V), "targets: ", target, " is outside the ", V, " classes");
+  }
 }
 
 // Loss and logsumexp of each row.
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_in, const Tensor& targets_in, int64_t ignore_index) {
   const Tensor logits = dense(logits_in), targets = dense(targets_in);
   const int64_t N = logits.size(0), V = logits.size(1);
+  check_targets(targets, ignore_index, V);
   Tensor losses = empty({N}, ScalarType::Float), lse = empty({N}, ScalarType::Float);
   dispatch(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -50,7 +56,6 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_in, const Tensor& 
           data<float>(losses)[row] = 0.0f;
           continue;
         }
-        check_target(target, V);
         data<float>(losses)[row] = data<float>(lse)[row] - static_cast<float>(x[target]);
       }
     });
@@ -85,6 +90,7 @@ Tensor cross_entropy_backward(
 Tensor cross_entropy_(Tensor logits, const Tensor& targets_in, const Tensor& scale, int64_t ignore_index) {
   const Tensor targets = dense(targets_in);
   const int64_t N = logits.size(0), V = logits.size(1);
+  check_targets(targets, ignore_index, V);
   Tensor losses = empty({N}, ScalarType::Float);
   const float grad_scale = *data<float>(scale);
   dispatch(logits.scalar_type(), [&](auto element) {
@@ -98,7 +104,6 @@ Tensor cross_entropy_(Tensor logits, const Tensor& targets_in, const Tensor& sca
           data<float>(losses)[row] = 0.0f;
           continue;
         }
-        check_target(target, V);
         const float top = row_max(x, V), lse = top + std::log(sum_of_exp(x, top, V));
         data<float>(losses)[row] = lse - static_cast<float>(x[target]);
         gradient_row(x, target, lse, grad_scale, V, x);

@@ -19,17 +19,16 @@ struct Exact {
 };
 
 struct Tanh {
-  static FASTGPT_INLINE Vec sigmoid_2u(Vec x) {
-    return 1.0f / (1.0f + exp(-kTwoSqrt2OverPi * x * (1.0f + kCubic * x * x)));
-  }
-  static FASTGPT_INLINE Vec value(Vec x) { return x * sigmoid_2u(x); }
+  static FASTGPT_INLINE Vec value(Vec x) { return x * sigmoid(two_u(x)).value; }
   static FASTGPT_INLINE Vec derivative(Vec x) {
-    const Vec s = sigmoid_2u(x);
+    const Sigmoid s = sigmoid(two_u(x));
     const Vec slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);  // d(2u)/dx
-    // far out s (1 - s) underflows while x * slope grows without bound: 0 * inf would be NaN
-    const Vec tail = s * (1.0f - s);
-    return s + (tail > Vec{} ? x * slope * tail : Vec{});
+    // far out the sigmoid's slope is 0 while x times this one grows without bound: 0 * inf would be NaN
+    return s.value + (s.derivative == Vec{} ? Vec{} : x * slope * s.derivative);
   }
+
+ private:
+  static FASTGPT_INLINE Vec two_u(Vec x) { return kTwoSqrt2OverPi * x * (1.0f + kCubic * x * x); }
 };
 
 template <class T, class Kind>

@@ -28,7 +28,7 @@ FASTGPT_INLINE void gemm_tile(const Gemm& g, int64_t m, int64_t n) {
   Vec tile[kRows][kVectors];
   float* c = g.c + m * g.ldc + n;
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) tile[r][v] = g.accumulate ? load(c + r * g.ldc + v * kLanes) : Vec{};
+    for (int v = 0; v < kVectors; ++v) tile[r][v] = Vec{};
   const float* a = g.a + m * g.a_row;
   const float* b = g.b + n;
   for (int64_t k = 0; k < g.K; ++k) {
@@ -40,7 +40,10 @@ FASTGPT_INLINE void gemm_tile(const Gemm& g, int64_t m, int64_t n) {
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(c + r * g.ldc + v * kLanes, tile[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + r * g.ldc + v * kLanes;  // added last, so that rounding grows with K and not with all blocks' K
+      store(at, g.accumulate ? load(at) + tile[r][v] : tile[r][v]);
+    }
 }
 
 template <int kRows>

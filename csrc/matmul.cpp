@@ -160,6 +160,11 @@ void multiply_parallel(const Product& p) {
 
 void matmul_(
     Tensor out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool accumulate) {
+  const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
+  STD_TORCH_CHECK(a.size(0) == M && b.size(0) == K && b.size(1) == N, "matmul_: shapes do not fit");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), "bias: expected ", N, " elements");
+  for (const Tensor& t : {out, a, b, bias ? *bias : out})
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu(), "matmul_: takes float32 on the CPU");
   STD_TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "out: rows must be contiguous");
   const std::vector<float> bias_values = to_floats(bias);
   multiply_parallel({

@@ -3,6 +3,7 @@
 python -m fastgpt.sample runs/quickstart --prompt "def main("
 """
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,15 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (cpu)")
     options = parser.parse_args(argv)
     for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 1), ("temperature", 0)):
-        if getattr(options, name) < least:
+        if not getattr(options, name) >= least:  # NaN too
             parser.error(f"--{name} must be at least {least}")
 
     model, tokenizer = load(Path(options.run), hardware.find_device(options.device))
+    prompt = encode_prompt(tokenizer, options.prompt)
     for i in range(options.num_samples):
         if i:
             print("-" * 20)
         show(
-            model, tokenizer, prompt=options.prompt, max_new_tokens=options.max_new_tokens, seed=options.seed + i,
+            model, tokenizer, prompt, max_new_tokens=options.max_new_tokens, seed=options.seed + i,
             temperature=options.temperature, top_k=options.top_k,
         )  # fmt: skip
 
@@ -59,45 +61,43 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
 
 
 def show(
-    model: GPT, tokenizer: Tokenizer, *, prompt: str | None = None, max_new_tokens: int, seed: int,
+    model: GPT, tokenizer: Tokenizer, prompt: Sequence[int], *, max_new_tokens: int, seed: int,
     temperature: float = 0.8, top_k: int = 200,
 ) -> None:  # fmt: skip
-    """Print a sample as it is drawn, the prompt first: a line break if none is given.
-
-    Raises:
-        RequestError: the prompt is empty, or holds what the tokenizer does not know.
-    """
-    prompt = _default_prompt(tokenizer) if prompt is None else prompt
-    ids = [int(i) for i in tokenizer.encode(prompt)]
-    if not ids:
-        raise RequestError("--prompt is empty; give it at least one character")
+    """Print a sample as it is drawn, the prompt (at least one token) first."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     tokens = generate(
         model,
-        torch.tensor([ids], device=device),
+        torch.tensor([prompt], device=device),
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         vocab_size=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    sys.stdout.write(prompt)
-    for text in decode_stream(tokenizer, (int(token) for token in tokens)):
+    for text in decode_stream(tokenizer, itertools.chain(prompt, (int(token) for token in tokens))):
         sys.stdout.write(text)
         sys.stdout.flush()
     print()
     model.train(training)
 
 
-def _default_prompt(tokenizer: Tokenizer) -> str:
-    """A line break, or the first character of a vocabulary that has none."""
-    try:
-        tokenizer.encode("\n")
-    except RequestError:
-        return tokenizer.decode([0])
-    return "\n"
+def encode_prompt(tokenizer: Tokenizer, text: str | None) -> list[int]:
+    """The tokens of a prompt; by default a line break, or the first character of a vocabulary without one.
+
+    Raises:
+        RequestError: the prompt is empty, or holds what the tokenizer does not know.
+    """
+    if text is None:
+        try:
+            return tokenizer.encode("\n").tolist()
+        except RequestError:
+            return [0]
+    if not text:
+        raise RequestError("--prompt is empty; give it at least one character")
+    return tokenizer.encode(text).tolist()
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -106,9 +106,12 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     for token in ids:
         pending.append(token)
         text = tokenizer.decode(pending)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) >= 4:  # UTF-8 needs at most 4 bytes
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text
             pending.clear()
+        elif len(pending) == 4:  # UTF-8 needs at most 4 bytes: the first cannot become part of a character
+            yield tokenizer.decode(pending[:1])
+            pending.pop(0)
     yield tokenizer.decode(pending)
 
 

@@ -44,21 +44,24 @@ class FusedAdamW(Optimizer):
         *,
         copies: dict[Tensor, Tensor] | None = None,
     ) -> None:
-        if lr < 0.0:
+        if not lr >= 0.0:
             raise ValueError(f"lr: expected at least 0, got {lr}")
         if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-        if eps < 0.0:
+        if not eps >= 0.0:
             raise ValueError(f"eps: expected at least 0, got {eps}")
-        if weight_decay < 0.0:
+        if not weight_decay >= 0.0:
             raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
-        if max_grad_norm is not None and max_grad_norm <= 0.0:
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm: expected more than 0, or None, got {max_grad_norm}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
             for param in group["params"]:
                 if not param.is_contiguous():
                     raise ValueError(f"params: a parameter of shape {tuple(param.shape)} is not contiguous")
+        for param, copy in (copies or {}).items():
+            if copy.dtype != torch.bfloat16 or copy.shape != param.shape or not copy.is_contiguous():
+                raise ValueError(f"copies: expected contiguous bf16 of shape {tuple(param.shape)}, got {copy.dtype}")
         self.max_grad_norm = max_grad_norm
         self.copies = copies or {}
         self.grad_norm: Tensor | None = None
@@ -86,6 +89,10 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.is_contiguous():
+                    p.grad = p.grad.contiguous()
         scale = self._scale(grad_scale)
         for group in self.param_groups:
             self._step_group(group, scale, zero_grad)
@@ -114,9 +121,15 @@ class FusedAdamW(Optimizer):
                     "exp_avg": torch.zeros_like(p, memory_format=torch.contiguous_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.contiguous_format),
                 }
-        steps = [self.state[p]["step"] for p in params]
-        for step in steps:
-            step += 1
+        for p in params:
+            self.state[p]["step"] += 1
+        together: dict[float, list[Tensor]] = {}
+        for p in params:
+            together.setdefault(float(self.state[p]["step"]), []).append(p)
+        for alike in together.values():
+            self._step_alike(alike, group, scale, zero_grad)
+
+    def _step_alike(self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, zero_grad: bool) -> None:
         beta1, beta2 = group["betas"]
         ops.resolve("adamw_", params[0])(
             params,
@@ -124,7 +137,7 @@ class FusedAdamW(Optimizer):
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [self.copies[p] for p in params] if self.copies else [],
-            steps[0],
+            self.state[params[0]]["step"],
             torch.tensor(group["lr"], dtype=torch.float64, device=params[0].device),
             scale,
             beta1,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastgpt.kernels import checks
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
@@ -28,11 +29,11 @@ class _Linear(Function):
         rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = matmul_into(torch.empty_like(x_rows), rows, weight).view(x.shape)
+            dx = matmul_into(x.new_empty(x_rows.shape), rows, weight).view(x.shape)
         if ctx.main_grad is not None:
             matmul_into(ctx.main_grad, rows.T, x_rows, accumulate=True)
         elif ctx.needs_input_grad[1]:
-            dweight = matmul_into(torch.empty_like(weight), rows.T, x_rows)
+            dweight = matmul_into(weight.new_empty(weight.shape), rows.T, x_rows)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dx, dweight, dbias, None
@@ -67,6 +68,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
+    checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    checks.same("x", x=x, weight=weight, bias=bias)
     main_grad = main_grad_of(weight)
     return _Linear.apply(x, weight, bias, main_grad)
 

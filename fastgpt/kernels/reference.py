@@ -182,7 +182,10 @@ def attention_qkv_backward(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    losses = F.cross_entropy(_wide(logits), targets, ignore_index=ignore_index, reduction="none")
+    try:
+        losses = F.cross_entropy(_wide(logits), targets, ignore_index=ignore_index, reduction="none")
+    except IndexError as error:  # on a CPU
+        raise RuntimeError(f"targets: {error}") from None
     return losses.float(), _wide(logits).logsumexp(-1).float()
 
 

@@ -166,14 +166,17 @@ class GPT(nn.Module):
         Args:
             idx: ``(B, T)`` int64 token ids, T at most ``block_size`` (less what ``cache`` holds).
             targets: ``(B, T)`` int64, -1 where no loss is taken.
-            cache: keys and values of the tokens before ``idx``; those of ``idx`` are added.
+            cache: keys and values of the tokens before ``idx``; those of ``idx`` are added. Once it holds
+                any, T must be 1.
 
         Returns:
             0-dim fp32 loss in nats, or logits ``(B, vocab_size)``.
 
         Raises:
-            ValueError: the sequence is longer than ``block_size``.
+            ValueError: the sequence is longer than ``block_size``, or T is not 1 where it must be.
         """
+        if cache is not None and cache.length and idx.shape[1] != 1:
+            raise ValueError(f"idx: one token at a time goes on from a filled cache, got {idx.shape[1]}")
         length = idx.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise ValueError(f"idx: {length} positions, but block_size is {self.config.block_size}")

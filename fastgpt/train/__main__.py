@@ -6,6 +6,7 @@ python -m fastgpt.train --preset gpt2-124m --init_from resume
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from fastgpt import kernels, sample
 from fastgpt.cli import run
@@ -19,13 +20,13 @@ PROMPT_TOKENS = 16  # of the validation split, for the sample at the end
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run that ``argv`` asks for."""
     config = parse(argv, PRESETS)
-    with kernels.use_backend(config.backend):
+    with nullcontext() if config.backend == "auto" else kernels.use_backend(config.backend):
         trainer = Trainer(config)
         status = trainer.train()
         if status == 0 and trainer.tokenizer is not None:
-            prompt = trainer.tokenizer.decode(trainer.dataset.val[0][:PROMPT_TOKENS])
-            print(f"sample, going on from {prompt!r}:", flush=True)
-            sample.show(trainer.model, trainer.tokenizer, prompt=prompt, max_new_tokens=300, seed=config.seed)
+            prompt = trainer.dataset.val[0][:PROMPT_TOKENS].tolist()
+            print(f"sample, going on from {trainer.tokenizer.decode(prompt)!r}:", flush=True)
+            sample.show(trainer.model, trainer.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
     return status
 
 

@@ -24,9 +24,9 @@ class State:
     """What a run must know besides tensors to go on: all of it is JSON."""
 
     step: int
-    best_val_loss: float | None
-    best_step: int | None
     tokens: int
+    best_val_loss: float | None  # among the checkpoints
+    best_step: int | None
     loader: dict[str, Any]
     model: dict[str, Any]
 
@@ -69,7 +69,7 @@ def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[s
     partial.mkdir(parents=True)
     save_file(_owned(parameters), partial / "model.safetensors", metadata={"format": "pt"})
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
-    save_file({**_owned(optimizer), "rng_state": torch.get_rng_state()}, partial / "optimizer.safetensors")
+    save_file({**_owned(optimizer), **_random_state()}, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -77,6 +77,11 @@ def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[s
         if step not in (state.step, state.best_step):
             shutil.rmtree(folder(run, step))
     return target
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"rng_state.cpu": torch.get_rng_state()}
+    return {**state, "rng_state.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
 def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +112,10 @@ def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     ``RequestError`` if they are damaged.
     """
     tensors = _load_tensors(path / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng_state"))
+    torch.set_rng_state(tensors.pop("rng_state.cpu"))
+    cuda_state = tensors.pop("rng_state.cuda", None)
+    if cuda_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_state)
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")

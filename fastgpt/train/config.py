@@ -1,6 +1,7 @@
 """Every flag of ``python -m fastgpt.train``, its default and its meaning; names are nanoGPT's where it has one."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -56,7 +57,7 @@ class TrainConfig:
     n_head: int = _option(12, "attention heads; must divide n_embd")
     n_embd: int = _option(768, "width")
     block_size: int = _option(1024, "context length in tokens")
-    bias: bool = _option(True, "biases in linear layers and layer norms, as GPT-2 has them")
+    bias: bool = _option(False, "biases in linear layers and layer norms; OpenAI's GPT-2 has them")
     dropout: float = _option(0.0, "on attention, residual branches and the embedding")
     expect_params: str = _option("", "refuse to start if the model is over 2 % off this size, e.g. 124M")
 
@@ -91,6 +92,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.out_dir:
             object.__setattr__(self, "out_dir", f"runs/{self.preset}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"--{item.name} must be a finite number, got {value}")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name} must be at least 1, got {getattr(self, name)}")

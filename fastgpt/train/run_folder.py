@@ -42,10 +42,17 @@ def clear(run: Path) -> None:
 
 
 def write_config(run: Path, config: TrainConfig, model: GPTConfig, tokenizer: dict[str, Any] | None) -> None:
-    """Everything that later commands need to know of the run."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Everything that later commands need to know of the run.
+
+    Raises:
+        RequestError: the folder cannot be written to.
+    """
     content = {"train": asdict(config), "model": asdict(model), "tokenizer": tokenizer}
-    (run / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise RequestError(f"cannot write to --out_dir {run}: {error.strerror}") from error
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class Trainer:
         )
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.step = self.tokens = 0
-        self.best_val_loss: float | None = None
+        self.val_loss: tuple[int, float] | None = None  # of the last evaluation, and its step
+        self.best_val_loss: float | None = None  # among the checkpoints
         self.best_step: int | None = None
         if resumed is not None:
             self._load(resumed)
@@ -121,6 +122,12 @@ class Trainer:
             self.tokens += config.tokens_per_step
             if self.step % config.log_interval == 0 or self.step == config.max_iters:
                 self._log_update(log, loss, started)
+                if not math.isfinite(loss.item()):
+                    log.say(
+                        f"the loss is {loss.item()} at step {self.step}: the run has diverged and stops here, "
+                        "without a checkpoint; a lower --learning_rate or a longer --warmup_iters usually mends it"
+                    )
+                    return 1
             last = self.step == config.max_iters
             evaluated = last or self.step % config.eval_interval == 0
             if evaluated:
@@ -168,8 +175,7 @@ class Trainer:
     def _evaluate(self, log: RunLog) -> None:
         losses = {split: self.evaluate(split) for split in self.loaders}
         log.evaluate(step=self.step, train_loss=losses["train"], val_loss=losses["val"])
-        if self.best_val_loss is None or losses["val"] < self.best_val_loss:
-            self.best_val_loss, self.best_step = losses["val"], self.step
+        self.val_loss = (self.step, losses["val"])
 
     def _log_update(self, log: RunLog, loss: Tensor, started: float) -> None:
         value = loss.item()  # waits for the device, so that the time below is the step's
@@ -194,6 +200,9 @@ class Trainer:
         return self.step % interval == 0 if interval else evaluated
 
     def _save(self) -> Path:
+        evaluated, loss = self.val_loss or (-1, math.inf)
+        if evaluated == self.step and loss < (math.inf if self.best_val_loss is None else self.best_val_loss):
+            self.best_val_loss, self.best_step = loss, self.step
         state = checkpoint.State(
             step=self.step,
             best_val_loss=self.best_val_loss,

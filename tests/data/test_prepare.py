@@ -276,9 +276,7 @@ def hub(tmp_path, monkeypatch):
             link.symlink_to(blob)
         return str(link)
 
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download)
-    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
     return asked
 
 

@@ -63,9 +63,7 @@ def test_an_empty_shard_reads_back(tmp_path):
     assert len(read_shard(tmp_path / "s.bin")) == 0
 
 
-@pytest.mark.parametrize(
-    "tokens", [np.array([65536]), np.array([-1]), np.array([0.5]), np.zeros((2, 2), int)]
-)
+@pytest.mark.parametrize("tokens", [np.array([65536]), np.array([-1]), np.array([0.5]), np.zeros((2, 2), int)])
 def test_what_uint16_cannot_hold_is_not_written(tmp_path, tokens):
     with pytest.raises(ValueError, match="tokens"):
         write_shard(tmp_path / "s.bin", tokens)

@@ -1,0 +1,351 @@
+"""The seam: operators as the dispatcher sees them, the choice of the backend, what importing does and does not do."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgpt.kernels
+from fastgpt.kernels import (
+    add_layer_norm,
+    attention,
+    attention_qkv,
+    backends,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    ops,
+    use_backend,
+)
+
+ROOT = Path(fastgpt.__file__).parents[1]
+
+
+def python(code, path=ROOT, **environment):
+    """What ``code`` prints in a fresh interpreter that finds fastgpt under ``path``."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    variables = {k: v for k, v in os.environ.items() if k != "FASTGPT_BACKEND"}
+    variables |= {"PYTHONPATH": str(path), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+# ---- the operators ----
+
+
+def cases(dtype):
+    """Arguments for every operator, with and without the optional ones."""
+
+    def r(*shape):
+        return torch.randn(shape).to(dtype)
+
+    seed, targets = torch.tensor(3), torch.tensor([0, -1, 2])
+    rows, lse = torch.randn(3, 4), torch.randn(2, 3, 5)
+    turned = r(4, 3, 7).transpose(0, 1)
+    heads, keys, qkv = r(2, 3, 5, 8), r(2, 3, 6, 8), r(2, 5, 12)
+
+    def adamw(copies, scale):
+        tensors = [[r(3, 5), r(7)] for _ in range(4)]
+        tensors[3] = [t.abs() for t in tensors[3]]
+        twins = [t.bfloat16() for t in tensors[0]] if copies else []
+        step, lr = torch.tensor(1.0), torch.tensor(1e-3, dtype=torch.float64)
+        return (*tensors, twins, step, lr, torch.tensor(0.5) if scale else None, 0.9, 0.99, 1e-8, 0.1, copies)
+
+    f = torch.randn  # this operator is for fp32 alone
+    yield "matmul_", (f(3, 5), f(3, 4), f(5, 4).t(), f(5), False)
+    yield "matmul_", (f(3, 5), f(3, 4), f(4, 5), None, True)
+    yield "layer_norm", (r(3, 4, 7), r(7), r(7), 1e-5)
+    yield "layer_norm", (turned, r(7), None, 1e-5)
+    yield "add_layer_norm", (r(3, 4, 7), r(3, 4, 7), r(7), r(7), 1e-5)
+    yield "add_layer_norm", (turned, r(3, 4, 7), r(7), None, 1e-5)
+    yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, True)
+    yield "layer_norm_backward", (r(3, 4, 7), r(3, 4, 7), turned, r(7), rows, rows, False)
+    yield "gelu", (turned, True)
+    yield "gelu", (r(3, 4), False)
+    yield "gelu_backward", (turned, r(3, 4, 7), True)
+    yield "gelu_backward", (r(3, 4), r(3, 4), False)
+    yield "attention", (heads, heads, heads, True, 0.5, 0.0, None)
+    yield "attention", (heads.transpose(1, 2), heads.transpose(1, 2), heads.transpose(1, 2), True, 0.5, 0.2, seed)
+    yield "attention_backward", (heads, heads, heads, heads, heads, lse, True, 0.5, 0.2, seed)
+    yield "attention_backward", (heads, heads, keys, keys, heads, lse, False, 0.5, 0.0, None)
+    yield "attention_qkv", (qkv, 2, True, 0.5, 0.0, None)
+    yield "attention_qkv", (r(5, 2, 12).transpose(0, 1), 2, False, 0.5, 0.2, seed)
+    yield "attention_qkv_backward", (r(2, 5, 4), qkv, r(2, 5, 4), torch.randn(2, 2, 5), 2, True, 0.5, 0.0, None)
+    yield "attention_qkv_backward", (r(2, 5, 4), qkv, r(2, 5, 4), torch.randn(2, 2, 5), 2, True, 0.5, 0.2, seed)
+    yield "cross_entropy", (r(3, 5), targets, -1)
+    yield "cross_entropy_backward", (torch.randn(3), r(3, 5), targets, torch.randn(3), -1)
+    yield "cross_entropy_", (r(3, 5), targets, torch.tensor(0.5), -1)
+    for needs_dx in (True, False):
+        for needs_dweight in (True, False):
+            yield "linear_cross_entropy", (r(3, 5), r(7, 5), targets, -1, needs_dx, needs_dweight)
+    yield "grad_norm", ([r(3, 5), r(7)],)
+    yield "adamw_", adamw(copies=False, scale=False)
+    yield "adamw_", adamw(copies=True, scale=True)
+
+
+def test_every_operator_has_a_case():
+    assert {name for name, _ in cases(torch.float32)} == set(ops.OPERATORS)
+
+
+@pytest.mark.parametrize("number", range(len(list(cases(torch.float32)))))
+def test_every_operator_passes_opcheck(dtype, number):
+    """Schema (what it mutates, what it aliases), fake (shapes and strides) and tracing under AOTAutograd."""
+    name, arguments = list(cases(dtype))[number]
+    torch.library.opcheck(getattr(torch.ops.fastgpt, name).default, arguments)
+
+
+def test_the_reference_passes_opcheck_too():
+    """With nothing compiled loaded, the same operators run on the reference."""
+    tests = f"{Path(__file__)}::test_every_operator_passes_opcheck"
+    code = f"import pytest, sys; sys.exit(pytest.main(['-p', 'no:cacheprovider', '-k', 'float32', {tests!r}]))"
+    out, _ = python(code, FASTGPT_BACKEND="reference")
+    assert f"{len(list(cases(torch.float32)))} passed" in out
+
+
+# ---- the choice ----
+
+
+def random(*shape, **options):
+    return torch.randn(shape, requires_grad=True, **options)
+
+
+def calls():
+    """Every differentiable public function on small inputs."""
+    targets = torch.tensor([1, -1, 4])
+    yield "layer_norm", layer_norm, [random(3, 8), random(8), random(8)]
+    yield "add_layer_norm", lambda *t: add_layer_norm(*t)[0], [random(3, 8), random(3, 8), random(8)]
+    yield "gelu", gelu, [random(3, 8)]
+    yield "attention", attention, [random(2, 3, 20, 8) for _ in range(3)]
+    yield "attention_qkv", lambda t: attention_qkv(t, 2), [random(2, 20, 24)]
+    yield "cross_entropy", lambda t: cross_entropy(t, targets), [random(3, 5)]
+    yield "linear_cross_entropy", lambda *t: linear_cross_entropy(*t, targets), [random(3, 8), random(5, 8)]
+
+
+each_function = pytest.mark.parametrize(
+    ("function", "inputs"), [pytest.param(*case[1:], id=case[0]) for case in calls()]
+)
+
+
+@each_function
+def test_a_forward_on_one_backend_and_a_backward_on_another_agree(backend, function, inputs):
+    leaves = [t.detach().mT.clone(memory_format=torch.contiguous_format).mT.requires_grad_() if t.dim() > 1 else t
+              for t in inputs]  # fmt: skip
+
+    def gradients(first, second):
+        with use_backend(first):
+            out = function(*leaves)
+        with use_backend(second):
+            return torch.autograd.grad(out, leaves, torch.linspace(1, 2, out.numel()).view(out.shape))
+
+    for ours, theirs in zip(gradients("reference", backend), gradients(backend, backend), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@each_function
+def test_a_gradient_that_autograd_leaves_undefined_stops_there(backend, function, inputs):
+    class Wall(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return None
+
+    for leaf in inputs:
+        leaf.grad = None
+    Wall.apply(function(*inputs)).sum().backward()
+    assert all(leaf.grad is None or leaf.grad.count_nonzero() == 0 for leaf in inputs)
+
+
+@each_function
+def test_backends_agree(backend, function, inputs):
+    def results():
+        out = function(*inputs)
+        return out, *torch.autograd.grad(out, inputs, torch.linspace(1, 2, out.numel()).view(out.shape))
+
+    ours = results()
+    with use_backend("reference"):
+        theirs = results()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_function
+def test_a_forced_backend_that_cannot_take_a_tensor_says_so(function, inputs):
+    doubles = [t.detach().double() for t in inputs]
+    for name in ("cpp", "triton"):
+        with use_backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run torch.float64 on cpu"):
+            function(*doubles)
+
+
+def test_use_backend_holds_inside_the_block_and_no_longer():
+    def now():
+        return ops.backend_of("cpu", torch.float32)
+
+    before = now()
+    with use_backend("reference"):
+        assert now() == ("reference", "chosen")
+        with use_backend("auto"):
+            assert now()[0] != "reference" or ops.backend_of("cpu", torch.float32)[1] != "chosen"
+        assert now() == ("reference", "chosen")
+    assert now() == before
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert now() == before
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^name: 'mps' is none of auto, triton, cpp, reference$"), use_backend("mps"):
+        pass
+
+
+def test_backends_says_what_each_operator_runs_on_and_why(backend):
+    table = backends()
+    assert set(table["cpu"]) == set(ops.OPERATORS)
+    for name, answer in table["cpu"].items():
+        expected = "reference" if name in ops._cpp.left_to_torch else backend
+        assert re.fullmatch(rf"{expected} \(.+\)", answer)
+
+
+def test_float64_runs_on_the_reference_without_being_asked():
+    with use_backend("auto"):
+        assert ops.backend_of("cpu", torch.float64)[0] == "reference"
+        assert ops.backend_of("cpu", torch.float16)[0] == "reference"
+
+
+# ---- imports, each in a fresh interpreter ----
+
+LOADED = """
+    import sys, torch
+    before = set(sys.modules)
+    import fastgpt.kernels
+    from fastgpt.kernels import ops
+    x = torch.randn(3, 8, requires_grad=True)
+    fastgpt.kernels.layer_norm(x, torch.ones(8)).sum().backward()
+    print(sorted(torch.ops.loaded_libraries))
+    print(*sorted(m for m in set(sys.modules) - before if m.split(".")[0] in ("fastgpt", "triton")))
+    print(ops.backends()["cpu"]["layer_norm"])
+"""
+
+
+def test_asked_for_the_reference_nothing_compiled_is_loaded():
+    out, err = python(LOADED, FASTGPT_BACKEND="reference")
+    libraries, _, answer = out.splitlines()
+    assert libraries == "[]"
+    assert answer == "reference (FASTGPT_BACKEND=reference)"
+    assert err == ""
+
+
+def test_importing_the_kernels_imports_neither_triton_nor_the_rest_of_fastgpt(tmp_path):
+    (tmp_path / "triton").mkdir()  # stands in for Triton where there is none, and would be found first
+    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '3.6.0'\n")
+    out, _ = python(LOADED, path=f"{tmp_path}{os.pathsep}{ROOT}", FASTGPT_BACKEND="reference")
+    modules = out.splitlines()[1].split()
+    assert "fastgpt.kernels.ops" in modules
+    assert [m for m in modules if not (m == "fastgpt" or m.startswith("fastgpt.kernels"))] == []
+
+
+def test_an_unknown_name_in_the_environment_warns_and_is_ignored():
+    out, err = python("import fastgpt.kernels.ops as ops; print(ops._choice)", FASTGPT_BACKEND="cuda")
+    assert out == "auto"
+    assert "FASTGPT_BACKEND=cuda is none of auto, triton, cpp, reference" in err
+
+
+WARNINGS = """
+    import warnings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import torch
+        before = len(caught)
+        from fastgpt.kernels import backends, gelu
+        x = torch.randn(3, 8, requires_grad=True)
+        for _ in range(3):
+            gelu(x).sum().backward()
+    print(len(caught) - before)
+    print(caught[-1].message)
+    print(backends()["cpu"]["gelu"])
+    print(torch.equal(gelu(x), torch.nn.functional.gelu(x, approximate="tanh")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("libraries", "reason"),
+    [
+        ([], "the C++ kernels are not built"),
+        (["_cpu_avx2", "_cpu_avx512", "_cpu_default"], "does not load: "),
+        (["_cpu_other"], "the build has _cpu_other.abi3.so"),
+    ],
+    ids=["not built", "broken", "for another CPU"],
+)
+def test_a_machine_without_the_library_warns_once_in_one_line_and_works(tmp_path, libraries, reason):
+    shutil.copytree(ROOT / "fastgpt", tmp_path / "fastgpt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in libraries:
+        (tmp_path / "fastgpt" / "kernels" / f"{name}.abi3.so").write_bytes(b"not a library")
+    out, _ = python(WARNINGS, path=tmp_path)
+    count, message, answer, right = out.splitlines()  # one line each
+    assert count == "1"
+    assert message.startswith("fastgpt runs on plain PyTorch, slower: ")
+    assert reason in message
+    assert answer.startswith("reference (")
+    assert reason in answer
+    assert right == "True"
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_the_narrower_library_keeps_the_error_rule_too(backend):
+    """A CPU without AVX-512, as torch itself simulates it."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the tests run on the narrower library already")
+    code = """
+        import sys, pytest, fastgpt.kernels
+        print(fastgpt.kernels.backends()["cpu"]["gelu"])
+        sys.exit(pytest.main(["-p", "no:cacheprovider", "-k",
+                              "cpp and (as_accurate or any_strides or mask)", *FILES]))
+    """
+    files = [
+        Path(__file__).with_name(f"test_{name}.py") for name in ("layer_norm", "gelu", "attention", "cross_entropy")
+    ]
+    code = code.replace("FILES", repr([*map(str, files)]))
+    out, _ = python(code, ATEN_CPU_CAPABILITY="avx2")
+    assert out.splitlines()[0] == "cpp (avx2)"
+    assert int(re.search(r"(\d+) passed", out)[1]) > 100
+
+
+# ---- these tests' own ground ----
+
+
+def test_memory_is_handed_out_full_of_nan(memory_of_nan):
+    """To ``torch.empty`` and, by the call that csrc/tensor.h makes, to the C++ kernels."""
+    if not memory_of_nan:
+        pytest.skip("no glibc")
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+    for n in (1, 63, 1000, 100_000, 3_000_000):
+        assert torch.empty(n).isnan().all()
+        handle, address = ctypes.c_void_p(), ctypes.c_void_p()
+        failed = library.aoti_torch_empty_strided(
+            ctypes.c_int64(1), (ctypes.c_int64 * 1)(n), (ctypes.c_int64 * 1)(1), library.aoti_torch_dtype_float32(),
+            library.aoti_torch_device_type_cpu(), 0, ctypes.byref(handle),
+        )  # fmt: skip
+        assert not failed
+        library.aoti_torch_get_data_ptr(handle, ctypes.byref(address))
+        memory = torch.frombuffer((ctypes.c_float * n).from_address(address.value), dtype=torch.float32)
+        assert memory.isnan().all()
+        library.aoti_torch_delete_tensor_object(handle)
+
+
+@pytest.mark.parametrize("ours", [2.0, 0.5, torch.nan], ids=["too large", "too small", "NaN"])
+def test_the_error_rule_can_be_broken(rule, ours):
+    one = torch.ones(3)
+    rule.error("right", one, [one], one.double(), torch.float32, rule.output)
+    with pytest.raises(AssertionError, match=r"^wrong: error"):
+        rule.error("wrong", one * ours, [one], one.double(), torch.float32, rule.output)

@@ -1,0 +1,160 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastgpt.errors import RequestError
+from fastgpt.train import checkpoint
+
+RUN_STATE = checkpoint.State(
+    step=3, best_val_loss=1 / 3, best_step=2, tokens=12345, loader={"rng": {"state": 2**100}}, model={"n_layer": 2}
+)
+
+
+def state(step, best_step=None):
+    return dataclasses.replace(RUN_STATE, step=step, best_step=best_step)
+
+
+def tensors(seed=0):
+    """Parameters and moments that share one buffer, as a ParameterStore's do."""
+    flat = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed))
+    parameters, first, second = ({"a": row[:4].view(2, 2), "b.weight": row[4:]} for row in flat)
+    return parameters, {"exp_avg": first, "exp_avg_sq": second}
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+    parameters, moments = tensors()
+    parameters["a"][0, 0] = -0.0
+    parameters["a"][0, 1] = torch.finfo(torch.float32).smallest_normal / 4
+    path = checkpoint.save(tmp_path, RUN_STATE, parameters, moments)
+    assert path == checkpoint.folder(tmp_path, 3) == tmp_path / "checkpoints" / "step-0000003"
+    assert checkpoint.load_state(path) == RUN_STATE
+    assert_equal(checkpoint.load_parameters(path), parameters)
+    assert torch.signbit(checkpoint.load_parameters(path)["a"][0, 0])
+    loaded = checkpoint.load_moments(path)
+    assert loaded.keys() == moments.keys()
+    for kind in moments:
+        assert_equal(loaded[kind], moments[kind])
+
+
+def test_the_files_are_those_that_are_documented(tmp_path):
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    assert {file.name for file in path.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_torchs_random_sequence_goes_on_where_it_stood(tmp_path):
+    torch.manual_seed(5)
+    torch.rand(3)
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    expected = torch.rand(4)
+    torch.manual_seed(6)
+    checkpoint.load_moments(path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_generators_state_of_128_bits_survives_json(tmp_path):
+    rng = np.random.Generator(np.random.PCG64(3))
+    rng.integers(10, size=3)  # leaves half of a word in the generator
+    saved = dataclasses.replace(RUN_STATE, loader={"rng": rng.bit_generator.state})
+    path = checkpoint.save(tmp_path, saved, *tensors())
+    expected = rng.integers(1000, size=9)
+    other = np.random.Generator(np.random.PCG64(4))
+    other.bit_generator.state = checkpoint.load_state(path).loader["rng"]
+    assert np.array_equal(other.integers(1000, size=9), expected)
+
+
+def test_saving_leaves_the_tensors_where_they_are(tmp_path):
+    parameters, moments = tensors()
+    addresses = [tensor.data_ptr() for tensor in parameters.values()]
+    checkpoint.save(tmp_path, RUN_STATE, parameters, moments)
+    assert [tensor.data_ptr() for tensor in parameters.values()] == addresses
+    assert_equal(parameters, tensors()[0])
+
+
+def test_only_the_best_earlier_checkpoint_is_kept(tmp_path):
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        checkpoint.save(tmp_path, state(step, best), *tensors())
+    assert checkpoint.steps(tmp_path) == [2, 4]
+    checkpoint.save(tmp_path, state(5, 5), *tensors())
+    assert checkpoint.steps(tmp_path) == [5]
+
+
+def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
+    for step in (9, 10, 10_000_000):
+        checkpoint.save(tmp_path, state(step, 9), *tensors())
+    assert checkpoint.newest(tmp_path) == checkpoint.folder(tmp_path, 10_000_000)
+    assert checkpoint.newest(tmp_path).is_dir()
+
+
+def test_a_step_saved_again_replaces_the_first(tmp_path):
+    checkpoint.save(tmp_path, state(1), *tensors(seed=0))
+    path = checkpoint.save(tmp_path, state(1), *tensors(seed=1))
+    assert_equal(checkpoint.load_parameters(path), tensors(seed=1)[0])
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("fails_at", ["model.safetensors", "optimizer.safetensors", "rename"])
+def test_a_checkpoint_that_was_not_finished_is_never_seen(tmp_path, monkeypatch, fails_at):
+    checkpoint.save(tmp_path, state(1), *tensors(seed=0))
+    write = checkpoint.save_file
+
+    def half_a_file(content, path, **options):
+        write(content, path, **options)
+        if path.name == fails_at:
+            path.write_bytes(path.read_bytes()[:20])
+            raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        if fails_at == "rename":
+            patch.setattr(checkpoint.Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        else:
+            patch.setattr(checkpoint, "save_file", half_a_file)
+        with pytest.raises(OSError, match=r"no space|power cut"):
+            checkpoint.save(tmp_path, state(2), *tensors(seed=1))
+    assert checkpoint.steps(tmp_path) == [1]
+    assert_equal(checkpoint.load_parameters(checkpoint.newest(tmp_path)), tensors(seed=0)[0])
+    path = checkpoint.save(tmp_path, state(2), *tensors(seed=1))  # the remains are in nobody's way
+    assert_equal(checkpoint.load_parameters(path), tensors(seed=1)[0])
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_other_folders_among_the_checkpoints_are_no_checkpoints(tmp_path):
+    checkpoint.save(tmp_path, state(1), *tensors())
+    for name in ("step-0000009.partial", "step-best", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_run_without_a_checkpoint_is_a_wrong_request(tmp_path):
+    with pytest.raises(RequestError, match="holds no checkpoint; train a run with --out_dir"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step": 1, "unheard_of": 2}', None])
+def test_a_damaged_state_is_a_wrong_request_that_names_the_file(tmp_path, content):
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    (path / "state.json").unlink() if content is None else (path / "state.json").write_text(content)
+    with pytest.raises(RequestError, match=r"state\.json cannot be read"):
+        checkpoint.load_state(path)
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-8]), lambda file: file.unlink()])
+def test_damaged_tensors_are_a_wrong_request_that_names_the_file(tmp_path, name, damage):
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    damage(path / f"{name}.safetensors")
+    load = checkpoint.load_parameters if name == "model" else checkpoint.load_moments
+    with pytest.raises(RequestError, match=rf"{name}\.safetensors cannot be read"):
+        load(path)
+
+
+def test_the_state_is_json_that_others_can_read(tmp_path):
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    assert json.loads((path / "state.json").read_text()) == dataclasses.asdict(RUN_STATE)

@@ -1,0 +1,215 @@
+import argparse
+
+import pytest
+
+from fastgpt.errors import RequestError
+from fastgpt.model.config import padded_vocab_size
+from fastgpt.train.config import TrainConfig, parse
+from fastgpt.train.presets import PRESETS
+
+_NAMES = """
+    device compile dtype eval_interval eval_iters log_interval block_size batch_size gradient_accumulation_steps
+    n_layer n_head n_embd bias max_iters lr_decay_iters learning_rate min_lr warmup_iters beta1 beta2 weight_decay
+    grad_clip dropout init_from out_dir dataset
+"""
+NANOGPT_NAMES = _NAMES.split()
+
+
+def config(*argv):
+    return parse(argv, PRESETS)
+
+
+def refusal(*argv):
+    with pytest.raises(RequestError) as caught:
+        config(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", NANOGPT_NAMES)
+def test_nanogpts_flags_exist_under_their_names(name):
+    value = getattr(config(), name)
+    assert getattr(config(f"--{name}={value}"), name) == value
+
+
+def test_without_flags_the_quickstart_runs():
+    assert config() == config("--preset", "quickstart") == TrainConfig(**PRESETS["quickstart"])
+    assert config().preset == "quickstart"
+
+
+def test_the_defaults_beneath_the_presets_are_nanogpts():
+    plain = TrainConfig()
+    assert (plain.n_layer, plain.n_head, plain.n_embd, plain.block_size) == (12, 12, 768, 1024)
+    assert (plain.learning_rate, plain.min_lr, plain.warmup_iters, plain.lr_decay_iters) == (6e-4, 6e-5, 2000, 600_000)
+    assert (plain.beta1, plain.beta2, plain.weight_decay, plain.grad_clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (plain.max_iters, plain.batch_size, plain.eval_interval, plain.eval_iters) == (600_000, 12, 2000, 200)
+
+
+@pytest.mark.parametrize("flag", ["--max_iters=7", "--max-iters=7"])
+def test_underscores_and_dashes_are_alike(flag):
+    assert config(flag).max_iters == config(*flag.split("=")).max_iters == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--compile=True"], True),
+        (["--compile=False"], False),
+        (["--compile", "False"], False),
+        (["--compile", "true"], True),
+        (["--compile"], True),
+        (["--compile", "--max_iters=3"], True),
+        ([], False),
+    ],
+)
+def test_a_yes_or_no_flag_takes_a_value_or_stands_alone(argv, expected):
+    assert config(*argv).compile is expected
+
+
+def test_bias_false_is_false():
+    assert config("--bias", "False").bias is False
+    assert config("--bias=0").bias is False
+
+
+def test_overwrite_needs_no_value():
+    assert config("--overwrite").overwrite is True
+    assert config().overwrite is False
+
+
+def test_flags_override_the_preset_wherever_they_stand():
+    preset = config("--preset", "shakespeare-char")
+    assert (preset.dropout, preset.n_layer, preset.beta2) == (0.2, 6, 0.99)
+    for argv in (["--preset", "shakespeare-char", "--n_layer", "2"], ["--n_layer=2", "--preset=shakespeare-char"]):
+        assert (config(*argv).n_layer, config(*argv).dropout) == (2, 0.2)
+
+
+def test_a_flag_that_repeats_a_default_still_overrides_the_preset():
+    assert config("--preset", "shakespeare-char", "--dropout", "0.0").dropout == 0.0
+
+
+def test_a_run_lies_in_a_folder_of_its_presets_name():
+    assert config("--preset", "gpt2-30m").out_dir == "runs/gpt2-30m"
+    assert config("--preset", "gpt2-30m", "--out_dir", "elsewhere").out_dir == "elsewhere"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_valid_run_of_a_valid_model(name):
+    run = config("--preset", name)
+    model = run.model(padded_vocab_size(50257))
+    assert (model.n_layer, model.n_head, model.n_embd) == (run.n_layer, run.n_head, run.n_embd)
+    assert (model.block_size, model.dropout, model.bias) == (run.block_size, run.dropout, run.bias)
+    assert model.vocab_size == 50304
+    assert run.warmup_iters < run.lr_decay_iters == run.max_iters  # the schedule fits the run
+    assert run.min_lr == pytest.approx(run.learning_rate / 10)
+    assert run.max_iters > run.eval_interval
+
+
+def test_the_presets_are_those_that_are_documented():
+    documented = "quickstart shakespeare-char shakespeare-char-cpu gpt2-30m gpt2-124m gpt2-350m gpt2-774m gpt2-1558m"
+    assert set(PRESETS) == set(documented.split())
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gpt2-")])
+def test_a_gpt2_preset_takes_half_a_million_tokens_a_step_and_has_the_size_in_its_name(name):
+    run = config("--preset", name)
+    assert run.tokens_per_step == 524_288
+    config("--preset", name, "--expect_params", name.removeprefix("gpt2-")).model(50304)
+    with pytest.raises(RequestError, match="this model has"):
+        config("--preset", name, "--expect_params", "200M").model(50304)
+
+
+@pytest.mark.parametrize("count", ["124M", "124.4M", "0.124B", "124000K", "124000000", " 124m ", "123.7M"])
+def test_a_size_that_the_model_has_is_accepted_however_it_is_written(count):
+    assert config("--preset", "gpt2-124m", "--expect_params", count).model(50304).n_layer == 12
+
+
+def test_a_model_of_another_size_than_expected_is_refused_with_its_size():
+    with pytest.raises(RequestError, match=r"--expect_params 124M, but this model has 134.37M parameters.*n_layer=12"):
+        config("--preset", "gpt2-124m", "--n_embd=804", "--expect_params", "124M").model(50304)
+
+
+@pytest.mark.parametrize("count", ["large", "-3M", "0", "M", "1.2.3M", "nan"])
+def test_an_expected_size_that_is_no_count_is_refused(count):
+    with pytest.raises(RequestError, match="124M"):
+        config(f"--expect_params={count}").model(50304)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("gpt2-124", "gpt2-124m"), ("quick-start", "quickstart"), ("shakespeare_char", "shakespeare-char")],
+)
+def test_an_unknown_preset_is_answered_with_the_nearest(typed, meant):
+    message = refusal("--preset", typed)
+    assert f"unknown preset '{typed}'; did you mean {meant}?" in message
+    assert all(name in message for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--learning_rte", "--learning_rate"), ("--max-iter", "--max_iters"), ("--batchsize=4", "--batch_size")],
+)
+def test_an_unknown_flag_is_answered_with_the_nearest(typed, meant):
+    assert f"unknown flag {typed.partition('=')[0]}; did you mean {meant}?" in refusal(typed)
+
+
+def test_a_flag_that_is_near_to_none_gets_no_suggestion():
+    message = refusal("--zzzzzz", "1")
+    assert "unknown flag --zzzzzz" in message
+    assert "did you mean" not in message
+
+
+def test_a_flag_is_never_guessed_from_its_beginning():
+    assert "unknown flag --max_it" in refusal("--max_it", "5")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--max_iters", "many"], "max_iters"),
+        (["--max_iters=1.5"], "max_iters"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--bias", "perhaps"], "expected True or False, not 'perhaps'"),
+        (["--dtype", "float8"], "float8"),
+        (["--init_from", "gpt3"], "resume"),
+        (["--backend", "cuda"], "reference"),
+        (["--max_iters"], "max_iters"),
+        (["surplus"], "unexpected argument 'surplus'"),
+        (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps must be at least 1"),
+        (["--max_iters=0"], "--max_iters must be at least 1"),
+        (["--eval_interval=0"], "--eval_interval must be at least 1"),
+        (["--eval_iters=0"], "--eval_iters must be at least 1"),
+        (["--log_interval=-1"], "--log_interval must be at least 1"),
+        (["--checkpoint_interval=-1"], "--checkpoint_interval must not be negative"),
+        (["--max_hours=-1"], "--max_hours must not be negative"),
+        (["--learning_rate=-1"], "--learning_rate must not be negative"),
+        (["--weight_decay=-1"], "--weight_decay must not be negative"),
+        (["--grad_clip=-1"], "--grad_clip must not be negative"),
+        (["--seed=-1"], "--seed must not be negative"),
+        (["--beta2=1.0"], "--beta2 must be in [0, 1)"),
+        (["--beta1=-0.1"], "--beta1 must be in [0, 1)"),
+        (["--warmup_iters=500", "--lr_decay_iters=400"], "--lr_decay_iters=400"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_in_a_line_that_names_it(argv, said):
+    assert said in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--n_head=3", "n_embd=128 is not divisible by n_head=3"), ("--dropout=1", "dropout"), ("--n_layer=0", "n_layer")],
+)
+def test_a_model_that_cannot_be_is_refused(flag, said):
+    with pytest.raises(RequestError, match=said):
+        config(flag).model(256)
+
+
+def test_help_names_every_flag_and_preset(capsys):
+    with pytest.raises(SystemExit) as caught:
+        config("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in NANOGPT_NAMES)
+    assert all(name in text for name in PRESETS)
+    assert argparse.SUPPRESS not in text

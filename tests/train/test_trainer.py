@@ -1,0 +1,379 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.data.shards import open_dataset, write_shard
+from fastgpt.errors import RequestError
+from fastgpt.kernels import use_backend
+from fastgpt.train import checkpoint
+from fastgpt.train.log import read_metrics
+
+
+def losses(run):
+    return {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl")["train"]}
+
+
+def evaluations(run):
+    return {record["step"]: record["val_loss"] for record in read_metrics(run / "metrics.jsonl")["eval"]}
+
+
+def weights(run):
+    return checkpoint.load_parameters(checkpoint.newest(run))
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stop_after(trainer, steps, number):
+    """Have ``trainer`` receive a signal during its update number ``steps``."""
+    update = trainer._update
+
+    def interrupted():
+        if trainer.step + 1 == steps:
+            signal.raise_signal(number)
+        return update()
+
+    trainer._update = interrupted
+
+
+# ---- what a run leaves behind ----
+
+
+def test_a_run_leaves_its_configuration_metrics_checkpoint_and_plot(trainer, tmp_path):
+    run = tmp_path / "run"
+    assert trainer().train() == 0
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "loss.png"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["n_embd"] == config["model"]["n_embd"] == 16
+    assert config["tokenizer"]["name"] == "char"
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert list(evaluations(run)) == [0, 4, 8]
+    assert checkpoint.newest(run).name == "step-0000008"
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_written_outside_the_run(trainer, data_dir, tmp_path, monkeypatch):
+    before = files_of(data_dir)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    trainer().train()
+    assert files_of(data_dir) == before
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_metrics_add_up(trainer, tmp_path):
+    trainer(gradient_accumulation_steps=3, log_interval=2, max_iters=5).train()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")["train"]
+    assert [record["step"] for record in records] == [2, 4, 5]  # the last step is always logged
+    for record in records:
+        assert record["tokens"] == record["step"] * 3 * 4 * 16
+        assert record["tokens_per_s"] == pytest.approx(3 * 4 * 16 / (record["ms"] / 1e3))
+        assert record["grad_norm"] > 0
+        assert record["mfu"] is None  # no peak is known of a CPU
+    # Warm-up over two updates to 1e-2: the third update is the first at the peak.
+    assert records[0]["lr"] == pytest.approx(1e-2 * 2 / 3)
+
+
+def test_the_loss_falls(trainer, tmp_path):
+    trainer(max_iters=60, lr_decay_iters=60, eval_interval=30).train()
+    run = tmp_path / "run"
+    assert evaluations(run)[60] < evaluations(run)[0] - 0.4
+    assert losses(run)[60] < losses(run)[1] - 0.4
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(trainer, tmp_path):
+    flags = {"max_iters": 3, "dropout": 0.1}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer(out_dir=tmp_path / name, seed=seed, **flags).train()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert not set(losses(tmp_path / "a").values()) & set(losses(tmp_path / "c").values())
+
+
+def test_a_bfloat16_run_on_the_cpu_learns_as_a_float32_one_does(trainer, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        trainer(out_dir=tmp_path / dtype, dtype=dtype, max_iters=30, lr_decay_iters=30, eval_interval=30).train()
+    full, half = (evaluations(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert half[30] < half[0] - 0.3
+    assert half[30] == pytest.approx(full[30], rel=0.05)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
+
+
+def test_without_clipping_the_gradient_norm_is_not_taken(trainer, tmp_path):
+    trainer(grad_clip=0, max_iters=1).train()
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")["train"][0]["grad_norm"] is None
+
+
+# ---- batches and evaluation ----
+
+
+def test_two_micro_batches_are_one_batch_of_twice_the_size(trainer, tmp_path):
+    # Without biases: the gradient of a key's bias is nothing but rounding, which AdamW blows up to full size.
+    whole = trainer(out_dir=tmp_path / "a", bias=False, batch_size=8)
+    halves = trainer(out_dir=tmp_path / "b", bias=False, batch_size=4, gradient_accumulation_steps=2)
+    for _ in range(2):  # the loader draws the same crops either way, so the runs see the same tokens
+        x, _ = whole.loaders["train"].next()
+        parts = [halves.loaders["train"].next()[0] for _ in range(2)]
+        assert torch.equal(x, torch.cat(parts))
+    for one in (whole, halves):
+        one.train()
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert a == pytest.approx(b, rel=1e-5)
+    for name, tensor in weights(tmp_path / "a").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], rtol=1e-3, atol=1e-5)
+
+
+def test_evaluating_more_often_does_not_disturb_training(trainer, tmp_path):
+    for name, interval in (("rarely", 8), ("often", 1)):
+        trainer(out_dir=tmp_path / name, dropout=0.3, eval_interval=interval, checkpoint_interval=8).train()
+    assert len(evaluations(tmp_path / "often")) == 9
+    assert len(evaluations(tmp_path / "rarely")) == 2
+    assert losses(tmp_path / "often") == losses(tmp_path / "rarely")
+    assert evaluations(tmp_path / "often")[8] == evaluations(tmp_path / "rarely")[8]
+
+
+def test_evaluation_is_without_dropout_and_repeatable(trainer, tmp_path):
+    dropping = trainer(out_dir=tmp_path / "a", dropout=0.5)
+    plain = trainer(out_dir=tmp_path / "b", dropout=0.0)
+    assert dropping.evaluate("val") == dropping.evaluate("val") == plain.evaluate("val")
+    assert dropping.evaluate("train") != dropping.evaluate("val")
+    assert dropping.model.training
+
+
+def test_evaluation_leaves_no_gradient(trainer):
+    one = trainer()
+    one.evaluate("val")
+    assert one.store.grad.count_nonzero() == 0
+
+
+def test_the_best_checkpoint_stays_and_earlier_ones_go(trainer, tmp_path):
+    one = trainer(eval_interval=2)
+    scripted = iter([9.0, 3.0, 1.0, 2.0, 4.0])  # at steps 0, 2, 4, 6, 8
+    one.evaluate = lambda split: next(scripted) if split == "val" else 5.0
+    one.train()
+    assert checkpoint.steps(tmp_path / "run") == [4, 8]
+    state = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))
+    assert (state.best_step, state.best_val_loss) == (4, 1.0)
+
+
+def test_checkpoints_can_be_more_frequent_than_evaluations(trainer, tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: saved.append(args[1].step) or save(*args))
+    trainer(checkpoint_interval=3).train()
+    assert saved == [3, 6, 8]
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize("flags", [{}, {"dropout": 0.2, "gradient_accumulation_steps": 2, "dtype": "bfloat16"}])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, flags):
+    trainer(out_dir=tmp_path / "whole", **flags).train()
+    trainer(out_dir=tmp_path / "parts", max_iters=3, **flags).train()
+    torch.rand(7)  # whatever the process did in between
+    trainer(out_dir=tmp_path / "parts", init_from="resume", **flags).train()
+    whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    a, b = checkpoint.load_state(whole), checkpoint.load_state(parts)
+    assert (a.step, a.tokens, a.loader) == (b.step, b.tokens, b.loader)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert evaluations(tmp_path / "whole")[8] == evaluations(tmp_path / "parts")[8]
+
+
+def test_the_best_checkpoint_of_before_the_interruption_stays(trainer, tmp_path):
+    for steps, scripted in ((4, [9.0, 1.0, 2.0]), (8, [3.0, 4.0])):  # at steps 0, 2, 4; at 6, 8
+        losses = iter(scripted)
+        one = trainer(eval_interval=2, max_iters=steps, init_from="resume" if steps == 8 else "scratch")
+        one.evaluate = lambda split, losses=losses: next(losses) if split == "val" else 5.0
+        one.train()
+    assert checkpoint.steps(tmp_path / "run") == [2, 8]
+
+
+def test_resuming_a_finished_run_changes_nothing_it_has_learnt(trainer, tmp_path):
+    trainer().train()
+    before = weights(tmp_path / "run")
+    assert trainer(init_from="resume").train() == 0
+    assert checkpoint.steps(tmp_path / "run")[-1] == 8
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
+
+
+def test_a_resume_with_another_architecture_names_both_shapes(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match=r"cannot resume.*n_layer=1, n_head=2.*the request is n_layer=2, n_head=4"):
+        trainer(init_from="resume", n_layer=2, n_head=4)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_resume_may_change_dropout_and_the_learning_rate(trainer, tmp_path):
+    trainer(max_iters=2).train()
+    trainer(init_from="resume", dropout=0.4, learning_rate=5e-3).train()
+    assert checkpoint.newest(tmp_path / "run").name == "step-0000008"
+
+
+def test_nothing_to_resume_is_a_wrong_request_that_leaves_no_folder(trainer, tmp_path):
+    with pytest.raises(RequestError, match="holds no checkpoint"):
+        trainer(init_from="resume")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_a_wrong_request(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    file = checkpoint.newest(tmp_path / "run") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RequestError, match="cannot be read"):
+        trainer(init_from="resume")
+
+
+# ---- folders ----
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_left_alone(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match=r"already holds a run: pass --overwrite.*--init_from resume"):
+        trainer(max_iters=2)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_overwriting_replaces_the_run_and_nothing_else_in_its_folder(trainer, tmp_path):
+    run = tmp_path / "run"
+    trainer(max_iters=3).train()
+    (run / "notes.txt").write_text("mine")
+    (run / "plots").mkdir()
+    (run / "plots" / "a.png").write_text("also mine")
+    trainer(max_iters=1, overwrite=True).train()
+    assert list(losses(run)) == [1]
+    assert checkpoint.steps(run) == [1]
+    assert (run / "notes.txt").read_text() == "mine"
+    assert (run / "plots" / "a.png").read_text() == "also mine"
+
+
+def test_a_wrong_request_with_overwrite_leaves_the_earlier_run_alone(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    before = files_of(tmp_path / "run")
+    for flags in ({"n_head": 3}, {"block_size": 10_000_000}, {"dataset": "nowhere"}, {"device": "tpu"}):
+        with pytest.raises(RequestError):
+            trainer(overwrite=True, **flags)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_folder_with_other_things_in_it_may_hold_a_run(trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert trainer(max_iters=1).train() == 0
+
+
+def test_a_file_cannot_be_a_run(trainer, tmp_path):
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(RequestError, match="is a file"):
+        trainer()
+
+
+# ---- requests that this machine or dataset cannot meet ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"device": "tpu"}, "--device takes cpu, cuda, cuda:N or auto, not 'tpu'"),
+        ({"device": "meta"}, "--device meta is not supported"),
+        ({"device": "cuda:99"}, "PyTorch sees [0-9]+ CUDA devices"),
+        ({"backend": "triton"}, "backend 'triton' cannot run torch.float32 on cpu"),
+        ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
+        ({"block_size": 1_000_000}, "training split of words has [0-9]+ tokens, too few"),
+        ({"expect_params": "124M"}, "this model has 0.00M"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(trainer, tmp_path, flags, said):
+    with use_backend(flags.get("backend", "auto")), pytest.raises(RequestError, match=said):
+        trainer(**flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_large_vocabularies_are_padded(trainer, data_dir, tmp_path):
+    tokens = open_dataset("words", data_dir).train[0]
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"{split}.bin", tokens[:500])
+    assert trainer(dataset=tmp_path / "train.bin").model_config.vocab_size == 50304  # of a bare file, GPT-2's
+    assert trainer().model_config.vocab_size == open_dataset("words", data_dir).vocab_size
+
+
+# ---- stopping early ----
+
+
+def test_a_time_limit_ends_the_run_with_a_checkpoint_to_go_on_from(trainer, tmp_path):
+    run = tmp_path / "run"
+    trainer(out_dir=tmp_path / "whole").train()
+    assert trainer(max_hours=1e-9).train() == 0
+    assert checkpoint.steps(run) == [1]
+    trainer(init_from="resume").train()
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(trainer, tmp_path, number, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    trainer(out_dir=tmp_path / "whole").train()
+    one = trainer()
+    stop_after(one, 3, number)
+    assert one.train() == 128 + number
+    assert checkpoint.steps(tmp_path / "run") == [3]
+    assert f"stopped by {number.name} at step 3" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    trainer(init_from="resume").train()
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_ends_the_run_as_usual(trainer, tmp_path):
+    one = trainer()
+    stop_after(one, 8, signal.SIGTERM)
+    assert one.train() == 0
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_a_second_signal_ends_the_run_at_once(trainer):
+    one = trainer()
+    one._update = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        one.train()
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_a_killed_process_exits_with_128_plus_the_signal_and_a_checkpoint(data_dir, tmp_path):
+    run = tmp_path / "run"
+    flags = [
+        "--dataset=words", f"--data_dir={data_dir}", f"--out_dir={run}", "--max_iters=1000000", "--eval_iters=1",
+        "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--log_interval=1",
+        "--device=cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgpt.train", *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "FASTGPT_BACKEND": "reference"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        metrics = run / "metrics.jsonl"
+        while time.monotonic() < deadline and not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+    state = checkpoint.load_state(checkpoint.newest(run))
+    assert state.step == max(losses(run)) >= 1
+    assert Path(checkpoint.newest(run), "model.safetensors").stat().st_size > 1000
