@@ -67,9 +67,9 @@ def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[s
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(_owned(parameters), partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
-    save_file({**_owned(optimizer), **_random_state()}, partial / "optimizer.safetensors")
+    save_file({**_on_cpu(optimizer), **_random_state()}, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -84,9 +84,9 @@ def _random_state() -> dict[str, Tensor]:
     return {**state, "rng_state.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
-def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: safetensors refuses views that share one buffer."""
-    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Nothing is copied of what is there already: views of one buffer may be saved if they do not overlap."""
+    return {name: t.detach().cpu() for name, t in tensors.items()}
 
 
 def load_state(path: Path) -> State:

@@ -174,4 +174,17 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
         raise RequestError(
             f"unknown preset '{preset}'{did_you_mean(preset, list(presets))} (there are {', '.join(presets)})"
         )
-    return TrainConfig(**{**presets[preset], **given, "preset": preset})
+    values = {**presets[preset], **given, "preset": preset}
+    return TrainConfig(**{**values, **_rates_for_width(values, given, presets[preset].get("n_embd"))})
+
+
+def _rates_for_width(values: dict[str, Any], given: dict[str, Any], preset_width: int | None) -> dict[str, float]:
+    """The preset's learning rates carried over to another ``n_embd``, unless the flags give rates of their own.
+
+    Adam's best rate falls as 1 / width (Yang and Hu et al., "Tensor Programs V", 2022), so a preset made
+    narrower without this would train too slowly, and one made wider might diverge.
+    """
+    if preset_width is None or values["n_embd"] < 1 or "learning_rate" in given:
+        return {}
+    names = [name for name in ("learning_rate", "min_lr") if name in values and name not in given]
+    return {name: values[name] * preset_width / values["n_embd"] for name in names}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,16 +16,15 @@ class RunLog:
 
     Args:
         path: ``metrics.jsonl``; appended to.
-        first_step: the step that the run starts or resumes at.
         max_iters: the step that it ends at.
         console: where to show; standard output by default.
     """
 
-    def __init__(self, path: Path, first_step: int, max_iters: int, console: Console | None = None) -> None:
+    def __init__(self, path: Path, max_iters: int, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._file = path.open("a", buffering=1)
-        self._first_step, self._max_iters = first_step, max_iters
-        self._started = time.perf_counter()
+        self._max_iters = max_iters
+        self._step_ms: float | None = None  # running mean
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "RunLog":
@@ -64,8 +62,8 @@ class RunLog:
 
     def _progress(self, values: dict[str, Any]) -> str:
         step = values["step"]
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / (step - self._first_step) * (self._max_iters - step)
+        self._step_ms = values["ms"] if self._step_ms is None else 0.9 * self._step_ms + 0.1 * values["ms"]
+        left = self._step_ms / 1e3 * (self._max_iters - step)  # without the evaluations still to come
         speed = f"MFU {values['mfu']:.1%}" if values["mfu"] is not None else f"{values['tflops']:.3g} TFLOP/s"
         return (
             f"step {step}/{self._max_iters}  loss {values['loss']:.4f}  {values['ms']:.1f} ms  "

@@ -76,6 +76,11 @@ class Trainer:
             max_grad_norm=config.grad_clip or None,
             copies=self.store.copies(groups),
         )
+        # AdamW's moments in one buffer each, like the parameters.
+        self.moments = {kind: torch.zeros_like(self.store.master) for kind in ("exp_avg", "exp_avg_sq")}
+        for i, group in enumerate(groups):
+            parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
+            self.optimizer.state[group["params"][0]] = {"step": torch.zeros((), device=self.device), **parts}
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.step = self.tokens = 0
         self.val_loss: tuple[int, float] | None = None  # of the last evaluation, and its step
@@ -99,7 +104,7 @@ class Trainer:
         deadline = time.monotonic() + (config.max_hours * 3600 or math.inf)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with RunLog(self.run / run_folder.METRICS, self.step, config.max_iters) as log:
+            with RunLog(self.run / run_folder.METRICS, config.max_iters) as log:
                 log.say(self._introduction())
                 status = self._loop(log, deadline)
                 if status == 0:
@@ -211,15 +216,8 @@ class Trainer:
             loader=self.loaders["train"].state_dict(),
             model=asdict(self.model_config),
         )
-        return checkpoint.save(self.run, state, self.store.named(self.store.master), self._moments())
-
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's moments by parameter name."""
-        flat = [group["params"][0] for group in self.optimizer.param_groups]
-        return {
-            kind: self.store.named(torch.cat([self.optimizer.state[tensor][kind] for tensor in flat]))
-            for kind in ("exp_avg", "exp_avg_sq")
-        }
+        moments = {kind: self.store.named(flat) for kind, flat in self.moments.items()}
+        return checkpoint.save(self.run, state, self.store.named(self.store.master), moments)
 
     def _find_checkpoint(self) -> Path:
         """The checkpoint to resume from, its architecture checked."""
@@ -235,15 +233,11 @@ class Trainer:
     def _load(self, path: Path) -> None:
         state = checkpoint.load_state(path)
         self.store.load(checkpoint.load_parameters(path))
-        flat = [group["params"][0] for group in self.optimizer.param_groups]
-        for tensor in flat:
-            self.optimizer.state[tensor] = {"step": torch.tensor(float(state.step), device=self.device)}
         for kind, named in checkpoint.load_moments(path).items():
-            moments = torch.zeros_like(self.store.master)
-            for name, view in self.store.named(moments).items():
+            for name, view in self.store.named(self.moments[kind]).items():
                 view.copy_(named[name])
-            for tensor, part in zip(flat, self.store.parts(moments), strict=True):
-                self.optimizer.state[tensor][kind] = part
+        for optimizer_state in self.optimizer.state.values():
+            optimizer_state["step"].fill_(state.step)
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
         self.loaders["train"].load_state_dict(state.loader)
@@ -256,7 +250,8 @@ class Trainer:
         return (
             f"{c.preset}: {m.n_params / 1e6:.2f}M parameters ({m.n_params_without_positions / 1e6:.2f}M without "
             f"positions), {m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}\n"
-            f"data: {self.dataset.path}, {c.tokens_per_step:,} tokens a step {start} {c.max_iters:,} steps\n"
+            f"data: {self.dataset.path}, {c.tokens_per_step:,} tokens a step {start} {c.max_iters:,} steps, "
+            f"learning rate {c.learning_rate:g} to {c.min_lr:g}\n"
             f"device: {hardware.device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         )
 

@@ -99,3 +99,8 @@ def test_a_dropout_that_is_no_probability_is_refused(dropout):
 )
 def test_large_vocabularies_are_padded_to_a_multiple_of_128_and_small_ones_left_alone(size, padded):
     assert padded_vocab_size(size) == padded
+
+
+def test_heads_wider_than_the_kernels_take_are_refused():
+    with pytest.raises(ValueError, match=r"makes heads of 512; .* n_head=2 or more"):
+        GPTConfig(n_embd=512, n_head=1)

@@ -213,3 +213,27 @@ def test_help_names_every_flag_and_preset(capsys):
     assert all(f"--{name}" in text for name in NANOGPT_NAMES)
     assert all(name in text for name in PRESETS)
     assert argparse.SUPPRESS not in text
+
+
+@pytest.mark.parametrize("flag", ["learning_rate", "dropout", "max_hours"])
+def test_a_number_that_is_none_is_refused(flag):
+    with pytest.raises(RequestError, match=f"--{flag} must be a finite number"):
+        parse([f"--{flag}=nan"], PRESETS)
+
+
+def test_a_preset_of_another_width_gets_a_learning_rate_for_that_width():
+    preset = PRESETS["shakespeare-char"]
+    narrow = parse(["--preset=shakespeare-char", "--n_embd=128"], PRESETS)
+    assert narrow.learning_rate == pytest.approx(preset["learning_rate"] * preset["n_embd"] / 128)
+    assert narrow.min_lr == pytest.approx(preset["min_lr"] * preset["n_embd"] / 128)
+
+
+def test_a_learning_rate_that_is_given_is_taken_at_any_width():
+    config = parse(["--preset=shakespeare-char", "--n_embd=128", "--learning_rate=5e-4"], PRESETS)
+    assert (config.learning_rate, config.min_lr) == (5e-4, PRESETS["shakespeare-char"]["min_lr"])
+    assert parse(["--preset=shakespeare-char", "--n_embd=128", "--min_lr=1e-5"], PRESETS).min_lr == 1e-5
+
+
+def test_other_flags_leave_the_learning_rate_alone():
+    config = parse(["--preset=shakespeare-char", "--n_layer=2", "--batch_size=3"], PRESETS)
+    assert config.learning_rate == PRESETS["shakespeare-char"]["learning_rate"]

@@ -28,8 +28,8 @@ def metrics(tmp_path):
     return tmp_path / "metrics.jsonl"
 
 
-def log_to(path, terminal=False, first_step=0, max_iters=10, width=200):
-    return RunLog(path, first_step, max_iters, console(terminal, width))
+def log_to(path, terminal=False, max_iters=10, width=200):
+    return RunLog(path, max_iters, console(terminal, width))
 
 
 def test_metrics_have_the_documented_keys(metrics):
@@ -62,7 +62,7 @@ def test_a_resumed_run_appends_and_its_word_counts(metrics):
         for step in (1, 2, 3):
             log.train(**{**UPDATE, "step": step, "loss": float(step)})
         log.evaluate(step=3, train_loss=1.0, val_loss=1.0)
-    with log_to(metrics, first_step=2) as log:
+    with log_to(metrics) as log:
         for step in (3, 4):
             log.train(**{**UPDATE, "step": step, "loss": step + 0.5})
         log.evaluate(step=3, train_loss=2.0, val_loss=2.0)
@@ -161,13 +161,10 @@ def test_mfu_stands_where_the_peak_is_known_and_flops_where_it_is_not(metrics):
     assert "TFLOP/s" not in known
 
 
-def test_the_time_left_counts_from_where_the_run_was_resumed(metrics, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("fastgpt.train.log.time.perf_counter", lambda: now[0])
-    log = log_to(metrics, first_step=90, max_iters=100)
+def test_the_time_left_is_that_of_the_steps_to_come(metrics):
+    log = log_to(metrics, max_iters=100)
     with log:
-        now[0] += 20.0
-        log.train(**{**UPDATE, "step": 92})  # 10 seconds a step, 8 to go
+        log.train(**{**UPDATE, "step": 92, "ms": 10_000.0})  # 10 seconds a step, 8 to go
     assert "1m 20s left" in log.console.file.getvalue()
 
 

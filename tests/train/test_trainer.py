@@ -171,6 +171,25 @@ def test_checkpoints_can_be_more_frequent_than_evaluations(trainer, tmp_path, mo
     assert saved == [3, 6, 8]
 
 
+def test_the_best_is_chosen_among_the_steps_that_have_a_checkpoint(trainer, tmp_path):
+    one = trainer(eval_interval=1, checkpoint_interval=2)
+    scripted = iter([9.0, 8.0, 5.0, 4.0, 6.0, 7.0, 7.0, 7.0, 7.0])  # step 3 is best, but is not saved
+    one.evaluate = lambda split: next(scripted) if split == "val" else 5.0
+    one.train()
+    assert checkpoint.steps(tmp_path / "run") == [2, 8]
+    state = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))
+    assert (state.best_step, state.best_val_loss) == (2, 5.0)
+
+
+def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, capsys):
+    one = trainer()
+    with torch.no_grad():
+        one.store.master.fill_(float("nan"))
+    assert one.train() == 1
+    assert "has diverged" in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
 # ---- resuming ----
 
 
@@ -298,6 +317,12 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(trai
     with use_backend(flags.get("backend", "auto")), pytest.raises(RequestError, match=said):
         trainer(**flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_below_a_file_is_refused(trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot write to --out_dir"):
+        trainer(out_dir=tmp_path / "file" / "run").train()
 
 
 def test_large_vocabularies_are_padded(trainer, data_dir, tmp_path):
