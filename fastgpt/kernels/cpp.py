@@ -45,7 +45,7 @@ def load() -> Extension:
 
 
 def _without(reason: str) -> Extension:
-    warnings.warn(
-        f"fastgpt runs on plain PyTorch, slower: {reason} (python -m fastgpt.doctor tells more)", stacklevel=2
-    )
+    message = f"fastgpt runs on plain PyTorch, slower: {reason} (python -m fastgpt.doctor tells more)"
+    # explicit, so that no line of this file is printed below the message
+    warnings.warn_explicit(message, UserWarning, "fastgpt.kernels", 1, module=__name__)
     return Extension(None, reason)
