@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -120,25 +121,30 @@ class Trainer:
         config = self.config
         if self.step == 0:
             self._evaluate(log)
+        started, first = time.perf_counter(), self.step  # of the updates that the next line's time is the mean of
         while self.step < config.max_iters:
-            started = time.perf_counter()
             loss = self._update()
             self.step += 1
             self.tokens += config.tokens_per_step
-            if self.step % config.log_interval == 0 or self.step == config.max_iters:
-                self._log_update(log, loss, started)
-                if not math.isfinite(loss.item()):
+            last = self.step == config.max_iters
+            logged = last or self.step % config.log_interval == 0
+            if logged:
+                value = loss.item()  # waits for the device, so that the clock is read when the work is done
+                self._log_update(log, value, (time.perf_counter() - started) / (self.step - first))
+                if not math.isfinite(value):
                     log.say(
-                        f"the loss is {loss.item()} at step {self.step}: the run has diverged and stops here, "
+                        f"the loss is {value} at step {self.step}: the run has diverged and stops here, "
                         "without a checkpoint; a lower --learning_rate or a longer --warmup_iters usually mends it"
                     )
                     return 1
-            last = self.step == config.max_iters
             evaluated = last or self.step % config.eval_interval == 0
             if evaluated:
                 self._evaluate(log)
-            if last or self._checkpoint_is_due(evaluated):
+            saved = last or self._checkpoint_is_due(evaluated)
+            if saved:
                 self._save()
+            if logged or evaluated or saved:
+                started, first = time.perf_counter(), self.step
             if not last and (self._signal is not None or time.monotonic() > deadline):
                 why = "the time limit" if self._signal is None else signal.Signals(self._signal).name
                 log.say(f"stopped by {why} at step {self.step}: {self._save()}; --init_from resume goes on from there")
@@ -182,15 +188,13 @@ class Trainer:
         log.evaluate(step=self.step, train_loss=losses["train"], val_loss=losses["val"])
         self.val_loss = (self.step, losses["val"])
 
-    def _log_update(self, log: RunLog, loss: Tensor, started: float) -> None:
-        value = loss.item()  # waits for the device, so that the time below is the step's
-        seconds = time.perf_counter() - started
+    def _log_update(self, log: RunLog, loss: float, seconds: float) -> None:
         flops = self.model_config.flops_per_token * self.config.tokens_per_step / seconds
         peak = hardware.peak_flops(self.device, self.dtype)
         norm = self.optimizer.grad_norm
         log.train(
             step=self.step,
-            loss=value,
+            loss=loss,
             lr=self.optimizer.param_groups[0]["lr"],
             grad_norm=None if norm is None else norm.item(),
             tokens=self.tokens,
@@ -264,6 +268,7 @@ class Trainer:
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
+        print("\nstopping after this step; once more stops at once, without a checkpoint", file=sys.stderr)
 
 
 def _shape(model: dict[str, Any]) -> str:
