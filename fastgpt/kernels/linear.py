@@ -65,11 +65,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         ``(..., C_out)``.
+
+    Raises:
+        TypeError: a dtype is not a float or differs from that of ``x``.
+        ValueError: a shape or a device does not fit.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     checks.same("x", x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight: expected (C_out, C_in) with C_in that of x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        checks.shape("bias", bias, (weight.shape[0],))
     main_grad = main_grad_of(weight)
     return _Linear.apply(x, weight, bias, main_grad)
 

@@ -359,6 +359,12 @@ def test_the_environment_chooses_the_reference_without_a_warning(words):
     assert "slower" not in trained.stderr
 
 
+def test_a_backend_of_the_environment_that_cannot_run_here_is_refused(words):
+    refused = process("-m", "fastgpt.train", *TRAIN_WORDS, FASTGPT_BACKEND="triton")
+    assert refused.returncode == 2
+    assert "backend 'triton' cannot run" in refused.stderr
+
+
 def test_a_wrong_request_ends_a_process_with_2_and_one_line(words):
     refused = process("-m", "fastgpt.train", *TRAIN_WORDS, "--n_head=3")
     assert refused.returncode == 2

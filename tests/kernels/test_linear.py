@@ -241,3 +241,12 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "named"),
+    [((5, 7), None, "weight"), ((8,), None, "weight"), ((5, 8), (4,), "bias"), ((5, 8), (1, 5), "bias")],
+)
+def test_a_shape_that_does_not_fit_is_named(weight, bias, named):
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        linear(torch.randn(3, 8), torch.randn(weight), None if bias is None else torch.randn(bias))
