@@ -168,7 +168,7 @@ void matmul_(
   STD_TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "out: rows must be contiguous");
   const std::vector<float> bias_values = to_floats(bias);
   multiply_parallel({
-      out.size(0), out.size(1), a.size(1), {data<float>(a), a.stride(0), a.stride(1)},
+      M, N, K, {data<float>(a), a.stride(0), a.stride(1)},
       {data<float>(b), b.stride(0), b.stride(1)}, bias ? bias_values.data() : nullptr, accumulate,
       data<float>(out), out.stride(0),
   });

@@ -55,8 +55,9 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     config = run_folder.read_config(path)
     if config["tokenizer"] is None:
         raise RequestError(f"{path} was trained on a bare token file; nothing here turns its tokens into text")
-    model = GPT(GPTConfig(**config["model"]))
-    model.load_state_dict(checkpoint.load_parameters(checkpoint.newest(path)))
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        model = GPT(GPTConfig(**config["model"]))
+    model.load_state_dict(checkpoint.load_parameters(checkpoint.newest(path)), assign=True)
     return model.to(device), tokenizer_from_meta(config["tokenizer"])
 
 

@@ -96,7 +96,7 @@ def prepare(
     with staging as folder:
         staged = Path(folder)
         meta = _write(corpus, staged) if corpus else _fineweb10b(staged, shards or FINEWEB_SHARDS)
-        _move(Path(folder), target, meta)
+        _move(staged, target, meta)
     return target
 
 

@@ -114,6 +114,7 @@ class FusedAdamW(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
+        together: dict[float, list[Tensor]] = {}  # by step: one that joined late has another bias correction
         for p in params:
             if not self.state[p]:
                 self.state[p] = {
@@ -121,10 +122,7 @@ class FusedAdamW(Optimizer):
                     "exp_avg": torch.zeros_like(p, memory_format=torch.contiguous_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.contiguous_format),
                 }
-        for p in params:
             self.state[p]["step"] += 1
-        together: dict[float, list[Tensor]] = {}
-        for p in params:
             together.setdefault(float(self.state[p]["step"]), []).append(p)
         for alike in together.values():
             self._step_alike(alike, group, scale, zero_grad)

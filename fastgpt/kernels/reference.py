@@ -48,7 +48,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = (x + residual).contiguous()
-    return (layer_norm(total, weight, bias, eps)[0], total, *layer_norm(total, weight, bias, eps)[1:])
+    y, mean, rstd = layer_norm(total, weight, bias, eps)
+    return y, total, mean, rstd
 
 
 def layer_norm_backward(

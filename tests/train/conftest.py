@@ -1,7 +1,6 @@
 import random
 
 import pytest
-import torch
 
 from fastgpt.data.prepare import prepare
 from fastgpt.train.config import parse
@@ -14,15 +13,6 @@ TINY = {
     "lr_decay_iters": 8, "learning_rate": 1e-2, "min_lr": 1e-3, "eval_interval": 4, "eval_iters": 2,
     "log_interval": 1, "device": "cpu",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose more by threads waiting for each other than they gain, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
