@@ -10,6 +10,8 @@ constexpr int64_t kGrain = 8192;  // elements a thread takes at least
 constexpr float kTwoSqrt2OverPi = 1.59576912160573071f;
 constexpr float kCubic = 0.044715f;
 
+int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 8 * kGrain / std::max<int64_t>(1, columns)); }
+
 struct Exact {
   static FASTGPT_INLINE Vec value(Vec x) { return x * normal(x).cdf; }
   static FASTGPT_INLINE Vec derivative(Vec x) {
@@ -50,24 +52,73 @@ void backward(const T* dy, const T* x, T* dx, int64_t n) {
   });
 }
 
-Tensor gelu(const Tensor& x_in, bool tanh) {
+template <class T, class Kind>
+void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t columns) {
+  torch::stable::parallel_for(0, rows, rows_per_task(columns), [=](int64_t begin, int64_t end) {
+    for (int64_t at = begin * columns; at < end * columns; at += columns)
+      for_each_vector(columns, [&](int64_t i, int64_t lanes) {
+        store(y + at + i, Kind::value(load(x + at + i, lanes) + load(bias + i, lanes)), lanes);
+      });
+  });
+}
+
+// Tasks take a fixed number of rows, each into a share of its own of the bias's gradient, and the shares are
+// added in order: the sum does not depend on the number of threads.
+template <class T, class Kind>
+void backward_with_bias(
+    const T* dy, const T* x, const T* bias, T* dx, T* dbias, int64_t rows, int64_t columns) {
+  const int64_t per_share = rows_per_task(columns), shares = (rows + per_share - 1) / per_share;
+  std::vector<float> partial(shares * columns, 0.0f);
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t share = first; share < last; ++share) {
+      float* sum = partial.data() + share * columns;
+      for (int64_t row = share * per_share; row < std::min(rows, (share + 1) * per_share); ++row) {
+        const int64_t at = row * columns;
+        for_each_vector(columns, [&](int64_t i, int64_t lanes) {
+          const Vec z = load(x + at + i, lanes) + load(bias + i, lanes);
+          const Vec gradient = load(dy + at + i, lanes) * Kind::derivative(z);
+          store(dx + at + i, gradient, lanes);
+          store(sum + i, load(sum + i, lanes) + gradient, lanes);
+        });
+      }
+    }
+  });
+  for_each_vector(columns, [&](int64_t i, int64_t lanes) {
+    Vec total{};
+    for (int64_t share = 0; share < shares; ++share) total += load(partial.data() + share * columns + i, lanes);
+    store(dbias + i, total, lanes);
+  });
+}
+
+Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh) {
   const Tensor x = dense(x_in);
   Tensor y = empty(sizes_of(x), x.scalar_type());
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    (tanh ? forward<T, Tanh> : forward<T, Exact>)(data<T>(x), data<T>(y), x.numel());
+    if (!bias_in) return (tanh ? forward<T, Tanh> : forward<T, Exact>)(data<T>(x), data<T>(y), x.numel());
+    const Tensor bias = dense(*bias_in);
+    const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
+    (tanh ? forward_with_bias<T, Tanh> : forward_with_bias<T, Exact>)(
+        data<T>(x), data<T>(bias), data<T>(y), rows, columns);
   });
   return y;
 }
 
-Tensor gelu_backward(const Tensor& dy_in, const Tensor& x_in, bool tanh) {
+std::tuple<Tensor, Tensor> gelu_backward(
+    const Tensor& dy_in, const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   Tensor dx = empty(sizes_of(x), x.scalar_type());
+  Tensor dbias = empty({bias_in ? bias_in->numel() : 0}, x.scalar_type());
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    (tanh ? backward<T, Tanh> : backward<T, Exact>)(data<T>(dy), data<T>(x), data<T>(dx), x.numel());
+    if (!bias_in)
+      return (tanh ? backward<T, Tanh> : backward<T, Exact>)(data<T>(dy), data<T>(x), data<T>(dx), x.numel());
+    const Tensor bias = dense(*bias_in);
+    const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
+    (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(
+        data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), rows, columns);
   });
-  return dx;
+  return {dx, dbias};
 }
 
 }  // namespace

@@ -11,36 +11,46 @@ from fastgpt.kernels import checks, ops
 
 class _Gelu(Function):
     @staticmethod
-    def forward(x: Tensor, tanh: bool) -> Any:
-        return ops.resolve("gelu", x)(x, tanh)
+    def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+        return ops.resolve("gelu", x)(x, bias, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, ctx.tanh = inputs
-        ctx.save_for_backward(x)
+        x, bias, ctx.tanh = inputs
+        ctx.save_for_backward(x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return ops.resolve("gelu_backward", x)(dy, x, ctx.tanh), None
+        x, bias = ctx.saved_tensors
+        dx, dbias = ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh)
+        return dx, None if bias is None else dbias, None
 
 
-def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
-    """``x * Phi(x)``, Phi being the standard normal distribution function.
+def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Tensor:
+    """``z * Phi(z)`` of ``z = x + bias``, Phi being the standard normal distribution function.
+
+    A linear layer's bias added here instead of there gets its gradient without a pass of its own.
 
     Args:
         x: any shape and strides, fp32, bf16 or fp16.
         approximate: ``"tanh"`` for GPT-2's approximation, ``"none"`` for the exact (erf) form.
+        bias: ``(C,)`` with C the last dimension of ``x``, dtype and device of ``x``, or ``None``.
 
     Returns:
         Shape and dtype of ``x``, contiguous.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor.
-        ValueError: ``approximate`` is neither of the two.
+        TypeError: a dtype is not a float or differs from that of ``x``.
+        ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
     """
     checks.floating(x=x)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate: expected 'tanh' or 'none', got {approximate!r}")
-    return _Gelu.apply(x, approximate == "tanh")
+    if bias is not None:
+        checks.floating(bias=bias)
+        checks.same("x", x=x, bias=bias)
+        if x.dim() == 0:
+            raise ValueError("x: expected at least one dimension for a bias, got ()")
+        checks.shape("bias", bias, (x.shape[-1],))
+    return _Gelu.apply(x, bias, approximate == "tanh")

@@ -20,10 +20,17 @@ from fastgpt.kernels.matmul import matmul_into
 # makes them, the softmax and the two products that consume them; fewer rows than this make the GEMMs slow.
 CHUNK_BYTES = 32 << 20
 
+# On a GPU each chunk reads and writes the fp32 weight gradient once: at GPT-2's widths that takes, on an RTX
+# 4070, a ninth of the time of the product that it comes with, and halving the rows would double it.
+CHUNK_ROWS_GPU = 4096
 
-def _chunk_rows(n_rows: int, n_classes: int, element_size: int) -> int:
-    rows = max(1, CHUNK_BYTES // (n_classes * element_size))
-    return max(1, min(n_rows, max(16, rows // 16 * 16)))
+
+def _chunk_rows(x: Tensor, n_classes: int) -> int:
+    if x.is_cuda:
+        rows = CHUNK_ROWS_GPU
+    else:
+        rows = max(16, CHUNK_BYTES // (n_classes * x.element_size()) // 16 * 16)
+    return max(1, min(x.shape[0], rows))
 
 
 def chunked(
@@ -42,7 +49,7 @@ def chunked(
     N, V = x.shape[0], weight.shape[0]
     total = x.new_zeros((), dtype=torch.float32)
     inverse_count = torch.count_nonzero(targets != ignore_index).float().reciprocal()
-    rows = _chunk_rows(N, V, x.element_size())
+    rows = _chunk_rows(x, V)
     buffer = x.new_empty((rows, V))
     with_gradient = dx is not None or dweight is not None
     for start in range(0, N, rows):
@@ -128,7 +135,8 @@ class _LinearCrossEntropyInPlace(Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """``cross_entropy(x @ weight.T, targets)`` without ever holding all logits.
 
-    Peak memory beyond inputs and gradients: one chunk of logits, 32 MiB. Gradients are computed in this
+    Peak memory beyond inputs and gradients: one chunk of logits, 32 MiB on a CPU,
+    4096 rows on a GPU. Gradients are computed in this
     call, for the inputs that require them, and handed out by ``backward``.
 
     If ``weight`` carries a ``main_grad`` (see ``main_grad.py``), its gradient is added there in this call,

@@ -3,13 +3,15 @@
 An operator is declared here in the dispatcher's namespace ``fastgpt::`` and implemented by up to three
 backends: ``cpp`` (csrc/, CPU), ``triton`` (NVIDIA GPUs) and ``reference`` (plain PyTorch, any device). The
 dispatcher routes by device; :func:`resolve` is what the public functions call, and also honours
-``FASTGPT_BACKEND`` and :func:`use_backend`.
+``FASTGPT_BACKEND`` and :func:`use_backend`. Triton is imported when an operator first runs on a GPU.
 
 Conventions: B batch, H heads, T sequence, D head size, C width, V vocabulary, N rows. ``lse``, ``mean``,
 ``rstd`` and losses are fp32 whatever the dtype of the inputs. Every backend of an operator saves the same
 tensors for the backward, so a forward on one and a backward on another agree.
 """
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -129,8 +131,11 @@ OPERATORS: dict[str, Operator] = {
         " -> (Tensor dx, Tensor dweight, Tensor dbias)",
         _layer_norm_backward,
     ),
-    "gelu": Operator("(Tensor x, bool tanh) -> Tensor", lambda x, tanh: x.new_empty(x.shape)),
-    "gelu_backward": Operator("(Tensor dy, Tensor x, bool tanh) -> Tensor", lambda dy, x, tanh: x.new_empty(x.shape)),
+    "gelu": Operator("(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape)),
+    "gelu_backward": Operator(
+        "(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
+        lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty((0,) if bias is None else bias.shape)),
+    ),
     "attention": Operator(
         "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
         " -> (Tensor out, Tensor lse)",
@@ -192,6 +197,22 @@ def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> Non
     _library.impl(name, function, dispatch_key)
 
 
+# The operators of fastgpt/kernels/triton/. matmul_ stays with cuBLAS; linear_cross_entropy is made of others.
+TRITON_OPERATORS = tuple(name for name in OPERATORS if name not in ("matmul_", "linear_cross_entropy"))
+
+
+def _on_triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return importlib.import_module("fastgpt.kernels.triton").IMPLEMENTATIONS[name](*args)
+
+    return run
+
+
+_triton: dict[str, Callable[..., Any]] = {name: _on_triton(name) for name in TRITON_OPERATORS}
+if importlib.util.find_spec("triton") is not None:
+    for _name, _run in _triton.items():
+        implement(_name, "CUDA", _run)
+
 _overloads: dict[str, Any] = {name: getattr(torch.ops.fastgpt, name).default for name in OPERATORS}
 _references: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in OPERATORS}
 
@@ -228,22 +249,40 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
-def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that an operator on such tensors runs on, and the reason in a few words."""
+def _natural_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The best backend for such tensors, and the reason in a few words."""
     if device_type == "cpu":
         if _cpp.library is None:
-            natural, reason = "reference", _cpp.reason
-        elif dtype not in COMPILED_DTYPES["cpp"]:
-            natural, reason = "reference", f"the C++ kernels take float32 and bfloat16, not {dtype}"
-        else:
-            natural, reason = "cpp", _cpp.reason
-    else:
-        natural, reason = "reference", f"no compiled kernels for {device_type} yet"
+            return "reference", _cpp.reason
+        if dtype not in COMPILED_DTYPES["cpp"]:
+            return "reference", f"the C++ kernels take float32 and bfloat16, not {dtype}"
+        return "cpp", _cpp.reason
+    if device_type != "cuda":
+        return "reference", f"no compiled kernels for {device_type}"
+    if importlib.util.find_spec("triton") is None:
+        return "reference", "Triton is not installed"
+    if dtype not in COMPILED_DTYPES["triton"]:
+        return "reference", f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(torch.cuda.current_device()).major < 8:
+        return "reference", "the Triton kernels need compute capability 8.0 (Ampere) or newer"
+    return "triton", "NVIDIA GPU"
+
+
+def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that an operator on such tensors runs on, and the reason in a few words."""
+    natural, reason = _natural_backend(device_type, dtype)
     if _choice in ("auto", natural):
         return natural, reason
     if _choice == "reference":
         return "reference", "chosen"
+    if _choice == "triton" and device_type == "cpu" and dtype in COMPILED_DTYPES["triton"] and _interpreted():
+        return "triton", "Triton's interpreter"
     raise RuntimeError(f"backend '{_choice}' cannot run {dtype} on {device_type}: {reason}")
+
+
+def _interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, one program after the other: very slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
@@ -251,6 +290,8 @@ def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     backend, _ = backend_of(tensor.device.type, tensor.dtype)
     if backend == "reference" or (backend == "cpp" and name in _cpp.left_to_torch):
         return _references[name]
+    if backend == "triton" and tensor.device.type == "cpu":
+        return _triton.get(name) or (_references if name == "matmul_" else _overloads)[name]
     return _overloads[name]
 
 
@@ -261,6 +302,8 @@ def backends() -> dict[str, dict[str, str]]:
     for device in devices:
         backend, reason = backend_of(device, torch.float32)
         table[device] = dict.fromkeys(OPERATORS, f"{backend} ({reason})")
+        if backend == "triton":
+            table[device]["matmul_"] = "reference (cuBLAS)"
         if backend == "cpp":
             table[device] |= dict.fromkeys(_cpp.left_to_torch, "reference (PyTorch's is faster on this CPU)")
     return table

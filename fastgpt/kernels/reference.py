@@ -23,6 +23,8 @@ def _wide(x: Tensor) -> Tensor:
 def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool) -> None:
     if accumulate and a.dtype == out.dtype:
         out.addmm_(a, b)
+    elif accumulate and out.is_cuda:  # half-precision operands, summed in fp32 inside the product
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif accumulate:
         out.add_(a @ b)
     elif bias is not None:
@@ -69,13 +71,19 @@ def layer_norm_backward(
 # ---- GELU ----
 
 
-def gelu(x: Tensor, tanh: bool) -> Tensor:
-    return F.gelu(x, approximate="tanh" if tanh else "none").contiguous()
-
-
-def gelu_backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
+def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     approximate = "tanh" if tanh else "none"
-    return torch.ops.aten.gelu_backward(dy, x, approximate=approximate).contiguous()
+    if bias is None:
+        return F.gelu(x, approximate=approximate).contiguous()
+    return F.gelu(_wide(x) + _wide(bias), approximate=approximate).to(x.dtype).contiguous()
+
+
+def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    approximate = "tanh" if tanh else "none"
+    if bias is None:
+        return torch.ops.aten.gelu_backward(dy, x, approximate=approximate).contiguous(), x.new_empty(0)
+    dx = torch.ops.aten.gelu_backward(_wide(dy), _wide(x) + _wide(bias), approximate=approximate)
+    return dx.to(x.dtype).contiguous(), dx.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
 
 
 # ---- attention ----

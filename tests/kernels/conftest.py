@@ -6,6 +6,7 @@ line in ``BACKENDS``.
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,15 @@ from torch import Tensor
 
 from fastgpt.kernels import ops, use_backend
 
+# Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests.kernels import interpreter
+
+    interpreter.mend()
+
 # Name for use_backend: the device its tensors live on.
-BACKENDS = {"reference": "cpu", "cpp": "cpu"}
+BACKENDS = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 # ---- the backends ----
 

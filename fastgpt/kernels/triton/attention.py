@@ -1,0 +1,453 @@
+"""Attention, FlashAttention-2's way: softmax online, T x T never in memory, the backward in two passes.
+
+A forward program takes BLOCK_M queries and walks over the keys they see, BLOCK_N at a time. Blocks left of the
+diagonal need no mask and run in a loop without one; only those that the diagonal or the end of the sequence
+crosses are masked. Scores are kept in base 2 with the scale folded in, so that a softmax weight is one
+multiply-add and one exp2.
+
+The backward recomputes the weights from the saved logsumexp, once per pass: one pass walks along the keys and
+writes dq (and delta, the row sums of dout * out), one walks along the queries and writes dk and dv. That is
+7 products where a single pass has 5, but nothing is added up by atomics, so the same inputs give the same bits.
+
+q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
+
+Dao, "FlashAttention-2", 2023.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.triton.launch import configuration, device_of, launch
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile(
+    base, start, stride, n_rows, CHECK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """(BLOCK, BLOCK_D) of the rows from ``start`` on; zeros beyond ``n_rows`` (if CHECK) and beyond D."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    if CHECK and D < BLOCK_D:
+        tile = tl.load(pointers, mask=(start + rows < n_rows)[:, None] & (columns < D)[None, :], other=0.0)
+    elif CHECK:
+        tile = tl.load(pointers, mask=(start + rows < n_rows)[:, None], other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _store_tile(base, tile, start, stride, n_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    inside = (start + rows < n_rows)[:, None] & (columns < D)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _kept(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of a (BLOCK_M, BLOCK_N) tile dropout keeps.
+
+    Philox-4x32-10 with key = seed and counter = (column // 4, row, head, 0); word column % 4 must reach the
+    threshold. The same on every backend.
+    """
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    zeros = tl.zeros((BLOCK_M, QUARTER), dtype=tl.int32)
+    columns = zeros + (start_n // 4 + tl.arange(0, QUARTER))[None, :]
+    rows = zeros + (start_m + tl.arange(0, BLOCK_M))[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, columns, rows, zeros + head, zeros)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_M, BLOCK_N))
+    return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _visible(start_m, start_n, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N): may the query attend to the key?"""
+    columns = start_n + tl.arange(0, BLOCK_N)
+    if CAUSAL:  # as many queries as keys, so the diagonal ends before the keys do
+        visible = (start_m + tl.arange(0, BLOCK_M))[:, None] >= columns[None, :]
+    else:
+        visible = (columns < n_key)[None, :]
+    return visible
+
+
+@triton.jit
+def _key_bounds(start_m, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys up to the first bound need no mask, those up to the second do, the rest is not seen at all."""
+    if CAUSAL:
+        unmasked = (start_m + 1) // BLOCK_N * BLOCK_N
+        end = tl.minimum(start_m + BLOCK_M, n_key)
+    else:
+        unmasked = n_key // BLOCK_N * BLOCK_N
+        end = n_key
+    return unmasked, end
+
+
+@triton.jit
+def _to_base(x, FP32: tl.constexpr):
+    """A scale or a logsumexp in the base that exponents are kept in: 2 for half-precision inputs, e for fp32."""
+    return x if FP32 else x * LOG2E
+
+
+@triton.jit
+def _exp(x, FP32: tl.constexpr):
+    """One instruction in base 2. In base e one more, without the rounding of scores to base 2: fp32 would show it."""
+    return tl.exp2(x * LOG2E if FP32 else x)
+
+
+@triton.jit
+def _attend(
+    acc, top, total, q, k, v, k_stride, v_stride, begin, end, start_m, n_key, head, seed, threshold, scale, keep,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One stretch of keys: the online softmax's accumulator, running maximum and running sum."""
+    for start_n in range(begin, end, BLOCK_N):
+        keys = _tile(k, start_n, k_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, keys.T, input_precision=PRECISION)
+        if MASKED:
+            visible = _visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+            scores = tl.where(visible, scores * scale, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = _exp(scores - new_top[:, None], FP32)
+        else:
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+            weights = _exp(tl.fma(scores, scale, -new_top[:, None]), FP32)
+        correction = _exp(top - new_top, FP32)
+        total = total * correction + tl.sum(weights, axis=1)
+        acc = acc * correction[:, None]
+        if DROPOUT:
+            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
+            weights = tl.where(kept, weights * keep, 0.0)
+        values = _tile(v, start_n, v_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _forward_kernel(
+    q, k, v, out, lse, seed,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_batch, out_head, out_stride,
+    n_head, n_query, n_key, scale, threshold, keep,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_query, BLOCK_M)
+    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M  # those that see most keys first
+    head = tl.program_id(0) // n_blocks
+    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    out += b * out_batch + h * out_head
+
+    seed_value = tl.load(seed) if DROPOUT else 0
+    queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    scale_in_base = _to_base(scale, FP32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+    acc, top, total = _attend(
+        acc, top, total, queries, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head, seed_value, threshold,
+        scale_in_base, keep, False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, queries, k, v, k_stride, v_stride, unmasked, end, start_m, n_key, head, seed_value, threshold,
+        scale_in_base, keep, True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    _store_tile(out, acc / total[:, None], start_m, out_stride, n_query, D, BLOCK_M, BLOCK_D)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    lse_in_e = top + tl.log2(total) * LN2 if FP32 else (top + tl.log2(total)) * LN2
+    tl.store(lse + head.to(tl.int64) * n_query + rows, lse_in_e, mask=rows < n_query)
+
+
+@triton.jit
+def _accumulate_dq(
+    acc, q, dout, lse, delta, k, v, k_stride, v_stride, begin, end, start_m, n_key, head, seed, threshold,
+    scale, keep,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for start_n in range(begin, end, BLOCK_N):
+        keys = _tile(k, start_n, k_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
+        values = _tile(v, start_n, v_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, keys.T, input_precision=PRECISION)
+        weights = _exp(tl.fma(scores, scale, -lse[:, None]), FP32)
+        if MASKED:
+            weights = tl.where(_visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N), weights, 0.0)
+        dweights = tl.dot(dout, values.T, input_precision=PRECISION)
+        if DROPOUT:
+            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
+            dweights = tl.where(kept, dweights * keep, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dq_kernel(
+    q, k, v, out, dout, lse, dq, delta, seed,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, dq_batch, dq_head, dq_stride,
+    n_head, n_query, n_key, scale, threshold, keep,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_query, BLOCK_M)
+    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    head = tl.program_id(0) // n_blocks
+    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    out += b * out_batch + h * out_head
+    dout += b * dout_batch + h * dout_head
+    dq += b * dq_batch + h * dq_head
+    lse += head.to(tl.int64) * n_query
+    delta += head.to(tl.int64) * n_query
+
+    seed_value = tl.load(seed) if DROPOUT else 0
+    rows = start_m + tl.arange(0, BLOCK_M)
+    grad = _tile(dout, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    result = _tile(out, start_m, out_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    row_delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
+    tl.store(delta + rows, row_delta, mask=rows < n_query)
+
+    queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    row_lse = _to_base(tl.load(lse + rows, mask=rows < n_query, other=float("inf")), FP32)
+    scale_in_base = _to_base(scale, FP32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+    acc = _accumulate_dq(
+        acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head,
+        seed_value, threshold, scale_in_base, keep,
+        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc = _accumulate_dq(
+        acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, unmasked, end, start_m, n_key, head,
+        seed_value, threshold, scale_in_base, keep,
+        True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    _store_tile(dq, acc * scale, start_m, dq_stride, n_query, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _accumulate_dk_dv(
+    dk, dv, k, v, q, dout, lse, delta, q_stride, dout_stride, begin, end, start_n, n_query, n_key, head, seed,
+    threshold, scale, keep,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tiles of scores and weights are transposed here, (BLOCK_N, BLOCK_M), as both products want them."""
+    for start_m in range(begin, end, BLOCK_M):
+        rows = start_m + tl.arange(0, BLOCK_M)
+        queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+        # infinity makes the weights of queries beyond the end 0
+        row_lse = _to_base(tl.load(lse + rows, mask=rows < n_query, other=float("inf")), FP32)
+        scores = tl.dot(k, queries.T, input_precision=PRECISION)
+        weights = _exp(tl.fma(scores, scale, -row_lse[None, :]), FP32)
+        if MASKED:
+            visible = _visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+            weights = tl.where(visible.T, weights, 0.0)
+        grad = _tile(dout, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+        dweights = tl.dot(v, grad.T, input_precision=PRECISION)
+        used = weights
+        if DROPOUT:
+            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N).T
+            used = tl.where(kept, weights * keep, 0.0)
+            dweights = tl.where(kept, dweights * keep, 0.0)
+        dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        row_delta = tl.load(delta + rows, mask=rows < n_query, other=0.0)
+        dscores = weights * (dweights - row_delta[None, :])
+        dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _dk_dv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, seed,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
+    n_head, n_query, n_key, scale, threshold, keep,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_key, BLOCK_N)
+    start_n = tl.program_id(0) % n_blocks * BLOCK_N  # the first keys are seen by most queries
+    head = tl.program_id(0) // n_blocks
+    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    dout += b * dout_batch + h * dout_head
+    dk += b * dk_batch + h * dk_head
+    dv += b * dv_batch + h * dv_head
+    lse += head.to(tl.int64) * n_query
+    delta += head.to(tl.int64) * n_query
+
+    seed_value = tl.load(seed) if DROPOUT else 0
+    keys = _tile(k, start_n, k_stride, n_key, True, D, BLOCK_N, BLOCK_D)
+    values = _tile(v, start_n, v_stride, n_key, True, D, BLOCK_N, BLOCK_D)
+    scale_in_base = _to_base(scale, FP32)
+    dkeys = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dvalues = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    begin, unmasked = 0, 0
+    if CAUSAL:
+        begin = start_n // BLOCK_M * BLOCK_M
+        unmasked = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, n_query)
+        dkeys, dvalues = _accumulate_dk_dv(
+            dkeys, dvalues, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, start_n,
+            n_query, n_key, head, seed_value, threshold, scale_in_base, keep,
+            True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    # keys beyond the end need no mask: what they gather is not stored
+    dkeys, dvalues = _accumulate_dk_dv(
+        dkeys, dvalues, keys, values, q, dout, lse, delta, q_stride, dout_stride, unmasked, n_query, start_n,
+        n_query, n_key, head, seed_value, threshold, scale_in_base, keep,
+        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    _store_tile(dk, dkeys * scale, start_n, dk_stride, n_key, D, BLOCK_N, BLOCK_D)
+    _store_tile(dv, dvalues, start_n, dv_stride, n_key, D, BLOCK_N, BLOCK_D)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Batch, head and position stride of each."""
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The kernels take any strides but one: the D numbers of a head lie side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+    fp32 = q.dtype == torch.float32
+    return {
+        "CAUSAL": causal,
+        "DROPOUT": dropout_p > 0.0 and seed is not None,
+        # fp32 products run on the tensor cores as three in tf32, which keeps fp32's accuracy
+        "PRECISION": "tf32x3" if fp32 and torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "FP32": fp32,
+        "D": q.shape[3],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+    }
+
+
+def _dropout(dropout_p: float) -> tuple[int, float]:
+    """The threshold that a random word must reach, and what kept weights are multiplied by."""
+    return min(int(dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def _config(kernel: str, q: Tensor, constants: dict[str, Any]) -> dict[str, int]:
+    width = "fp32" if constants["FP32"] else "16-bit"
+    return configuration(device_of(q), kernel, f"{width} D{constants['BLOCK_D']}")
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, dropout_p: float,
+    seed: Tensor | None,
+) -> None:  # fmt: skip
+    if scale < 0.0:  # the maximum of the scaled scores is taken as the scaled maximum
+        q, scale = -q, -scale
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    B, H, T, _ = q.shape
+    constants = _constants(q, causal, dropout_p, seed)
+    config = _config("attention_forward", q, constants)
+    launch(
+        _forward_kernel, (triton.cdiv(T, config["BLOCK_M"]) * B * H,),
+        q, k, v, out, lse, lse if seed is None else seed, *_strides(q, k, v, out), H, T, k.shape[2],
+        scale, *_dropout(dropout_p), **constants, **config,
+    )  # fmt: skip
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
+) -> None:  # fmt: skip
+    dout, q, k, v, out = (_readable(t) for t in (dout, q, k, v, out))
+    B, H, T, _ = q.shape
+    S = k.shape[2]
+    delta = torch.empty_like(lse)
+    constants = _constants(q, causal, dropout_p, seed)
+    seed_or_any = lse if seed is None else seed
+    scalars = (scale, *_dropout(dropout_p))
+    config = _config("attention_dq", q, constants)
+    launch(
+        _dq_kernel, (triton.cdiv(T, config["BLOCK_M"]) * B * H,),
+        q, k, v, out, dout, lse, dq, delta, seed_or_any, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,
+        **constants, **config,
+    )  # fmt: skip
+    config = _config("attention_dk_dv", q, constants)
+    launch(
+        _dk_dv_kernel, (triton.cdiv(S, config["BLOCK_N"]) * B * H,),
+        q, k, v, dout, lse, delta, dk, dv, seed_or_any, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
+        **constants, **config,
+    )  # fmt: skip
+
+
+def _heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
+    """(B, T, n C) as n views (B, H, T, D)."""
+    B, T, width = packed.shape
+    return packed.view(B, T, n, n_head, width // n // n_head).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D), laid out as (B, T, H, D)."""
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _forward(q, k, v, out, lse, causal, scale, dropout_p, seed)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = _empty_heads(q), _empty_heads(k), _empty_heads(v)
+    _backward(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
+    return dq, dk, dv
+
+
+def attention_qkv(
+    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, T, C3 = qkv.shape
+    out = qkv.new_empty((B, T, C3 // 3))
+    lse = qkv.new_empty((B, n_head, T), dtype=torch.float32)
+    q, k, v = _heads(_splittable(qkv), n_head, 3)
+    _forward(q, k, v, *_heads(out, n_head, 1), lse, causal, scale, dropout_p, seed)
+    return out, lse
+
+
+def attention_qkv_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    dqkv = qkv.new_empty(qkv.shape)
+    q, k, v = _heads(_splittable(qkv), n_head, 3)
+    _backward(
+        *_heads(_splittable(dout), n_head, 1), q, k, v, *_heads(out, n_head, 1), lse, *_heads(dqkv, n_head, 3),
+        causal, scale, dropout_p, seed,
+    )  # fmt: skip
+    return dqkv
+
+
+def _splittable(packed: Tensor) -> Tensor:
+    return packed if packed.stride(2) == 1 else packed.contiguous()

@@ -1,0 +1,136 @@
+"""Cross-entropy, forward and backward apart, and both at once in place.
+
+A program takes one row of logits. The running maximum and the sum of exponentials relative to it are kept per
+lane and joined once at the end, so the inner loop has no reduction. In place, the second sweep finds the row in
+the L2 cache: memory is read once and written once, 2 V s bytes a row of V logits of s bytes each.
+
+A target outside [0, V) that is not ``ignore_index`` makes its row's loss and gradient NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _maximum_and_sum(row, V, BLOCK: tl.constexpr):
+    """max(x) and sum(exp(x - max)) over a row of V logits."""
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(row + start + lanes, mask=start + lanes < V, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        total = total * tl.exp2((top - shift) * LOG2E) + tl.exp2((x - shift) * LOG2E)
+        top = new_top
+    maximum = tl.max(top, axis=0)
+    # max() drops a NaN; the sum does not
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+    return maximum, tl.sum(total * tl.exp2((top - shift) * LOG2E), axis=0)
+
+
+@triton.jit
+def _loss(row, target, maximum, total, V, ignore_index):
+    """The row's loss, 0 if it does not count."""
+    counts = target != ignore_index
+    valid = (target >= 0) & (target < V)
+    at_target = tl.load(row + target, mask=counts & valid, other=float("nan")).to(tl.float32)
+    return tl.where(counts, (maximum - at_target) + tl.log2(total) * LN2, 0.0)
+
+
+@triton.jit
+def _forward_kernel(logits, targets, losses, lse, row_stride, target_stride, V, ignore_index, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    row = logits + i * row_stride
+    target = tl.load(targets + i * target_stride)
+    maximum, total = _maximum_and_sum(row, V, BLOCK)
+    tl.store(losses + i, _loss(row, target, maximum, total, V, ignore_index))
+    tl.store(lse + i, maximum + tl.log2(total) * LN2)
+
+
+@triton.jit
+def _write_gradient(row, drow, target, shift, factor, scale, V, ignore_index, BLOCK: tl.constexpr):
+    """drow = (factor * exp(row - shift) - onehot(target)) * scale; zeros if the row does not count."""
+    counts = target != ignore_index
+    valid = (target >= 0) & (target < V)
+    scale = tl.where(counts & valid, scale, tl.where(counts, float("nan"), 0.0))
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < V
+        x = tl.load(row + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        softmax = tl.exp2((x - shift) * LOG2E) * factor
+        gradient = tl.where(columns == target, softmax - 1.0, softmax) * scale
+        gradient = tl.where(counts, gradient, 0.0)  # 0 * NaN would be NaN
+        tl.store(drow + columns, gradient.to(drow.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dlosses, logits, targets, lse, dlogits, dlosses_stride, row_stride, target_stride, V, ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + i * target_stride)
+    scale = tl.load(dlosses + i * dlosses_stride).to(tl.float32)
+    _write_gradient(
+        logits + i * row_stride, dlogits + i * V, target, tl.load(lse + i), 1.0, scale, V, ignore_index, BLOCK
+    )
+
+
+@triton.jit
+def _in_place_kernel(logits, targets, scale, losses, target_stride, V, ignore_index, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    row = logits + i * V
+    target = tl.load(targets + i * target_stride)
+    maximum, total = _maximum_and_sum(row, V, BLOCK)
+    tl.store(losses + i, _loss(row, target, maximum, total, V, ignore_index))
+    tl.debug_barrier()  # every thread has read the row before the first one writes to it
+    _write_gradient(row, row, target, maximum, 1.0 / total, tl.load(scale), V, ignore_index, BLOCK)
+
+
+def _configuration(logits: Tensor) -> dict[str, int]:
+    width = triton.next_power_of_2(logits.shape[1])
+    config = configuration(device_of(logits), "cross_entropy", "any")
+    return config if width >= config["BLOCK"] else {"BLOCK": max(width, 128), "num_warps": 4}
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    if logits.shape[0]:
+        rows = rows_of(logits)
+        launch(
+            _forward_kernel, (rows.shape[0],),
+            rows, targets, losses, lse, rows.stride(0), targets.stride(0), rows.shape[1], ignore_index,
+            **_configuration(rows),
+        )  # fmt: skip
+    return losses, lse
+
+
+def cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    if logits.shape[0]:
+        rows = rows_of(logits)
+        launch(
+            _backward_kernel, (rows.shape[0],),
+            dlosses, rows, targets, lse, dlogits, dlosses.stride(0), rows.stride(0), targets.stride(0),
+            rows.shape[1], ignore_index, **_configuration(rows),
+        )  # fmt: skip
+    return dlogits
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    if logits.shape[0]:
+        launch(
+            _in_place_kernel, (logits.shape[0],),
+            logits, targets, scale, losses, targets.stride(0), logits.shape[1], ignore_index,
+            **_configuration(logits),
+        )  # fmt: skip
+    return losses

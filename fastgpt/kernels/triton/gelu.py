@@ -1,0 +1,147 @@
+"""GELU of x, or of x + bias, exact (erf) and its tanh approximation.
+
+Without a bias the tensor is one long row. With one, a program owns a block of columns and walks down the rows,
+so that the bias's gradient is summed in registers while the input's is written.
+
+Bytes moved an element of s bytes: forward 2 s, backward 3 s; the bias's gradient costs no pass of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.triton.columns import sum_of_shares
+from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+
+TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.044715)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exponential(x):
+    """exp(-2u), with u that of tanh(u) in the approximation; (1 + tanh u) / 2 = 1 / (1 + exp(-2u))."""
+    return tl.exp2(x * (-TWO_SQRT_2_OVER_PI * LOG2E) * (x * x * CUBIC + 1.0))
+
+
+@triton.jit
+def _value(x, TANH: tl.constexpr):
+    if TANH:
+        value = x * (1.0 / (1.0 + _exponential(x)))
+    else:
+        value = x * (0.5 * (1.0 + tl.erf(x * SQRT_HALF)))
+    return value
+
+
+@triton.jit
+def _derivative(x, TANH: tl.constexpr):
+    if TANH:
+        e = _exponential(x)
+        sigmoid = 1.0 / (1.0 + e)
+        slope = (x * x * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI  # d(2u)/dx
+        # not sigmoid * (1 - sigmoid), which cancels; far out e is 0 or infinite while the slope grows without bound
+        bend = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
+        derivative = sigmoid + bend
+    else:
+        phi = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        derivative = phi + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * (-0.5 * LOG2E))
+    return derivative
+
+
+@triton.jit
+def _forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
+    tl.store(y + here, _value(a, TANH).to(y.dtype.element_ty), mask=here < n)
+
+
+@triton.jit
+def _backward_kernel(dy, x, dx, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
+    grad = tl.load(dy + here, mask=here < n, other=0.0).to(tl.float32)
+    tl.store(dx + here, (grad * _derivative(a, TANH)).to(dx.dtype.element_ty), mask=here < n)
+
+
+@triton.jit
+def _bias_forward_kernel(
+    x, bias, y, x_stride, n_rows, n_columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    a += tl.load(bias + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
+    result = _value(a, TANH).to(y.dtype.element_ty)
+    tl.store(y + rows[:, None] * n_columns + columns[None, :], result, mask=inside)
+
+
+@triton.jit
+def _bias_backward_kernel(
+    dy, x, bias, dx, shares, dy_stride, x_stride, n_rows, n_columns,
+    TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    share, n_shares = tl.program_id(1), tl.num_programs(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    in_columns = columns < n_columns
+    b = tl.load(bias + columns, mask=in_columns, other=0.0).to(tl.float32)
+    dbias = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(share * ROWS, n_rows, n_shares * ROWS):
+        rows = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & in_columns[None, :]
+        a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        result = grad * _derivative(a + b[None, :], TANH)
+        dbias += result
+        tl.store(dx + rows[:, None] * n_columns + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
+    tl.store(shares + share * n_columns + columns, tl.sum(dbias, axis=0), mask=in_columns)
+
+
+def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    y = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return y
+    if bias is None:
+        config = configuration(device_of(x), "gelu", "any")
+        n = x.numel()
+        launch(_forward_kernel, (triton.cdiv(n, config["BLOCK"]),), x.contiguous(), y, n, TANH=tanh, **config)
+        return y
+    rows = rows_of(x)
+    n_rows, n_columns = rows.shape
+    config = configuration(device_of(x), "bias_gelu", "any")
+    config.pop("programs_per_sm")
+    grid = (triton.cdiv(n_columns, config["COLUMNS"]), triton.cdiv(n_rows, config["ROWS"]))
+    launch(
+        _bias_forward_kernel, grid,
+        rows, bias.contiguous(), y, rows.stride(0), n_rows, n_columns, TANH=tanh, **config,
+    )  # fmt: skip
+    return y
+
+
+def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return dx, x.new_zeros(0 if bias is None else bias.shape)
+    if bias is None:
+        config = configuration(device_of(x), "gelu", "any")
+        n = x.numel()
+        grid = (triton.cdiv(n, config["BLOCK"]),)
+        launch(_backward_kernel, grid, dy.contiguous(), x.contiguous(), dx, n, TANH=tanh, **config)
+        return dx, x.new_empty(0)
+    dy_rows, x_rows = rows_of(dy), rows_of(x)
+    n_rows, n_columns = x_rows.shape
+    device = device_of(x)
+    config = configuration(device, "bias_gelu", "any")
+    n_blocks = triton.cdiv(n_columns, config["COLUMNS"])
+    wanted = triton.cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)
+    n_shares = min(triton.cdiv(n_rows, config["ROWS"]), wanted)
+    shares = x.new_empty((1, n_shares, n_columns), dtype=torch.float32)
+    launch(
+        _bias_backward_kernel, (n_blocks, n_shares),
+        dy_rows, x_rows, bias.contiguous(), dx, shares, dy_rows.stride(0), x_rows.stride(0), n_rows, n_columns,
+        TANH=tanh, **config,
+    )  # fmt: skip
+    return dx, sum_of_shares(shares, bias.dtype)[0]

@@ -1,0 +1,129 @@
+"""What every Triton kernel's host side needs: the device at hand, its launch configuration, the launch itself.
+
+A launch configuration (block sizes, warps, pipeline stages) comes from ``configs/``: ``sm_XX.json`` for the
+kernels with matrix products, which live or die by an architecture's registers and shared memory, ``any.json``
+for those bound by memory. :mod:`fastgpt.kernels.triton.autotune` may put one measured on this very device
+before them.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on.
+
+    Attributes:
+        name: as its maker writes it.
+        capability: compute capability times ten; 89 is Ada.
+        n_sm: streaming multiprocessors.
+        shared_memory: bytes of it that one block may use.
+    """
+
+    name: str
+    capability: int
+    n_sm: int
+    shared_memory: int
+
+
+# Ada's limits, so that the interpreter runs what an RTX 4070 would; few programs, because it runs them in turn.
+_INTERPRETER = Device("Triton's interpreter", 89, 4, 99 << 10)
+
+_ahead_of_time: tuple[Device, Callable[..., None]] | None = None
+
+
+@contextmanager
+def ahead_of_time(device: Device, compile: Callable[..., None]) -> Iterator[None]:
+    """Inside the block nothing is launched: each launch becomes ``compile(kernel, grid, args, options)`` for ``device``.
+
+    Operators are called on ``meta`` tensors; so what is compiled is exactly what such a call would run.
+    """
+    global _ahead_of_time
+    _ahead_of_time = device, compile
+    try:
+        yield
+    finally:
+        _ahead_of_time = None
+
+
+@cache
+def _properties(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    return Device(p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device that a kernel on ``tensor`` runs on."""
+    if _ahead_of_time is not None:
+        return _ahead_of_time[0]
+    return _properties(tensor.device.index) if tensor.is_cuda else _INTERPRETER
+
+
+@cache
+def _shipped() -> dict[int, dict[str, Any]]:
+    """The contents of ``configs/`` by compute capability; 0 stands for any."""
+    files = {path.stem: json.loads(path.read_text()) for path in CONFIGS.glob("*.json")}
+    return {0 if stem == "any" else int(stem.removeprefix("sm_")): table for stem, table in files.items()}
+
+
+@cache
+def architecture(device: Device) -> int:
+    """The newest architecture in ``configs/`` that is not newer than ``device`` and asks for no more than it has.
+
+    Raises:
+        RuntimeError: there is none: the device is older than Ampere.
+    """
+    fitting = [
+        capability
+        for capability, table in _shipped().items()
+        if 0 < capability <= device.capability and table["shared_memory"] <= device.shared_memory
+    ]
+    if not fitting:
+        raise RuntimeError(
+            f"{device.name} has compute capability {device.capability / 10} and {device.shared_memory} bytes of "
+            "shared memory a block; the Triton kernels need 8.0 and 101376 (FASTGPT_BACKEND=reference works)"
+        )
+    return max(fitting)
+
+
+def configuration(device: Device, kernel: str, key: str) -> dict[str, int]:
+    """The shipped launch configuration of ``kernel`` for inputs of the kind ``key``: block sizes, warps, stages."""
+    own = _shipped()[architecture(device)].get(kernel)
+    return dict((own or _shipped()[0][kernel])[key])
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, *args: Any, **options: Any) -> None:
+    """Run ``kernel`` over ``grid`` on the device of ``tensor``.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs along up to three axes.
+        tensor: the first argument, and the one whose device counts.
+        args: the other arguments.
+        options: constants and launch options, by name.
+    """
+    options = {"enable_fp_fusion": True} | options  # a * b + c as one FMA; Triton is about to change its default
+    if _ahead_of_time is not None:
+        _ahead_of_time[1](kernel, grid, (tensor, *args), options)
+    elif tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[grid](tensor, *args, **options)
+    else:
+        kernel[grid](tensor, *args, **options)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` as ``(N, C)`` with contiguous rows; a view wherever its strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((x.shape[:-1].numel(), x.shape[-1]))
+    return rows if rows.stride(1) == 1 else rows.contiguous()

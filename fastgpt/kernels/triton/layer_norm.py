@@ -1,0 +1,157 @@
+"""Layer norm and residual add + layer norm.
+
+Forward: a program holds whole rows in registers, so each is read once and written once. Backward: a fixed
+number of programs walk the rows, each summing its share of the weight's and bias's gradients in registers; one
+small kernel then adds up the shares, always in the same order.
+
+Bytes moved a row, of C elements of s bytes: forward 2 C s, with the residual add 4 C s; backward 3 C s, with
+the gradient of the sum 4 C s.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import reference
+from fastgpt.kernels.triton.columns import sum_of_shares
+from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+
+WIDEST = 8192  # columns a program can hold; wider rows run on the reference
+
+
+@triton.jit
+def _forward_kernel(
+    x, residual, weight, bias, y, total, mean, rstd, x_stride, residual_stride, n_rows, eps,
+    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_C)
+    in_rows, in_columns = rows < n_rows, columns < C
+    inside = in_rows[:, None] & in_columns[None, :]
+    here = rows[:, None] * C + columns[None, :]
+
+    a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        b = tl.load(residual + rows[:, None] * residual_stride + columns[None, :], mask=inside, other=0.0)
+        rounded = (a + b.to(tl.float32)).to(total.dtype.element_ty)  # the norm is of the sum that is handed on
+        tl.store(total + here, rounded, mask=inside)
+        a = rounded.to(tl.float32)
+
+    average = tl.sum(a, axis=1) / C
+    centred = tl.where(inside, a - average[:, None], 0.0)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / C + eps)
+    tl.store(mean + rows, average, mask=in_rows)
+    tl.store(rstd + rows, scale, mask=in_rows)
+
+    normal = centred * scale[:, None]
+    result = normal * tl.load(weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        result += tl.load(bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + here, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dy, dsum, x, weight, mean, rstd, dx, shares, dy_stride, dsum_stride, x_stride, n_rows,
+    C: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    program, n_programs = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, BLOCK_C)
+    in_columns = columns < C
+    w = tl.load(weight + columns, mask=in_columns, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+
+    for start in range(program * ROWS, n_rows, n_programs * ROWS):
+        rows = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
+        in_rows = rows < n_rows
+        inside = in_rows[:, None] & in_columns[None, :]
+        average = tl.load(mean + rows, mask=in_rows, other=0.0)
+        scale = tl.load(rstd + rows, mask=in_rows, other=0.0)
+        a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+
+        normal = tl.where(inside, (a - average[:, None]) * scale[:, None], 0.0)
+        dweight += grad * normal
+        if HAS_BIAS:
+            dbias += grad
+        g = grad * w[None, :]
+        g_mean = tl.sum(g, axis=1) / C
+        projection = tl.sum(g * normal, axis=1) / C
+        result = scale[:, None] * (g - g_mean[:, None] - normal * projection[:, None])
+        if HAS_DSUM:
+            more = tl.load(dsum + rows[:, None] * dsum_stride + columns[None, :], mask=inside, other=0.0)
+            result += more.to(tl.float32)
+        tl.store(dx + rows[:, None] * C + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
+
+    share = shares + program * C + columns
+    tl.store(share, tl.sum(dweight, axis=0), mask=in_columns)
+    if HAS_BIAS:
+        tl.store(share + n_programs * C, tl.sum(dbias, axis=0), mask=in_columns)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    total = y if residual is None else x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return y, total, mean, rstd
+    rows = rows_of(x)
+    added = rows if residual is None else rows_of(residual)
+    n_rows, C = rows.shape
+    block = triton.next_power_of_2(C)
+    config = configuration(device_of(x), "layer_norm_forward", str(max(block, 64)))
+    launch(
+        _forward_kernel, (triton.cdiv(n_rows, config["ROWS"]),),
+        rows, added, weight.contiguous(), weight if bias is None else bias.contiguous(), y, total, mean, rstd,
+        rows.stride(0), added.stride(0), n_rows, eps,
+        C=C, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, BLOCK_C=block, **config,
+    )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[-1] > WIDEST:
+        return reference.layer_norm(x, weight, bias, eps)
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps)
+    return y, mean, rstd
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.shape[-1] > WIDEST:
+        return reference.add_layer_norm(x, residual, weight, bias, eps)
+    return _forward(x, residual, weight, bias, eps)
+
+
+def layer_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    C = x.shape[-1]
+    if C > WIDEST:
+        return reference.layer_norm_backward(dy, dsum, x, weight, mean, rstd, has_bias)
+    dx = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return dx, weight.new_zeros(C), weight.new_zeros(C if has_bias else 0)
+    dy_rows, x_rows = rows_of(dy), rows_of(x)
+    dsum_rows = dy_rows if dsum is None else rows_of(dsum)
+    n_rows = x_rows.shape[0]
+    block = triton.next_power_of_2(C)
+    device = device_of(x)
+    config = configuration(device, "layer_norm_backward", str(max(block, 64)))
+    n_programs = min(triton.cdiv(n_rows, config["ROWS"]), device.n_sm * config.pop("programs_per_sm"))
+    shares = x.new_empty((1 + has_bias, n_programs, C), dtype=torch.float32)
+    launch(
+        _backward_kernel, (n_programs,),
+        dy_rows, dsum_rows, x_rows, weight.contiguous(), mean, rstd, dx, shares,
+        dy_rows.stride(0), dsum_rows.stride(0), x_rows.stride(0), n_rows,
+        C=C, HAS_DSUM=dsum is not None, HAS_BIAS=has_bias, BLOCK_C=block, **config,
+    )  # fmt: skip
+    sums = sum_of_shares(shares, weight.dtype)
+    return dx, sums[0], sums[1] if has_bias else weight.new_empty(0)
