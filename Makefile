@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test lint format clean help
+.PHONY: train test gpu bench lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,24 @@ train: $(VENV)/.installed  ## train the quickstart model on the CPU, offline, in
 
 test: $(VENV)/.installed  ## run the test suite
 	$(BIN)/python -m pytest
+
+# Without a compiler or xdist it does without. The tests are stopped after a while, so that the timings get their turn.
+gpu:  ## test and time the kernels on an NVIDIA GPU, with the python3 at hand as it is (PYTHON=… for another)
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: torch sees no GPU; make test needs none')"
+	-$(PYTHON) setup.py -q build_ext --inplace
+	@folder=$$($(PYTHON) -c "from bench.timing import results_folder; print(results_folder('cuda'))") || exit 1; \
+	mkdir -p "$$folder"; \
+	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
+	echo "testing; output goes to $$folder/tests.txt"; \
+	OMP_NUM_THREADS=2 timeout -s INT 270 $(PYTHON) -m pytest tests/kernels -k "triton or compile or ops" $$workers \
+		--tb=short --durations=10 -W "default:fastgpt runs on plain PyTorch:UserWarning" > "$$folder/tests.txt" 2>&1; \
+	status=$$?; \
+	tail -n 20 "$$folder/tests.txt"; \
+	$(PYTHON) -m bench.kernels --device cuda || status=$$?; \
+	exit $$status
+
+bench: $(VENV)/.installed  ## time the kernels against their peers on this machine, a GPU if it has one
+	$(BIN)/python -m bench.kernels
 
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check

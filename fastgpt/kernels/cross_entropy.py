@@ -47,7 +47,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape or a device does not fit.
-        RuntimeError: a target lies outside ``[0, V)`` (on the CPU; a GPU does not look).
+        RuntimeError: a target lies outside ``[0, V)`` (on a CPU; on a GPU the loss is NaN).
     """
     checks.floating(logits=logits)
     if logits.dim() != 2 or logits.shape[1] == 0:

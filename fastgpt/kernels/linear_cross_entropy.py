@@ -155,7 +155,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape or a device does not fit.
-        RuntimeError: a target lies outside ``[0, V)`` (on the CPU; a GPU does not look).
+        RuntimeError: a target lies outside ``[0, V)`` (on a CPU; on a GPU the loss is NaN).
     """
     checks.floating(x=x, weight=weight)
     checks.same("x", x=x, weight=weight)

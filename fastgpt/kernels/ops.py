@@ -183,6 +183,15 @@ OPERATORS: dict[str, Operator] = {
         " float eps, float weight_decay, bool zero_grad) -> ()",
         lambda *args: None,
     ),
+    # The same with moments of 8 bits where there are scales (uint8 codes, and fp32 scales for each 256 elements),
+    # and with all that is bf16 rounded stochastically where asked. seed: int64, 0-dim, on the device.
+    "adamw_compact_": Operator(
+        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+        " Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] copies, Tensor step, Tensor lr,"
+        " Tensor? grad_scale, Tensor seed, float beta1, float beta2, float eps, float weight_decay, bool zero_grad,"
+        " bool stochastic_rounding) -> ()",
+        lambda *args: None,
+    ),
 }
 
 _library = torch.library.Library("fastgpt", "DEF")
@@ -207,6 +216,9 @@ def _on_triton(name: str) -> Callable[..., Any]:
 
     return run
 
+
+# csrc/ leaves these to the reference: they save the memory of GPUs.
+_WITHOUT_CPP = ("adamw_compact_",)
 
 _triton: dict[str, Callable[..., Any]] = {name: _on_triton(name) for name in TRITON_OPERATORS}
 if importlib.util.find_spec("triton") is not None:
@@ -288,7 +300,7 @@ def _interpreted() -> bool:
 def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of operator ``name`` for tensors such as ``tensor``."""
     backend, _ = backend_of(tensor.device.type, tensor.dtype)
-    if backend == "reference" or (backend == "cpp" and name in _cpp.left_to_torch):
+    if backend == "reference" or (backend == "cpp" and (name in _cpp.left_to_torch or name in _WITHOUT_CPP)):
         return _references[name]
     if backend == "triton" and tensor.device.type == "cpu":
         return _triton.get(name) or (_references if name == "matmul_" else _overloads)[name]
@@ -306,4 +318,5 @@ def backends() -> dict[str, dict[str, str]]:
             table[device]["matmul_"] = "reference (cuBLAS)"
         if backend == "cpp":
             table[device] |= dict.fromkeys(_cpp.left_to_torch, "reference (PyTorch's is faster on this CPU)")
+            table[device] |= dict.fromkeys(_WITHOUT_CPP, "reference (not written in C++)")
     return table

@@ -237,20 +237,30 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def _adamw_update(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor,
+    grad_scale: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The new parameter and moments, not rounded yet. Moments come wide; what depends on the step is in fp64."""
+    t, rate = step.double(), lr.double()
+    step_size = rate / (1.0 - beta1**t)
+    correction2 = (1.0 - beta2**t).sqrt()
+    g = _wide(grad) if grad_scale is None else _wide(grad) * grad_scale
+    m = exp_avg.lerp(g.to(exp_avg.dtype), 1.0 - beta1)
+    v = exp_avg_sq * beta2 + (1.0 - beta2) * g * g
+    p = _wide(param) * (1.0 - rate * weight_decay).to(_wide(param).dtype)
+    return p - (step_size.to(p.dtype) * m) / (v.sqrt() / correction2.to(p.dtype) + eps), m, v
+
+
 def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
     eps: float, weight_decay: float, zero_grad: bool,
 ) -> None:  # fmt: skip
-    t, rate = step.double(), lr.double()
-    step_size = rate / (1.0 - beta1**t)
-    correction2 = (1.0 - beta2**t).sqrt()
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        g = _wide(grad) if grad_scale is None else _wide(grad) * grad_scale
-        m = _wide(exp_avg).lerp(g.to(_wide(exp_avg).dtype), 1.0 - beta1)
-        v = _wide(exp_avg_sq) * beta2 + (1.0 - beta2) * g * g
-        p = _wide(param) * (1.0 - rate * weight_decay).to(_wide(param).dtype)
-        p = p - (step_size.to(p.dtype) * m) / (v.sqrt() / correction2.to(p.dtype) + eps)
+        p, m, v = _adamw_update(
+            param, grad, _wide(exp_avg), _wide(exp_avg_sq), step, lr, grad_scale, beta1, beta2, eps, weight_decay
+        )
         exp_avg.copy_(m)
         exp_avg_sq.copy_(v)
         param.copy_(p)
@@ -258,3 +268,123 @@ def adamw_(
             copies[i].copy_(p)
         if zero_grad:
             grad.zero_()
+
+
+# ---- AdamW that saves memory: moments of 8 bits, bf16 rounded stochastically ----
+
+MOMENT_BLOCK = 256  # consecutive elements of a flattened moment that share a scale
+
+# A moment of one byte is a floating-point number with three bits of fraction, stored as the distance from the
+# scale of its block: the power of two above the largest magnitude in it. Code c, without its sign, stands for
+# the fp32 whose upper twelve bits are those of the scale, plus c, minus the largest code; 0 stands for zero.
+#
+#   exp_avg      sign in the highest bit, 127 magnitudes: 16 binades, 4.8 decades below the scale
+#   exp_avg_sq   255 magnitudes: 32 binades, 9.6 decades, so that its square root reaches as far down as exp_avg
+#
+# Codes are rounded up or down at random so that the mean is the value itself: with beta2 = 0.999 a moment moves
+# by less than half the distance of two codes, and rounding to the nearest would leave it where it is for ever.
+# The scale is a power of two, so that coding is exact arithmetic on bit patterns, alike on every backend, and a
+# code keeps its value when the scale changes.
+#
+# Below the smallest magnitude exp_avg is rounded to it or to zero, without bias too. exp_avg_sq is rounded up
+# to it, because a zero there makes a step of exp_avg / eps.
+
+MOMENT_SHIFT = 20  # bits of an fp32 below three bits of fraction
+LEAST_MOMENT_SCALE = 33  # biased exponent; under it the smallest code of exp_avg_sq would not be a normal fp32
+
+
+def encode_moment(x: Tensor, random: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes (n, 256), uint8, and scales (n, 1), fp32, of ``x`` (n, 256), fp32.
+
+    Args:
+        x: a moment, block by block.
+        random: as many numbers in [0, 2**16), int32.
+        signed: whether it is ``exp_avg``; ``exp_avg_sq`` has no sign.
+    """
+    largest = 127 if signed else 255
+    bits = x.view(torch.int32) & 0x7FFFFFFF
+    scale = ((bits.amax(-1, keepdim=True) >> 23) + 1).clamp(LEAST_MOMENT_SCALE, 254) << 23
+    bits = bits.minimum(scale)  # a moment that is not finite gets the largest code
+    zero = (scale >> MOMENT_SHIFT) - largest
+    codes = ((bits + (random << 4)) >> MOMENT_SHIFT) - zero
+    if signed:
+        smallest = (zero + 1) << MOMENT_SHIFT
+        up = random * (smallest.view(torch.float32) * 2.0**-16) < x.abs()
+        codes = torch.where(bits < smallest, up.int(), codes)
+        codes = torch.where((codes > 0) & (x < 0), codes + 128, codes)
+    else:
+        codes = torch.where(bits > 0, codes.clamp(min=1), 0)
+    return codes.to(torch.uint8), scale.view(torch.float32)
+
+
+def decode_moment(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """The inverse of :func:`encode_moment`: (n, 256), fp32."""
+    largest = 127 if signed else 255
+    magnitude = codes.int() & largest
+    bits = ((scale.view(torch.int32) >> MOMENT_SHIFT) - largest + magnitude) << MOMENT_SHIFT
+    values = torch.where(magnitude > 0, bits.view(torch.float32), 0.0)
+    return torch.where(codes > 127, -values, values) if signed else values
+
+
+def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 as bf16: one of the two neighbours, chosen by ``random`` in [0, 2**16) so that the mean is ``x``."""
+    bits = (x.view(torch.int32) + random) & ~0xFFFF  # the carry out of the lower half rounds up
+    return torch.where(x.isnan(), x, bits.view(torch.float32)).bfloat16()
+
+
+def _blocks(flat: Tensor) -> Tensor:
+    """(n, 256), the last row filled up with zeros."""
+    return F.pad(flat, (0, -len(flat) % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
+
+
+def _random_halves(key: Tensor, tensor: int, purpose: int, first: int, n: int) -> tuple[Tensor, Tensor]:
+    """Two numbers in [0, 2**16), int32, for each of the elements ``first ... first + n`` of a tensor."""
+    place = torch.arange(first, first + n, device=key.device)
+    words = _philox(key, torch.full_like(place, purpose), torch.full_like(place, tensor), place)
+    return (words >> 16).int(), (words & 0xFFFF).int()
+
+
+def adamw_compact_(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
+    grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    zero_grad: bool, stochastic_rounding: bool,
+) -> None:  # fmt: skip
+    """AdamW on coded moments where there are scales; where asked, all that is bf16 is rounded stochastically.
+
+    Philox's key is ``seed + step``, its counter (element // 4, number of the tensor, purpose, 0), purpose 0 for
+    the moments and 1 for the parameters; of word element % 4 the upper half is for exp_avg, the lower for
+    exp_avg_sq and for the parameter.
+    """
+    key = seed + step.long()
+    part = 2**20  # elements at a time, so that temporaries stay small
+    for i in range(len(params)):
+        tensors = [t[i] for t in (params, grads, exp_avgs, exp_avg_sqs, copies) if t]
+        for first in range(0, params[i].numel(), part):
+            param, grad, exp_avg, exp_avg_sq, *copy = (t.view(-1)[first : first + part] for t in tensors)
+            n = len(param)
+            blocks = slice(first // MOMENT_BLOCK, (first + part) // MOMENT_BLOCK)
+            scales = [s[i][blocks].unsqueeze(-1) for s in (exp_avg_scales, exp_avg_sq_scales) if s]
+            m, v = _wide(exp_avg), _wide(exp_avg_sq)
+            if scales:
+                m = decode_moment(_blocks(exp_avg), scales[0], signed=True).view(-1)[:n]
+                v = decode_moment(_blocks(exp_avg_sq), scales[1], signed=False).view(-1)[:n]
+            p, *updated = _adamw_update(param, grad, m, v, step, lr, grad_scale, beta1, beta2, eps, weight_decay)
+
+            halves = _random_halves(key, i, 0, first, n)
+            for k, (moment, new, random) in enumerate(zip((exp_avg, exp_avg_sq), updated, halves, strict=True)):
+                if scales:
+                    codes, scale = encode_moment(_blocks(new.float()), _blocks(random), signed=k == 0)
+                    moment.copy_(codes.view(-1)[:n])
+                    scales[k].copy_(scale)
+                elif stochastic_rounding and moment.dtype == torch.bfloat16:
+                    moment.copy_(round_stochastically(new, random))
+                else:
+                    moment.copy_(new)
+            if stochastic_rounding and param.dtype == torch.bfloat16:
+                p = round_stochastically(p, _random_halves(key, i, 1, first, n)[1])
+            param.copy_(p)
+            for twin in copy:
+                twin.copy_(p)
+            if zero_grad:
+                grad.zero_()

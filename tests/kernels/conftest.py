@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,13 +33,14 @@ BACKENDS = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_
 
 @pytest.fixture(params=list(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the backend that every operator of the test runs on."""
+    """The name of the backend that every operator of the test runs on; tensors are made on its device by default."""
+    place = BACKENDS[request.param]
     try:
         with use_backend(request.param):
-            ops.backend_of(BACKENDS[request.param], torch.float32)
+            ops.backend_of(place, torch.float32)
     except RuntimeError as error:
         pytest.skip(str(error))
-    with use_backend(request.param):
+    with use_backend(request.param), nullcontext() if place == "cpu" else torch.device(place):
         yield request.param
 
 
@@ -204,8 +206,12 @@ PERTURB_WITH_ONES = 0x100  # its lowest byte is 0, and as a whole it is not 0, w
 def memory_of_nan() -> Iterator[bool]:
     """Memory is handed out with all bits set, NaN in every float dtype, so an element never written shows.
 
-    Reaches ``torch.empty``, the C++ kernels' outputs and their scratch buffers alike. False without glibc.
+    Reaches ``torch.empty``, the C++ kernels' outputs and their scratch buffers alike. False without glibc. On a
+    GPU it is torch that fills what ``empty`` hands out.
     """
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         yield False
@@ -213,6 +219,7 @@ def memory_of_nan() -> Iterator[bool]:
     mallopt(M_PERTURB, PERTURB_WITH_ONES)
     yield True
     mallopt(M_PERTURB, 0)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

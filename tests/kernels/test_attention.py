@@ -55,7 +55,7 @@ def packed_peers(n_head, causal=True):
     return (ours, on_packed(formula, n_head)), on_packed(sdpa(causal), n_head)
 
 
-def operands(B, H, T, D, S=None, *, dtype=torch.float32, device="cpu"):
+def operands(B, H, T, D, S=None, *, dtype=torch.float32, device=None):
     return [torch.randn(B, H, n, D, device=device).to(dtype) for n in (T, S or T, S or T)]
 
 

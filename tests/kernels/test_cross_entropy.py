@@ -17,7 +17,7 @@ def both(targets, ignore_index=-1):
     )
 
 
-def operands(N, V, *, dtype=torch.float32, device="cpu", ignored=False):
+def operands(N, V, *, dtype=torch.float32, device=None, ignored=False):
     logits = 3 * torch.randn(N, V, device=device)
     targets = torch.randint(V, (N,), device=device)
     if ignored:
@@ -111,11 +111,17 @@ def test_no_rows_at_all_give_nan(device):
 
 @pytest.mark.parametrize("row", [0, 199])
 @pytest.mark.parametrize("target", [63, 10**9, -2, -100])
-def test_a_target_outside_the_classes_is_refused(device, dtype, row, target):
+def test_a_target_outside_the_classes_is_refused_or_shows_as_nan(backend, device, dtype, row, target):
     logits, targets = operands(200, 63, dtype=dtype, device=device)
     targets[row] = target
-    with pytest.raises(RuntimeError, match="targets"):
-        cross_entropy(logits, targets)
+    if backend != "triton":  # whose kernels could not stop the queue to complain
+        with pytest.raises(RuntimeError, match="targets"):
+            cross_entropy(logits, targets)
+        return
+    loss = cross_entropy(logits.requires_grad_(), targets)
+    loss.backward()
+    assert loss.isnan()
+    assert logits.grad.isnan().any(1).nonzero().flatten().tolist() == [row]
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4])
@@ -168,14 +174,17 @@ def test_a_nan_in_an_ignored_row_does_no_harm(device, dtype):
     assert leaf.grad.isfinite().all()
 
 
-def test_the_in_place_operator_gives_the_same_losses_and_gradient(device, dtype):
+def test_the_in_place_operator_gives_the_same_losses_and_gradient(backend, device, dtype):
     logits, targets = operands(33, 127, dtype=dtype, device=device, ignored=True)
     losses, lse = ops.resolve("cross_entropy", logits)(logits, targets, -1)
     scale = torch.tensor(0.37, device=device)
     expected = ops.resolve("cross_entropy_backward", logits)(scale.expand(33), logits, targets, lse, -1)
     overwritten = logits.clone()
     assert torch.equal(ops.resolve("cross_entropy_", logits)(overwritten, targets, scale, -1), losses)
-    assert torch.equal(overwritten, expected)
+    if backend == "triton":  # in place it has the row's maximum and sum at hand, nearer the truth than their logarithm
+        torch.testing.assert_close(overwritten, expected, rtol=1e-5, atol=1e-7)
+    else:
+        assert torch.equal(overwritten, expected)
 
 
 def test_the_same_inputs_give_the_same_bits(device, dtype, rule):

@@ -48,6 +48,49 @@ def test_gelu_takes_any_strides(device, dtype, rule, strided, kind, incoming):
         rule.accuracy(*both(kind), [strided(x)])
 
 
+def both_with_bias(kind):
+    """Ours and plain PyTorch's, of x + bias; the sum is taken in fp32 by both."""
+
+    def plain(x, bias):
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.gelu(wide + bias.to(wide.dtype), approximate=kind).to(x.dtype)
+
+    return lambda x, bias: gelu(x, kind, bias), plain
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(63,), (1, 1), (127, 63), (1023, 33), (2, 65, 257), (1, 4100)], ids=str)
+def test_a_bias_is_added_and_gets_its_gradient(device, dtype, rule, kind, shape):
+    inputs = [torch.randn(size, device=device).to(dtype) for size in (shape, shape[-1:])]
+    rule.accuracy(*both_with_bias(kind), inputs)
+
+
+@pytest.mark.parametrize("incoming", [False, True], ids=["inputs", "incoming gradient"])
+def test_gelu_with_a_bias_takes_any_strides(device, dtype, rule, strided, incoming):
+    x, bias = (torch.randn(size, device=device).to(dtype) for size in ((5, 9, 33), (33,)))
+    if incoming:
+        rule.accuracy(*both_with_bias("tanh"), [x, bias], dout_layout=strided)
+    else:
+        rule.accuracy(*both_with_bias("tanh"), [strided(x), strided(bias)])
+
+
+def test_gelu_with_a_bias_of_no_rows_has_a_gradient_of_zeros(device, dtype):
+    x, bias = torch.empty(0, 5, dtype=dtype, device=device), torch.ones(5, dtype=dtype, device=device)
+    gelu(x.requires_grad_(), bias=bias.requires_grad_()).sum().backward()
+    assert x.grad.shape == (0, 5)
+    assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_the_number_of_threads_changes_no_bit_of_the_bias_gradient(device, dtype, on_threads):
+    x, bias = (torch.randn(size, device=device).to(dtype).requires_grad_() for size in ((1023, 300), (300,)))
+
+    def gradient():
+        return torch.autograd.grad(gelu(x, bias=bias).float().sum(), bias)[0]
+
+    assert torch.equal(on_threads(1, gradient), on_threads(2, gradient))
+
+
 def truth(kind):
     """GELU by formulas that lose nothing to cancellation on the left, where PyTorch's float64 gives 0."""
     if kind == "tanh":

@@ -9,7 +9,7 @@ from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
 
-def operands(*shape, C_out=9, dtype=torch.float32, device="cpu"):
+def operands(*shape, C_out=9, dtype=torch.float32, device=None):
     x, weight, bias = (torch.randn(s, device=device) for s in (shape, (C_out, shape[-1]), (C_out,)))
     return [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
 

@@ -26,7 +26,7 @@ def both(targets, ignore_index=-1):
     )
 
 
-def operands(N, C, V, *, dtype=torch.float32, device="cpu", ignored=False):
+def operands(N, C, V, *, dtype=torch.float32, device=None, ignored=False):
     x, weight = torch.randn(N, C, device=device), torch.randn(V, C, device=device) / C**0.5
     targets = torch.randint(V, (N,), device=device)
     if ignored:
@@ -61,9 +61,9 @@ def test_several_chunks_equal_one(device, rule, monkeypatch):
 
 def test_a_chunk_is_as_many_rows_as_fit_in_chunk_bytes(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
-    assert module._chunk_rows(10_000, 1000, 4) == 256  # 1 MiB / 4000 bytes = 262, less the rest of 16
-    assert module._chunk_rows(100, 1000, 4) == 100
-    assert module._chunk_rows(10_000, 10**6, 4) == 16
+    assert module._chunk_rows(torch.empty(10_000, 4), 1000) == 256  # 1 MiB / 4000 bytes = 262, less the rest of 16
+    assert module._chunk_rows(torch.empty(100, 4), 1000) == 100
+    assert module._chunk_rows(torch.empty(10_000, 4), 10**6) == 16
 
 
 def test_any_strides(device, dtype, rule, strided):
@@ -86,6 +86,7 @@ def largest_allocation(function):
 
 def test_the_logits_never_exist_whole(backend, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "CHUNK_ROWS_GPU", 48)
     x, weight, targets = operands(1024, 16, 5000)
     x.requires_grad_()
     weight.requires_grad_()
@@ -124,11 +125,15 @@ def test_without_a_counted_row_the_loss_is_nan_and_the_gradients_zero_as_in_pyto
 
 @pytest.mark.parametrize("target", [63, -2])
 @pytest.mark.parametrize("with_gradient", [False, True])
-def test_a_target_outside_the_classes_is_refused(device, dtype, target, with_gradient):
+def test_a_target_outside_the_classes_is_refused_or_shows_as_nan(backend, device, dtype, target, with_gradient):
     x, weight, targets = operands(40, 20, 63, dtype=dtype, device=device)
     targets[39] = target
-    with pytest.raises(RuntimeError, match="targets"):
-        linear_cross_entropy(x.requires_grad_(with_gradient), weight, targets)
+    x.requires_grad_(with_gradient)
+    if backend == "triton":
+        assert linear_cross_entropy(x, weight, targets).isnan()
+    else:
+        with pytest.raises(RuntimeError, match="targets"):
+            linear_cross_entropy(x, weight, targets)
 
 
 def test_huge_logits_do_not_overflow(device, rule):

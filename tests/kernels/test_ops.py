@@ -60,6 +60,18 @@ def cases(dtype):
         step, lr = torch.tensor(1.0), torch.tensor(1e-3, dtype=torch.float64)
         return (*tensors, twins, step, lr, torch.tensor(0.5) if scale else None, 0.9, 0.99, 1e-8, 0.1, copies)
 
+    def compact(eight_bits, stochastic_rounding):
+        params, grads, exp_avgs, exp_avg_sqs, twins, *rest, zero_grad = adamw(eight_bits, stochastic_rounding)
+        scales = []
+        if eight_bits:
+            exp_avgs, exp_avg_sqs = ([torch.randint(256, t.shape).to(torch.uint8) for t in params] for _ in range(2))
+            scales = [torch.full((1,), 2.0**-3) for _ in params]
+        *before_seed, beta1, beta2, eps, weight_decay = rest
+        return (
+            params, grads, exp_avgs, exp_avg_sqs, scales, [t.clone() for t in scales], twins, *before_seed, seed,
+            beta1, beta2, eps, weight_decay, zero_grad, stochastic_rounding,
+        )  # fmt: skip
+
     f = torch.randn  # this operator is for fp32 alone
     yield "matmul_", (f(3, 5), f(3, 4), f(5, 4).t(), f(5), False)
     yield "matmul_", (f(3, 5), f(3, 4), f(4, 5), None, True)
@@ -90,6 +102,8 @@ def cases(dtype):
     yield "grad_norm", ([r(3, 5), r(7)],)
     yield "adamw_", adamw(copies=False, scale=False)
     yield "adamw_", adamw(copies=True, scale=True)
+    yield "adamw_compact_", compact(eight_bits=True, stochastic_rounding=False)
+    yield "adamw_compact_", compact(eight_bits=False, stochastic_rounding=True)
 
 
 def test_every_operator_has_a_case():
@@ -97,9 +111,11 @@ def test_every_operator_has_a_case():
 
 
 @pytest.mark.parametrize("number", range(len(list(cases(torch.float32)))))
-def test_every_operator_passes_opcheck(dtype, number):
+@pytest.mark.parametrize("place", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_every_operator_passes_opcheck(dtype, place, number):
     """Schema (what it mutates, what it aliases), fake (shapes and strides) and tracing under AOTAutograd."""
-    name, arguments = list(cases(dtype))[number]
+    with torch.device(place):
+        name, arguments = list(cases(dtype))[number]
     torch.library.opcheck(getattr(torch.ops.fastgpt, name).default, arguments)
 
 
@@ -209,11 +225,12 @@ def test_an_unknown_backend_is_refused_by_name():
         pass
 
 
-def test_backends_says_what_each_operator_runs_on_and_why(backend):
-    table = backends()
-    assert set(table["cpu"]) == set(ops.OPERATORS)
-    for name, answer in table["cpu"].items():
-        expected = "reference" if name in ops._cpp.left_to_torch else backend
+def test_backends_says_what_each_operator_runs_on_and_why(backend, device):
+    table = backends()[device.type]
+    assert set(table) == set(ops.OPERATORS)
+    for name, answer in table.items():
+        tensor = torch.empty(0, device=device)
+        expected = "reference" if ops.resolve(name, tensor) is ops._references[name] else backend
         assert re.fullmatch(rf"{expected} \(.+\)", answer)
 
 

@@ -23,4 +23,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "cross_entropy_": cross_entropy.cross_entropy_,
     "grad_norm": adamw.grad_norm,
     "adamw_": adamw.adamw_,
+    "adamw_compact_": adamw.adamw_compact_,
 }

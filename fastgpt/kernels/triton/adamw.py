@@ -5,7 +5,8 @@ the tensors lie, so a model of two flat buffers and one of two hundred parameter
 tables are kept, and made anew only when a tensor has moved.
 
 Bytes moved a parameter, with fp32 parameters, gradients and moments: norm 4; update 16 read and 12 written, 2
-more with a bf16 copy and 4 more where the gradient is zeroed.
+more with a bf16 copy and 4 more where the gradient is zeroed. With moments of 8 bits the update reads 10 and
+writes 6; with bf16 parameters and gradients besides, 6 and 4.
 """
 
 from functools import lru_cache
@@ -15,9 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import reference
 from fastgpt.kernels.triton.launch import configuration, device_of, launch
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+}
+_MOMENT_BLOCK = tl.constexpr(reference.MOMENT_BLOCK)
+_SHIFT = tl.constexpr(reference.MOMENT_SHIFT)
+_LEAST_SCALE = tl.constexpr(reference.LEAST_MOMENT_SCALE)
 
 
 @triton.jit
@@ -30,6 +40,15 @@ def _start(pointers, tensor, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _size(sizes, tensor, ALIGNED: tl.constexpr):
+    """The number of elements of a tensor, from the table."""
+    n = tl.load(sizes + tensor)
+    if ALIGNED:  # neighbours loaded together are then all inside or all outside
+        n = tl.multiple_of(n, 16)
+    return n
+
+
+@triton.jit
 def _squares_kernel(
     pointers, sizes, tensors, offsets, sums, dtype: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -38,7 +57,7 @@ def _squares_kernel(
     tensor = tl.load(tensors + chunk)
     begin = tl.multiple_of(tl.load(offsets + chunk), CHUNK)
     grad = _start(pointers, tensor, dtype, ALIGNED)
-    n = tl.load(sizes + tensor)
+    n = _size(sizes, tensor, ALIGNED)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for block in range(0, CHUNK, BLOCK):
         here = begin + block + tl.arange(0, BLOCK)
@@ -57,6 +76,16 @@ def _root_kernel(sums, norm, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, eps):
+    """The new parameter and moments, fp32."""
+    step_size, correction2, decay = tl.load(coefficients), tl.load(coefficients + 1), tl.load(coefficients + 2)
+    m += (g - m) * one_minus_beta1
+    v = v * beta2 + one_minus_beta2 * g * g
+    p = p * decay - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps)
+    return p, m, v
+
+
+@triton.jit
 def _adamw_kernel(
     pointers, sizes, tensors, offsets, coefficients, grad_scale, n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
@@ -66,22 +95,19 @@ def _adamw_kernel(
     chunk = tl.program_id(0)
     tensor = tl.load(tensors + chunk)
     here = tl.multiple_of(tl.load(offsets + chunk), CHUNK) + tl.arange(0, CHUNK)
-    inside = here < tl.load(sizes + tensor)
+    inside = here < _size(sizes, tensor, ALIGNED)
     param = _start(pointers, tensor, P, ALIGNED)
     grad = _start(pointers + n_tensors, tensor, G, ALIGNED)
     exp_avg = _start(pointers + 2 * n_tensors, tensor, M, ALIGNED)
     exp_avg_sq = _start(pointers + 3 * n_tensors, tensor, M, ALIGNED)
-    step_size, correction2, decay = (tl.load(coefficients + i) for i in tl.static_range(3))
 
     g = tl.load(grad + here, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
         g *= tl.load(grad_scale)
     m = tl.load(exp_avg + here, mask=inside, other=0.0).to(tl.float32)
-    m += (g - m) * one_minus_beta1
     v = tl.load(exp_avg_sq + here, mask=inside, other=0.0).to(tl.float32)
-    v = v * beta2 + one_minus_beta2 * g * g
-    p = tl.load(param + here, mask=inside, other=0.0).to(tl.float32) * decay
-    p -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps)
+    p = tl.load(param + here, mask=inside, other=0.0).to(tl.float32)
+    p, m, v = _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, eps)
     tl.store(exp_avg + here, m.to(M), mask=inside)
     tl.store(exp_avg_sq + here, v.to(M), mask=inside)
     tl.store(param + here, p.to(P), mask=inside)
@@ -89,6 +115,120 @@ def _adamw_kernel(
         tl.store(_start(pointers + 4 * n_tensors, tensor, tl.bfloat16, ALIGNED) + here, p.to(tl.bfloat16), mask=inside)
     if ZERO_GRAD:
         tl.store(grad + here, tl.zeros((CHUNK,), dtype=G), mask=inside)
+
+
+# ---- moments of 8 bits, bf16 rounded stochastically: reference.py explains the code and the random numbers ----
+
+
+@triton.jit
+def _decoded(codes, scale, LARGEST: tl.constexpr):
+    """The moment that (ROWS, 256) uint8 codes stand for under (ROWS,) scales; LARGEST is 127 if it has a sign."""
+    codes = codes.to(tl.int32)
+    magnitude = codes & LARGEST
+    zero = (scale.to(tl.int32, bitcast=True) >> _SHIFT) - LARGEST
+    values = ((zero[:, None] + magnitude) << _SHIFT).to(tl.float32, bitcast=True)
+    values = tl.where(magnitude > 0, values, 0.0)
+    return tl.where(codes > LARGEST, -values, values)
+
+
+@triton.jit
+def _encoded(x, random, LARGEST: tl.constexpr):
+    """Codes (ROWS, 256) and scales (ROWS,) of a moment, rounded by random numbers in [0, 2**16)."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    exponent = (tl.max(bits, axis=1) >> 23) + 1
+    scale = tl.minimum(tl.maximum(exponent, _LEAST_SCALE), 254) << 23
+    bits = tl.minimum(bits, scale[:, None])
+    zero = (scale >> _SHIFT) - LARGEST
+    codes = ((bits + (random << 4)) >> _SHIFT) - zero[:, None]
+    if LARGEST == 127:
+        smallest = (zero + 1) << _SHIFT
+        unit = smallest.to(tl.float32, bitcast=True) * 0.0000152587890625  # 2**-16
+        up = random.to(tl.float32) * unit[:, None] < tl.abs(x)
+        codes = tl.where(bits < smallest[:, None], up.to(tl.int32), codes)
+        codes = tl.where((codes > 0) & (x < 0.0), codes + 128, codes)
+    else:
+        codes = tl.where(bits > 0, tl.maximum(codes, 1), 0)
+    return codes.to(tl.uint8), scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stochastic(x, random):
+    """fp32 that bf16 can hold; a NaN stays one, though the carry would run through all its bits."""
+    bits = (x.to(tl.int32, bitcast=True) + random) & -65536
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _random_halves(key, tensor, purpose, begin, ROWS: tl.constexpr):
+    """Two (ROWS, 256) of numbers in [0, 2**16), int32, for the elements of a tensor from ``begin`` on."""
+    QUARTER: tl.constexpr = _MOMENT_BLOCK // 4
+    zeros = tl.zeros((ROWS, QUARTER), dtype=tl.int32)
+    place = (begin // 4).to(tl.int32) + QUARTER * tl.arange(0, ROWS)[:, None] + tl.arange(0, QUARTER)[None, :]
+    w0, w1, w2, w3 = tl.philox(key, place, zeros + tensor, zeros + purpose, zeros)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, _MOMENT_BLOCK)).to(tl.int32, bitcast=True)
+    return (words >> 16) & 0xFFFF, words & 0xFFFF
+
+
+@triton.jit
+def _compact_kernel(
+    pointers, sizes, tensors, offsets, coefficients, grad_scale, key, numbers, n_tensors,
+    beta2, one_minus_beta1, one_minus_beta2, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CODED: tl.constexpr,
+    STOCHASTIC_P: tl.constexpr, STOCHASTIC_M: tl.constexpr, HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr,
+    ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = CHUNK // _MOMENT_BLOCK
+    chunk = tl.program_id(0)
+    tensor = tl.load(tensors + chunk)
+    number = tl.load(numbers + tensor).to(tl.int32)
+    n = _size(sizes, tensor, ALIGNED)
+    begin = tl.multiple_of(tl.load(offsets + chunk), CHUNK)
+    starts = begin + tl.arange(0, ROWS) * _MOMENT_BLOCK
+    here = starts[:, None] + tl.arange(0, _MOMENT_BLOCK)[None, :]
+    inside = here < n
+    param = _start(pointers, tensor, P, ALIGNED)
+    grad = _start(pointers + n_tensors, tensor, G, ALIGNED)
+    exp_avg = _start(pointers + 2 * n_tensors, tensor, M, ALIGNED)
+    exp_avg_sq = _start(pointers + 3 * n_tensors, tensor, M, ALIGNED)
+
+    p = tl.load(param + here, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + here, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        g *= tl.load(grad_scale)
+    m = tl.load(exp_avg + here, mask=inside, other=0)
+    v = tl.load(exp_avg_sq + here, mask=inside, other=0)
+    if CODED:
+        blocks = begin // _MOMENT_BLOCK + tl.arange(0, ROWS)
+        exp_avg_scale = _start(pointers + 4 * n_tensors, tensor, tl.float32, ALIGNED) + blocks
+        exp_avg_sq_scale = _start(pointers + 5 * n_tensors, tensor, tl.float32, ALIGNED) + blocks
+        m = _decoded(m, tl.load(exp_avg_scale, mask=starts < n, other=0.0), 127)
+        v = _decoded(v, tl.load(exp_avg_sq_scale, mask=starts < n, other=0.0), 255)
+    p, m, v = _updated(
+        p, g, m.to(tl.float32), v.to(tl.float32), coefficients, beta2, one_minus_beta1, one_minus_beta2, eps
+    )
+
+    seed = tl.load(key)
+    if CODED:
+        for_m, for_v = _random_halves(seed, number, 0, begin, ROWS)
+        m, scale = _encoded(m, for_m, 127)
+        tl.store(exp_avg_scale, scale, mask=starts < n)
+        v, scale = _encoded(v, for_v, 255)
+        tl.store(exp_avg_sq_scale, scale, mask=starts < n)
+    elif STOCHASTIC_M:
+        for_m, for_v = _random_halves(seed, number, 0, begin, ROWS)
+        m, v = _stochastic(m, for_m), _stochastic(v, for_v)
+    if STOCHASTIC_P:
+        _, for_p = _random_halves(seed, number, 1, begin, ROWS)
+        p = _stochastic(p, for_p)
+    tl.store(exp_avg + here, m.to(M), mask=inside)
+    tl.store(exp_avg_sq + here, v.to(M), mask=inside)
+    tl.store(param + here, p.to(P), mask=inside)
+    if HAS_COPY:
+        COPY: tl.constexpr = 6 if CODED else 4
+        copy = _start(pointers + COPY * n_tensors, tensor, tl.bfloat16, ALIGNED)
+        tl.store(copy + here, p.to(tl.bfloat16), mask=inside)
+    if ZERO_GRAD:
+        tl.store(grad + here, tl.zeros((ROWS, _MOMENT_BLOCK), dtype=G), mask=inside)
 
 
 @lru_cache(maxsize=64)
@@ -103,17 +243,17 @@ def _chunk_tables(sizes: tuple[int, ...], chunk: int, device: torch.device) -> t
 
 
 @lru_cache(maxsize=256)
-def _pointer_table(pointers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(pointers, dtype=torch.int64).to(device)
+def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
 
 
 def _tables(lists: list[list[Tensor]], chunk: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
-    """Pointers, sizes, tensors and offsets on the device; whether all tensors start on 16 bytes."""
-    first = lists[0]
+    """Pointers, sizes, tensors and offsets on the device; whether all start on 16 bytes and have whole 16 elements."""
+    sizes = tuple(t.numel() for t in lists[0])
     pointers = tuple(t.data_ptr() for tensors in lists for t in tensors)
-    device = first[0].device
-    tables = (_pointer_table(pointers, device), *_chunk_tables(tuple(t.numel() for t in first), chunk, device))
-    return tables, all(pointer % 16 == 0 for pointer in pointers)
+    device = lists[0][0].device
+    tables = (_table(pointers, device), *_chunk_tables(sizes, chunk, device))
+    return tables, all(number % 16 == 0 for number in pointers + sizes)
 
 
 def _by_dtypes(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
@@ -166,4 +306,29 @@ def adamw_(
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, ALIGNED=aligned, **config,
+        )  # fmt: skip
+
+
+def adamw_compact_(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
+    grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    zero_grad: bool, stochastic_rounding: bool,
+) -> None:  # fmt: skip
+    config = configuration(device_of(params[0]), "adamw_compact", "any")
+    coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
+    key = seed + step.long()
+    number = {id(param): i for i, param in enumerate(params)}
+    optional = (tensors for tensors in (exp_avg_scales, exp_avg_sq_scales, copies) if tensors)
+    for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *optional):
+        tables, aligned = _tables(lists, config["CHUNK"])
+        launch(
+            _compact_kernel, (tables[2].numel(),), *tables, coefficients,
+            coefficients if grad_scale is None else grad_scale, key,
+            _table(tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
+            beta2, 1.0 - beta1, 1.0 - beta2, eps,
+            P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
+            CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,
+            STOCHASTIC_M=stochastic_rounding and lists[2][0].dtype == torch.bfloat16, HAS_COPY=bool(copies),
+            HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, ALIGNED=aligned, **config,
         )  # fmt: skip

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import reference
+from fastgpt.kernels.triton import autotune
 from fastgpt.kernels.triton.launch import configuration, device_of, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -340,7 +342,7 @@ def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -
         "PRECISION": "tf32x3" if fp32 and torch.get_float32_matmul_precision() == "highest" else "tf32",
         "FP32": fp32,
         "D": q.shape[3],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "BLOCK_D": max(32, triton.next_power_of_2(q.shape[3])),
     }
 
 
@@ -349,9 +351,21 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
     return min(int(dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def _config(kernel: str, q: Tensor, constants: dict[str, Any]) -> dict[str, int]:
-    width = "fp32" if constants["FP32"] else "16-bit"
-    return configuration(device_of(q), kernel, f"{width} D{constants['BLOCK_D']}")
+def _launch(
+    name: str, kernel: Any, along: tuple[int, str], q: Tensor, *args: Any, constants: dict[str, Any]
+) -> None:  # fmt: skip
+    """Launch a kernel with one program per head and block of ``along[0]`` positions, blocks as in ``along[1]``."""
+    (length, block), device, n_heads = along, device_of(q), q.shape[0] * q.shape[1]
+
+    def run(config: dict[str, int]) -> None:
+        launch(kernel, (triton.cdiv(length, config[block]) * n_heads,), q, *args, **constants, **config)
+
+    dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
+    config = configuration(device, name, f"{dtype} D{constants['BLOCK_D']}{dropout}")
+    if q.is_cuda and autotune.enabled():
+        case = f"{name} {q.dtype} {tuple(q.shape)} causal {constants['CAUSAL']}{dropout}"
+        config = autotune.best(device, case, config, run)
+    run(config)
 
 
 def _forward(
@@ -361,13 +375,12 @@ def _forward(
     if scale < 0.0:  # the maximum of the scaled scores is taken as the scaled maximum
         q, scale = -q, -scale
     q, k, v = _readable(q), _readable(k), _readable(v)
-    B, H, T, _ = q.shape
+    H, T = q.shape[1:3]
     constants = _constants(q, causal, dropout_p, seed)
-    config = _config("attention_forward", q, constants)
-    launch(
-        _forward_kernel, (triton.cdiv(T, config["BLOCK_M"]) * B * H,),
+    _launch(
+        "attention_forward", _forward_kernel, (T, "BLOCK_M"),
         q, k, v, out, lse, lse if seed is None else seed, *_strides(q, k, v, out), H, T, k.shape[2],
-        scale, *_dropout(dropout_p), **constants, **config,
+        scale, *_dropout(dropout_p), constants=constants,
     )  # fmt: skip
 
 
@@ -376,23 +389,20 @@ def _backward(
     causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
     dout, q, k, v, out = (_readable(t) for t in (dout, q, k, v, out))
-    B, H, T, _ = q.shape
-    S = k.shape[2]
+    H, T, S = q.shape[1], q.shape[2], k.shape[2]
     delta = torch.empty_like(lse)
     constants = _constants(q, causal, dropout_p, seed)
     seed_or_any = lse if seed is None else seed
     scalars = (scale, *_dropout(dropout_p))
-    config = _config("attention_dq", q, constants)
-    launch(
-        _dq_kernel, (triton.cdiv(T, config["BLOCK_M"]) * B * H,),
+    _launch(
+        "attention_dq", _dq_kernel, (T, "BLOCK_M"),
         q, k, v, out, dout, lse, dq, delta, seed_or_any, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,
-        **constants, **config,
+        constants=constants,
     )  # fmt: skip
-    config = _config("attention_dk_dv", q, constants)
-    launch(
-        _dk_dv_kernel, (triton.cdiv(S, config["BLOCK_N"]) * B * H,),
+    _launch(
+        "attention_dk_dv", _dk_dv_kernel, (S, "BLOCK_N"),
         q, k, v, dout, lse, delta, dk, dv, seed_or_any, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
-        **constants, **config,
+        constants=constants,
     )  # fmt: skip
 
 
@@ -408,9 +418,16 @@ def _empty_heads(x: Tensor) -> Tensor:
     return x.new_empty((B, T, H, D)).transpose(1, 2)
 
 
+def _left_to_the_reference(q: Tensor, D: int) -> bool:
+    """Heads of more than 128 fp32 numbers fit no block's registers without spilling."""
+    return q.dtype == torch.float32 and D > 128
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if _left_to_the_reference(q, q.shape[3]):
+        return reference.attention(q, k, v, causal, scale, dropout_p, seed)
     out, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     _forward(q, k, v, out, lse, causal, scale, dropout_p, seed)
     return out, lse
@@ -420,6 +437,8 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _left_to_the_reference(q, q.shape[3]):
+        return reference.attention_backward(dout, q, k, v, out, lse, causal, scale, dropout_p, seed)
     dq, dk, dv = _empty_heads(q), _empty_heads(k), _empty_heads(v)
     _backward(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
     return dq, dk, dv
@@ -429,10 +448,13 @@ def attention_qkv(
     qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     B, T, C3 = qkv.shape
+    if _left_to_the_reference(qkv, C3 // 3 // n_head):
+        return reference.attention_qkv(qkv, n_head, causal, scale, dropout_p, seed)
     out = qkv.new_empty((B, T, C3 // 3))
     lse = qkv.new_empty((B, n_head, T), dtype=torch.float32)
     q, k, v = _heads(_splittable(qkv), n_head, 3)
-    _forward(q, k, v, *_heads(out, n_head, 1), lse, causal, scale, dropout_p, seed)
+    (out_heads,) = _heads(out, n_head, 1)
+    _forward(q, k, v, out_heads, lse, causal, scale, dropout_p, seed)
     return out, lse
 
 
@@ -440,12 +462,13 @@ def attention_qkv_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    if _left_to_the_reference(qkv, qkv.shape[2] // 3 // n_head):
+        return reference.attention_qkv_backward(dout, qkv, out, lse, n_head, causal, scale, dropout_p, seed)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _heads(_splittable(qkv), n_head, 3)
-    _backward(
-        *_heads(_splittable(dout), n_head, 1), q, k, v, *_heads(out, n_head, 1), lse, *_heads(dqkv, n_head, 3),
-        causal, scale, dropout_p, seed,
-    )  # fmt: skip
+    dq, dk, dv = _heads(dqkv, n_head, 3)
+    (dout_heads,), (out_heads,) = _heads(_splittable(dout), n_head, 1), _heads(out, n_head, 1)
+    _backward(dout_heads, q, k, v, out_heads, lse, dq, dk, dv, causal, scale, dropout_p, seed)
     return dqkv
 
 

@@ -57,7 +57,7 @@ def _forward_kernel(logits, targets, losses, lse, row_stride, target_stride, V, 
 
 @triton.jit
 def _write_gradient(row, drow, target, shift, factor, scale, V, ignore_index, BLOCK: tl.constexpr):
-    """drow = (factor * exp(row - shift) - onehot(target)) * scale; zeros if the row does not count."""
+    """Writes drow = (factor * exp(row - shift) - onehot(target)) * scale; zeros if the row does not count."""
     counts = target != ignore_index
     valid = (target >= 0) & (target < V)
     scale = tl.where(counts & valid, scale, tl.where(counts, float("nan"), 0.0))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -45,7 +46,7 @@ _ahead_of_time: tuple[Device, Callable[..., None]] | None = None
 
 @contextmanager
 def ahead_of_time(device: Device, compile: Callable[..., None]) -> Iterator[None]:
-    """Inside the block nothing is launched: each launch becomes ``compile(kernel, grid, args, options)`` for ``device``.
+    """Inside the block nothing is launched: a launch for ``device`` becomes ``compile(kernel, grid, args, options)``.
 
     Operators are called on ``meta`` tensors; so what is compiled is exactly what such a call would run.
     """
@@ -59,8 +60,10 @@ def ahead_of_time(device: Device, compile: Callable[..., None]) -> Iterator[None
 
 @cache
 def _properties(index: int) -> Device:
-    p = torch.cuda.get_device_properties(index)
-    return Device(p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(index)
+    shared_memory = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    capability = properties.major * 10 + properties.minor
+    return Device(properties.name, capability, properties.multi_processor_count, shared_memory)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -103,7 +106,7 @@ def configuration(device: Device, kernel: str, key: str) -> dict[str, int]:
     return dict((own or _shipped()[0][kernel])[key])
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, *args: Any, **options: Any) -> None:
     """Run ``kernel`` over ``grid`` on the device of ``tensor``.
 
     Args:

@@ -1,0 +1,286 @@
+"""Compiles every Triton kernel in every shipped configuration for five architectures, without a GPU.
+
+    python -m bench.ahead_of_time                     # all, tables to bench/results/ahead_of_time/
+    python -m bench.ahead_of_time --arch 89 --only attention
+    python -m bench.ahead_of_time --arch 89 --only attention --try BLOCK_M=64,128 num_warps=4,8
+
+Operators are called on tensors without data, at GPT-2 124M's shapes; each launch is compiled by the very path
+that a GPU would take and then read back: registers, shared memory, spills, instructions by pipe in the inner
+loops, and a bound on the time (bench/bounds.py).
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bench import sass
+from bench.bounds import GPUS, blocks_per_sm, bound
+from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
+from fastgpt.kernels.triton import launch
+
+RESULTS = Path(__file__).parent / "results" / "ahead_of_time"
+
+B, T, C, V = 8, 1024, 768, 50304  # GPT-2 124M; the micro-batch of a 12 GB card
+PARAMETERS = 124_475_904
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, one configuration, one architecture.
+
+    Attributes:
+        kernel: file and function.
+        case: dtype and shape.
+        config: block sizes, warps, stages.
+        loops: for each innermost loop, instructions by pipe.
+        bounds: microseconds that each resource alone would need; empty where no work is stated.
+    """
+
+    kernel: str
+    case: str
+    arch: int
+    config: dict[str, int]
+    registers: int
+    shared: int
+    stack: int
+    blocks_per_sm: int
+    has_dot: bool
+    tensor: int
+    loops: list[dict[str, int]]
+    bounds: dict[str, float]
+
+
+# ---- what is compiled ----
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention(D: int, dtype: torch.dtype, causal: bool = True, dropout_p: float = 0.0) -> None:
+    H = C // D
+    qkv = _empty(B, T, 3 * H * D, dtype=dtype)
+    seed = _empty(dtype=torch.int64) if dropout_p else None
+    out, lse = OPS["attention_qkv"](qkv, H, causal, D**-0.5, dropout_p, seed)
+    OPS["attention_qkv_backward"](out, qkv, out, lse, H, causal, D**-0.5, dropout_p, seed)
+
+
+def _layer_norm(width: int) -> None:
+    """With everything that is optional: residual, bias, gradient of the sum."""
+    x, w = _empty(B, T, width), _empty(width)
+    _, _, mean, rstd = OPS["add_layer_norm"](x, x, w, w, 1e-5)
+    OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True)
+
+
+def _gelu(with_bias: bool, tanh: bool) -> None:
+    x, bias = _empty(B, T, 4 * C), _empty(4 * C) if with_bias else None
+    OPS["gelu"](x, bias, tanh)
+    OPS["gelu_backward"](x, x, bias, tanh)
+
+
+def _cross_entropy(rows: int, classes: int) -> None:
+    logits, targets, each = _empty(rows, classes), _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.float32)
+    OPS["cross_entropy"](logits, targets, -1)
+    OPS["cross_entropy_backward"](each, logits, targets, each, -1)
+    OPS["cross_entropy_"](logits, targets, _empty(dtype=torch.float32), -1)
+
+
+def _adamw() -> None:
+    flat, copy = _empty(PARAMETERS, dtype=torch.float32), _empty(PARAMETERS)
+    scalar = _empty(dtype=torch.float32)
+    norm = OPS["grad_norm"]([flat])
+    OPS["adamw_"]([flat], [flat], [flat], [flat], [copy], scalar, scalar, norm, 0.9, 0.95, 1e-8, 0.1, True)
+
+
+def _adamw_compact() -> None:
+    """With all its savings: moments of 8 bits, bf16 parameters rounded stochastically."""
+    flat, codes = _empty(PARAMETERS), _empty(PARAMETERS, dtype=torch.uint8)
+    scales, scalar = _empty(-(-PARAMETERS // 256), dtype=torch.float32), _empty(dtype=torch.float32)
+    OPS["adamw_compact_"](
+        [flat], [flat], [codes], [codes], [scales], [scales], [], scalar, scalar, scalar, _empty(dtype=torch.int64),
+        0.9, 0.95, 1e-8, 0.1, True, True,
+    )  # fmt: skip
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES: dict[str, Callable[[], None]] = {
+    **{f"attention bf16 D{D}": lambda D=D: _attention(D, BF16) for D in (32, 64, 80, 96, 128, 256)},
+    **{f"attention fp32 D{D}": lambda D=D: _attention(D, FP32) for D in (32, 64, 128)},
+    "attention bf16 D64 full": lambda: _attention(64, BF16, causal=False),
+    **{f"attention bf16 D{D} dropout": lambda D=D: _attention(D, BF16, dropout_p=0.1) for D in (32, 64, 128, 256)},
+    **{f"attention fp32 D{D} dropout": lambda D=D: _attention(D, FP32, dropout_p=0.1) for D in (32, 64, 128)},
+    **{f"layer_norm bf16 C{w}": lambda w=w: _layer_norm(w) for w in (64, 128, 256, 512, 768, 1600, 4096, 8192)},
+    "gelu bf16 tanh": lambda: _gelu(False, True),
+    "gelu bf16 exact": lambda: _gelu(False, False),
+    "gelu bf16 bias": lambda: _gelu(True, True),
+    f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
+    "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
+    "adamw fp32": _adamw,
+    "adamw_compact 8-bit bf16": _adamw_compact,
+}
+
+
+# ---- compiling ----
+
+
+class _Driver:
+    """Stands in for a GPU's driver: names the target, and nothing more is asked of it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def kernel_name(kernel: Any) -> str:
+    """``attention dq`` for ``_dq_kernel`` in attention.py."""
+    return f"{kernel.fn.__module__.rpartition('.')[2]} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}"
+
+
+def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) -> list[Row]:
+    """Every kernel that a case launches, compiled for one architecture; ``overrides`` replace configured values."""
+    gpu = GPUS[arch]
+    driver.set_active(_Driver(arch))  # type: ignore[arg-type]
+    rows: list[Row] = []
+
+    def compile(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        options |= {k: v for k, v in (overrides or {}).items() if k in options}
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        machine = sass.read(compiled.asm["cubin"])
+        config = {k: v for k, v in options.items() if k in CONFIGURED and not isinstance(v, bool)}
+        shared, warps = compiled.metadata.shared, options.get("num_warps", 4)
+        rows.append(
+            Row(
+                kernel=kernel_name(kernel),
+                case=name,
+                arch=arch,
+                config=config,
+                registers=machine.registers,
+                shared=shared,
+                stack=machine.stack,
+                blocks_per_sm=blocks_per_sm(gpu, machine.registers, shared, warps),
+                has_dot="tt.dot" in compiled.asm["ttir"],
+                tensor=machine.count("tensor"),
+                loops=[dict(sass.pipes(loop)) for loop in machine.loops],
+                bounds=bound(gpu, kernel_name(kernel), machine, grid, args, options),
+            )
+        )
+
+    device = launch.Device(gpu.name, arch, gpu.n_sm, gpu.shared_memory_per_block)
+    with launch.ahead_of_time(device, compile):
+        CASES[name]()
+    unique = {(r.kernel, json.dumps(r.config), r.registers, r.shared): r for r in rows}
+    return list(unique.values())
+
+
+CONFIGURED = (
+    "BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS", "BLOCK", "BLOCK_C", "CHUNK", "BLOCK_SHARES", "BLOCK_COLUMNS",
+    "num_warps", "num_stages",
+)  # fmt: skip
+
+
+def _attempt(job: tuple[str, int, dict[str, int]]) -> list[Row]:
+    try:
+        return compile_case(*job)
+    except Exception as error:
+        if not job[2]:
+            raise
+        print(f"{job}: {type(error).__name__}", file=sys.stderr)  # a block shape that does not exist: part of trying
+        return []
+
+
+def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
+    """Rows in the order of the jobs, compiled on all cores."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for rows in pool.map(_attempt, jobs):
+            yield from rows
+
+
+# ---- the table ----
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, one line a kernel, in an order that makes two versions easy to compare."""
+    head = (
+        "| kernel | case | configuration | registers | shared, bytes | spills, bytes | blocks per SM |"
+        " inner loops: tensor/special/memory/other | bound, us |\n"
+        "|---|---|---|--:|--:|--:|--:|---|---|\n"
+    )
+    return head + "".join(_line(row) for row in rows)
+
+
+def _line(row: Row) -> str:
+    config = " ".join(f"{k.removeprefix('num_')} {v}" for k, v in row.config.items())
+    loops = ", ".join(
+        "/".join(str(loop.get(p, 0)) for p in ("tensor", "special", "memory", "other")) for loop in row.loops
+    )
+    bounds = " ".join(f"{name} {us:.0f}" for name, us in row.bounds.items())
+    return (
+        f"| {row.kernel} | {row.case} | {config} | {row.registers} | {row.shared} | {row.stack} |"
+        f" {row.blocks_per_sm} | {loops or '-'} | {bounds or '-'} |\n"
+    )
+
+
+def main() -> None:
+    """Compile, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ahead_of_time", description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(GPUS), default=sorted(GPUS))
+    parser.add_argument("--only", default="", help="cases whose name starts with this")
+    parser.add_argument(
+        "--try", nargs="+", default=[], dest="values", metavar="NAME=V,V", help="instead of the shipped"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there, and no tables")
+    request = parser.parse_args()
+    names = [name for name in CASES if name.startswith(request.only)]
+    options = {name: map(int, values.split(",")) for name, values in (v.split("=") for v in request.values)}
+    combinations = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    jobs = [(name, arch, tried) for arch in request.arch for name in names for tried in combinations]
+    rows = list(compile_all(jobs))
+    if request.json:
+        request.json.write_text(json.dumps([asdict(row) for row in rows]))
+        return
+    for arch in request.arch:
+        text = table([row for row in rows if row.arch == arch])
+        if request.values or request.only:
+            print(text)
+            continue
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        gpu = GPUS[arch]
+        heading = f"# sm_{arch}, Triton {triton.__version__}\n\n{_explanation(gpu.name)}\n\n"
+        (RESULTS / f"sm_{arch}.md").write_text(heading + text)
+        print(f"bench/results/ahead_of_time/sm_{arch}.md: {sum(r.arch == arch for r in rows)} kernels")
+
+
+def _explanation(name: str) -> str:
+    return (
+        "What the compiler made of every kernel in every shipped configuration, at GPT-2 124M's shapes (B 8, T 1024)\n"
+        "unless the case says otherwise; written by `python -m bench.ahead_of_time`, no GPU involved. Bounds are\n"
+        f"predicted for {name} by bench/bounds.py, not measured."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Lower bounds on a kernel's time from its machine code and the bytes it moves: a prediction, not a measurement.
+
+Four resources, each taken as if it alone mattered and were never idle: the tensor cores, the special-function
+units, the issue of instructions, the memory. A kernel cannot be faster than the slowest of them; of two
+configurations, the one with the lower bound deserves the first try. Loads and stores through shared memory count
+as issue slots in proportion to their width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.sass import Instruction, Machine
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One card of an architecture; per-SM limits from NVIDIA's CUDA programming guide, table of compute capabilities.
+
+    Attributes:
+        tensor_flops: dense bf16 with fp32 accumulation, a cycle and SM.
+        special: results of special functions a cycle and SM.
+        bandwidth: bytes a second.
+    """
+
+    name: str
+    n_sm: int
+    clock: float
+    bandwidth: float
+    tensor_flops: int
+    special: int
+    shared_memory_per_block: int
+    shared_memory: int
+    threads: int
+    blocks: int
+
+
+GPUS = {
+    80: GPU("A100 SXM 40GB", 108, 1.41e9, 1555e9, 2048, 16, 163 << 10, 164 << 10, 2048, 32),
+    86: GPU("RTX 3090", 82, 1.695e9, 936e9, 512, 16, 99 << 10, 100 << 10, 1536, 16),
+    89: GPU("RTX 4070", 46, 2.475e9, 504e9, 512, 16, 99 << 10, 100 << 10, 1536, 24),
+    90: GPU("H100 SXM", 132, 1.83e9, 3350e9, 4096, 16, 227 << 10, 228 << 10, 2048, 32),
+    120: GPU("RTX 5070", 48, 2.512e9, 672e9, 512, 16, 99 << 10, 100 << 10, 1536, 24),
+}
+
+REGISTERS_PER_SM = 65536
+RESERVED_SHARED = 1024  # bytes a block costs beyond its own
+
+
+def blocks_per_sm(gpu: GPU, registers: int, shared: int, warps: int) -> int:
+    """How many blocks of a kernel an SM holds at once."""
+    per_warp = -(-registers * 32 // 256) * 256  # registers are handed out to warps in units of 256
+    return min(
+        gpu.blocks,
+        gpu.threads // (32 * warps),
+        REGISTERS_PER_SM // (per_warp * warps),
+        gpu.shared_memory // (shared + RESERVED_SHARED),
+    )
+
+
+def bound(
+    gpu: GPU, kernel: str, machine: Machine, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, float]:
+    """Microseconds that each resource needs at least; empty for kernels that no training step waits for."""
+    work = _work(kernel, machine, grid, args, options)
+    if work is None:
+        return {}
+    instructions, repeats, n_bytes = work
+    warps = options.get("num_warps", 4) * repeats
+    per_second = gpu.n_sm * gpu.clock
+    flops = sum(_mma_flops(i) for i in instructions)
+    special = 32 * sum(i.pipe == "special" for i in instructions)
+    issue = sum(_issue_slots(i) for i in instructions)
+    seconds = {
+        "tensor": warps * flops / (gpu.tensor_flops * per_second),
+        "special": warps * special / (gpu.special * per_second),
+        "issue": warps * issue / (4 * per_second),  # four schedulers an SM, one instruction a cycle each
+        "memory": n_bytes / gpu.bandwidth,
+    }
+    return {name: 1e6 * s for name, s in seconds.items() if s > 0.0}
+
+
+def _work(
+    kernel: str, machine: Machine, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[list[Instruction], float, float] | None:
+    """Instructions of one repeat, repeats over the whole launch, bytes that must move."""
+    programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
+    if kernel.startswith("attention"):
+        # the loop without a mask stands for both: the masked one adds a compare and a select an element
+        loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
+        if not loops:
+            return None
+        read = {"attention forward": 4, "attention dq": 6, "attention dk_dv": 6}[kernel]  # tensors the size of q
+        q = args[0]
+        return min(loops, key=len), _tiles(kernel, q.shape, grid, options), read * q.numel() * q.element_size()
+    if kernel.startswith("layer_norm"):
+        x = args[0]
+        passes = {"forward": 2 + 2 * options.get("HAS_RESIDUAL", 0), "backward": 3 + options.get("HAS_DSUM", 0)}
+        n_bytes = passes[kernel.split()[1]] * x.numel() * x.element_size()
+        if kernel == "layer_norm forward":
+            return machine.code, programs, n_bytes
+        return _looped(machine), -(-x.shape[0] // options["ROWS"]), n_bytes
+    if kernel.startswith("gelu"):
+        x = args[0]
+        n_bytes = (2 if "forward" in kernel else 3) * x.numel() * x.element_size()
+        if kernel == "gelu bias_backward":
+            blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
+            return _looped(machine), blocks, n_bytes
+        return machine.code, programs, n_bytes
+    if kernel.startswith("cross_entropy"):
+        logits = args[1] if kernel == "cross_entropy backward" else args[0]
+        rows, classes = logits.shape
+        n_bytes = (1 if kernel == "cross_entropy forward" else 2) * logits.numel() * logits.element_size()
+        return _looped(machine), rows * -(-classes // options["BLOCK"]), n_bytes
+    if kernel == "adamw squares":
+        return _looped(machine), programs * options["CHUNK"] // options["BLOCK"], 4 * programs * options["CHUNK"]
+    if kernel == "adamw compact":
+        return machine.code, programs, 10 * programs * options["CHUNK"]
+    if kernel == "adamw adamw":
+        return machine.code, programs, (28 + 2 + 4) * programs * options["CHUNK"]
+    return None
+
+
+def _looped(machine: Machine) -> list[Instruction]:
+    """All innermost loops, one after the other; the whole kernel if it has none."""
+    return [i for loop in machine.loops for i in loop] or machine.code
+
+
+def _tiles(kernel: str, shape: Any, grid: tuple[int, ...], options: dict[str, Any]) -> int:
+    """How many (BLOCK_M, BLOCK_N) tiles of scores the launch computes."""
+    B, H, T, _ = shape
+    M, N = options["BLOCK_M"], options["BLOCK_N"]
+    if not options["CAUSAL"]:
+        return B * H * -(-T // M) * -(-T // N)
+    if kernel == "attention dk_dv":
+        return B * H * sum(-(-(T - n // M * M) // M) for n in range(0, T, N))
+    return B * H * sum(-(-min(m + M, T) // N) for m in range(0, T, M))
+
+
+def _mma_flops(i: Instruction) -> int:
+    """Of one warp's share of a matrix instruction, from the shape in its name."""
+    if i.pipe != "tensor":
+        return 0
+    shape = i.opcode.split(".")[1]
+    if shape.startswith("64x"):  # HGMMA: four warps together
+        m, n, k = (int(s) for s in shape.split("x"))
+        return 2 * m * n * k // 4
+    m, k = {"16816": (16, 16), "1688": (16, 8), "1684": (16, 4), "16832": (16, 32)}[shape]
+    return 2 * m * 8 * k * (2 if "TF32" in i.opcode else 1)  # tf32 runs at half the rate
+
+
+def _issue_slots(i: Instruction) -> int:
+    """Cycles of a scheduler; shared memory and L1 deliver 32 words a cycle to an SM, that is to four schedulers."""
+    if i.pipe != "memory":
+        return 1
+    if ".128" in i.opcode or (i.opcode.startswith("LDSM") and i.opcode.endswith(".4")):
+        return 16
+    return 8 if ".64" in i.opcode or i.opcode.endswith(".2") else 4

@@ -1,0 +1,86 @@
+"""fp16, which of the compiled backends only Triton takes: every function by the error rule."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt.kernels import (
+    FusedAdamW,
+    add_layer_norm,
+    attention,
+    attention_qkv,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+)
+
+pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+def half(*shape):
+    return torch.randn(shape).half()
+
+
+def plain_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def plain_attention_qkv(qkv):
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, 2, C3 // 6).permute(2, 0, 3, 1, 4)
+    return plain_attention(q, k, v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def in_fp32(function):
+    """Plain PyTorch's function with its arithmetic in fp32, as ours has it."""
+    return lambda *t: function(*(x if x.dtype == torch.float64 else x.float() for x in t))
+
+
+def targets(n):
+    return torch.arange(n) % 50
+
+
+CASES = {
+    "layer_norm": (layer_norm, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), [(63, 127), (127,), (127,)]),
+    "add_layer_norm": (
+        lambda *t: add_layer_norm(*t)[0],
+        lambda x, r, w: F.layer_norm(x + r, x.shape[-1:], w),
+        [(63, 127), (63, 127), (127,)],
+    ),
+    "gelu": (gelu, lambda x: F.gelu(x, approximate="tanh"), [(63, 127)]),
+    "gelu with bias": (
+        lambda x, b: gelu(x, bias=b),
+        in_fp32(lambda x, b: F.gelu(x + b, approximate="tanh")),
+        [(63, 127), (127,)],
+    ),
+    "attention": (attention, plain_attention, [(1, 2, 130, 40)] * 3),
+    "attention_qkv": (lambda t: attention_qkv(t, 2), plain_attention_qkv, [(1, 130, 96)]),
+    "cross_entropy": (
+        lambda t: cross_entropy(t, targets(63)),
+        in_fp32(lambda t: F.cross_entropy(t, targets(63))),
+        [(63, 127)],
+    ),
+    "linear_cross_entropy": (
+        lambda x, w: linear_cross_entropy(x, w, targets(63)),
+        lambda x, w: F.cross_entropy(
+            F.linear(x, w) if x.dtype == torch.float64 else F.linear(x, w).float(), targets(63)
+        ),
+        [(63, 20), (127, 20)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("ours", "plain", "shapes"), CASES.values(), ids=list(CASES))
+def test_fp16_is_as_accurate_as_pytorch(backend, rule, ours, plain, shapes):
+    rule.accuracy(ours, plain, [half(*shape) for shape in shapes])
+
+
+def test_fp16_parameters_take_the_steps_of_fp32_ones_rounded(backend):
+    wide = torch.nn.Parameter(torch.randn(300).half().float())
+    narrow = torch.nn.Parameter(wide.detach().half())
+    grad = torch.randn(300).half()
+    wide.grad, narrow.grad = grad.float(), grad
+    for parameter in (wide, narrow):
+        FusedAdamW([parameter], lr=1e-2).step()
+    torch.testing.assert_close(narrow.float(), wide, rtol=2**-11, atol=1e-6)

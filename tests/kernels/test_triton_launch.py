@@ -1,0 +1,152 @@
+"""How Triton kernels are launched: configurations by device, tuning, and addresses beyond 2**31."""
+
+import dataclasses
+import json
+import mmap
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from fastgpt.kernels.triton import attention, autotune, launch
+from fastgpt.kernels.triton.launch import Device
+
+RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_memory", "expected"),
+    [
+        (80, 166_912, 80),
+        (86, 101_376, 86),
+        (87, 166_912, 86),  # Orin
+        (89, 101_376, 89),
+        (90, 232_448, 90),
+        (100, 232_448, 90),  # B200
+        (120, 101_376, 120),
+        (121, 101_376, 120),
+    ],
+)
+def test_a_device_gets_the_newest_configurations_that_fit_it(capability, shared_memory, expected):
+    assert launch.architecture(Device("some GPU", capability, 1, shared_memory)) == expected
+
+
+def test_a_device_with_little_shared_memory_does_not_get_those_that_need_much():
+    assert launch.architecture(Device("some GPU", 90, 1, 101_376)) == 89
+
+
+@pytest.mark.parametrize(("capability", "shared_memory"), [(75, 65_536), (89, 49_152)])
+def test_a_device_that_none_fits_is_refused_with_the_reason(capability, shared_memory):
+    with pytest.raises(RuntimeError, match=r"^old has compute capability .* need 8.0 .*FASTGPT_BACKEND=reference"):
+        launch.architecture(Device("old", capability, 1, shared_memory))
+
+
+def test_every_architecture_configures_the_same_kernels_for_the_same_inputs():
+    tables = launch._shipped()
+    kinds = {
+        arch: {name: set(table) for name, table in kernels.items() if name != "shared_memory"}
+        for arch, kernels in tables.items()
+        if arch
+    }
+    assert set(kinds) == {80, 86, 89, 90, 120}
+    assert all(kind == kinds[89] for kind in kinds.values())
+
+
+def test_a_configuration_handed_out_is_the_callers_own():
+    launch.configuration(RTX_4070, "adamw", "any").clear()
+    assert launch.configuration(RTX_4070, "adamw", "any")
+
+
+# ---- tuning ----
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    autotune._winners.cache_clear()
+    yield tmp_path
+    autotune._winners.cache_clear()
+
+
+SHIPPED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+FASTEST = autotune.CANDIDATES[5]
+
+
+def tune(key="attention T=64", fails=()):
+    """The winner where FASTEST takes 1 ms and everything else 2; and what was tried."""
+    tried = []
+
+    def run(config):
+        tried.append(config)
+        if config in fails:
+            raise OutOfResources(2, 1, "shared memory")
+
+    def time(call):
+        call()
+        return 1.0 if tried[-1] == FASTEST else 2.0
+
+    return autotune.best(RTX_4070, key, SHIPPED, run, time), tried
+
+
+def test_tuning_tries_the_shipped_configuration_and_every_candidate_and_takes_the_fastest(cache):
+    best, tried = tune()
+    assert best == FASTEST
+    assert tried == [SHIPPED, *autotune.CANDIDATES]
+
+
+def test_a_candidate_that_asks_for_too_much_is_passed_over(cache):
+    best, _ = tune(fails=[FASTEST])
+    assert best == SHIPPED  # the first of equals
+
+
+def test_a_shape_is_tuned_once_and_remembered_on_disk(cache):
+    tune()
+    assert tune() == (FASTEST, [])
+    autotune._winners.cache_clear()  # another process
+    assert tune() == (FASTEST, [])
+    assert tune(key="attention T=65")[1]
+    (file,) = cache.rglob("*.json")
+    assert file.name.startswith("nvidia-geforce-rtx-4070-triton-")
+    assert set(json.loads(file.read_text())) == {"attention T=64", "attention T=65"}
+
+
+def test_a_spoilt_cache_is_measured_anew(cache):
+    tune()
+    next(cache.rglob("*.json")).write_text("{")
+    autotune._winners.cache_clear()
+    assert tune()[1]
+
+
+def test_another_device_has_a_cache_of_its_own(cache):
+    assert autotune.path(RTX_4070) != autotune.path(dataclasses.replace(RTX_4070, name="NVIDIA H100"))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
+def test_tuning_is_off_unless_asked_for(monkeypatch, value, expected):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.delenv("FASTGPT_AUTOTUNE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FASTGPT_AUTOTUNE", value)
+    assert autotune.enabled() is expected
+
+
+def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setenv("FASTGPT_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not autotune.enabled()
+
+
+# ---- addresses ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this takes memory that exists")
+def test_heads_that_lie_more_than_2_to_the_31_elements_apart_are_found():
+    """The memory between them is reserved and never touched, so it costs nothing."""
+    apart = 2**31 + 7
+    room = torch.frombuffer(mmap.mmap(-1, 4 * apart), dtype=torch.bfloat16)
+    q = room.as_strided((2, 1, 40, 16), (apart, 1, 16, 1))
+    q.copy_(torch.randn(2, 1, 40, 16))
+    here = q.clone()
+    ours = attention.attention(q, q, q, True, 0.25, 0.0, None)
+    expected = attention.attention(here, here, here, True, 0.25, 0.0, None)
+    assert all(map(torch.equal, ours, expected))
