@@ -18,12 +18,14 @@ from torch import Tensor
 
 from fastgpt.kernels import ops, use_backend
 
-# Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before Triton is imported.
+# Without a GPU the Triton kernels run in Triton's interpreter; it is chosen when Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import fastgpt.kernels.triton  # noqa: F401
     from tests.kernels import interpreter
 
     interpreter.mend()
+    del os.environ["TRITON_INTERPRET"]
 
 # Name for use_backend: the device its tensors live on.
 BACKENDS = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -31,8 +33,15 @@ BACKENDS = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_
 # ---- the backends ----
 
 
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lets fastgpt hand CPU tensors to the Triton kernels, in these tests and no others."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, _interpreter: None) -> Iterator[str]:
     """The name of the backend that every operator of the test runs on; tensors are made on its device by default."""
     place = BACKENDS[request.param]
     try:
