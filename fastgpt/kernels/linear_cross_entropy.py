@@ -73,9 +73,15 @@ def chunked_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`chunked` with the signature of the operator ``linear_cross_entropy``."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
-    dweight = weight.new_zeros(weight.shape) if needs_dweight else None
+    # a GPU's product adds to fp32 as fast; on a CPU it would need a temporary of the weight's size
+    dtype = torch.float32 if weight.is_cuda else weight.dtype
+    dweight = weight.new_zeros(weight.shape, dtype=dtype) if needs_dweight else None
     loss = chunked(x, weight, targets, ignore_index, dx, dweight)
-    return loss, x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dweight is None else dweight
+    return (
+        loss,
+        x.new_empty(0) if dx is None else dx,
+        weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
+    )
 
 
 ops.implement("linear_cross_entropy", "CPU", chunked_operator)

@@ -221,7 +221,8 @@ def _on_triton(name: str) -> Callable[..., Any]:
 _WITHOUT_CPP = ("adamw_compact_",)
 
 _triton: dict[str, Callable[..., Any]] = {name: _on_triton(name) for name in TRITON_OPERATORS}
-if importlib.util.find_spec("triton") is not None:
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+if _TRITON_INSTALLED:
     for _name, _run in _triton.items():
         implement(_name, "CUDA", _run)
 
@@ -271,11 +272,12 @@ def _natural_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "cpp", _cpp.reason
     if device_type != "cuda":
         return "reference", f"no compiled kernels for {device_type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "reference", "Triton is not installed"
     if dtype not in COMPILED_DTYPES["triton"]:
         return "reference", f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
-    if torch.cuda.is_available() and torch.cuda.get_device_properties(torch.cuda.current_device()).major < 8:
+    # while compiling it is assumed to be new enough; the kernels' launch says so if it is not
+    if not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "reference", "the Triton kernels need compute capability 8.0 (Ampere) or newer"
     return "triton", "NVIDIA GPU"
 

@@ -107,7 +107,8 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(kernels.gelu(self.c_fc(x))), self.dropout, self.training)
+        hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)
+        return F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
