@@ -282,7 +282,7 @@ def adamw(s: Setting, flat: bool) -> Op:
         torch._foreach_copy_(params, first)
         torch._foreach_copy_(grads, drawn)
         for p, g in zip(params, drawn, strict=True):
-            fused.state[p]["step"].fill_(9.0)
+            fused.state[p]["step"].data.fill_(9.0)  # past autograd, or FusedAdamW would wait for it to count anew
             fused.state[p]["exp_avg"].copy_(g)
             torch.mul(g, g, out=fused.state[p]["exp_avg_sq"])
 

@@ -291,6 +291,8 @@ def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "reference", "chosen"
     if _choice == "triton" and device_type == "cpu" and dtype in COMPILED_DTYPES["triton"] and _interpreted():
         return "triton", "Triton's interpreter"
+    if _choice == "triton" and device_type != "cuda":
+        reason = "it needs an NVIDIA GPU"
     raise RuntimeError(f"backend '{_choice}' cannot run {dtype} on {device_type}: {reason}")
 
 

@@ -157,14 +157,14 @@ def attention_backward(
     return _time_major(dq.to(q.dtype)), _time_major(dk.to(k.dtype)), _time_major(dv.to(v.dtype))
 
 
-def _split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
+def split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
     """(B, T, n * C) as n views (B, H, T, D)."""
     B, T, width = packed.shape
     return packed.view(B, T, n, n_head, width // n // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _merge_heads(*heads: Tensor) -> Tensor:
-    """The inverse of :func:`_split_heads`, contiguous."""
+    """The inverse of :func:`split_heads`, contiguous."""
     B, H, T, D = heads[0].shape
     return torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D).contiguous()
 
@@ -172,7 +172,7 @@ def _merge_heads(*heads: Tensor) -> Tensor:
 def attention_qkv(
     qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _split_heads(qkv.contiguous(), n_head, 3)
+    q, k, v = split_heads(qkv.contiguous(), n_head, 3)
     out, lse = attention(q, k, v, causal, scale, dropout_p, seed)
     return _merge_heads(out), lse
 
@@ -181,8 +181,8 @@ def attention_qkv_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    q, k, v = _split_heads(qkv.contiguous(), n_head, 3)
-    (dout_heads,), (out_heads,) = (_split_heads(t.contiguous(), n_head, 1) for t in (dout, out))
+    q, k, v = split_heads(qkv.contiguous(), n_head, 3)
+    (dout_heads,), (out_heads,) = (split_heads(t.contiguous(), n_head, 1) for t in (dout, out))
     gradients = attention_backward(dout_heads, q, k, v, out_heads, lse, causal, scale, dropout_p, seed)
     return _merge_heads(*gradients)
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import reference
+from fastgpt.kernels.reference import split_heads
 from fastgpt.kernels.triton import autotune
 from fastgpt.kernels.triton.launch import configuration, device_of, launch
 
@@ -329,8 +330,8 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """The kernels take any strides but one: the D numbers of a head lie side by side."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    """The kernels take any strides where a head's D numbers lie side by side and offsets in a block fit 32 bits."""
+    return x if x.stride(3) == 1 and x.stride(2) < 2**23 else x.contiguous()
 
 
 def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
@@ -406,16 +407,15 @@ def _backward(
     )  # fmt: skip
 
 
-def _heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
-    """(B, T, n C) as n views (B, H, T, D)."""
-    B, T, width = packed.shape
-    return packed.view(B, T, n, n_head, width // n // n_head).permute(2, 0, 3, 1, 4).unbind(0)
-
-
 def _empty_heads(x: Tensor) -> Tensor:
     """(B, H, T, D), laid out as (B, T, H, D)."""
     B, H, T, D = x.shape
     return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def _splittable(packed: Tensor) -> Tensor:
+    """A packed tensor whose heads can be views."""
+    return packed if packed.stride(2) == 1 else packed.contiguous()
 
 
 def _left_to_the_reference(q: Tensor, D: int) -> bool:
@@ -452,8 +452,8 @@ def attention_qkv(
         return reference.attention_qkv(qkv, n_head, causal, scale, dropout_p, seed)
     out = qkv.new_empty((B, T, C3 // 3))
     lse = qkv.new_empty((B, n_head, T), dtype=torch.float32)
-    q, k, v = _heads(_splittable(qkv), n_head, 3)
-    (out_heads,) = _heads(out, n_head, 1)
+    q, k, v = split_heads(_splittable(qkv), n_head, 3)
+    (out_heads,) = split_heads(out, n_head, 1)
     _forward(q, k, v, out_heads, lse, causal, scale, dropout_p, seed)
     return out, lse
 
@@ -465,12 +465,8 @@ def attention_qkv_backward(
     if _left_to_the_reference(qkv, qkv.shape[2] // 3 // n_head):
         return reference.attention_qkv_backward(dout, qkv, out, lse, n_head, causal, scale, dropout_p, seed)
     dqkv = qkv.new_empty(qkv.shape)
-    q, k, v = _heads(_splittable(qkv), n_head, 3)
-    dq, dk, dv = _heads(dqkv, n_head, 3)
-    (dout_heads,), (out_heads,) = _heads(_splittable(dout), n_head, 1), _heads(out, n_head, 1)
+    q, k, v = split_heads(_splittable(qkv), n_head, 3)
+    dq, dk, dv = split_heads(dqkv, n_head, 3)
+    (dout_heads,), (out_heads,) = split_heads(_splittable(dout), n_head, 1), split_heads(out, n_head, 1)
     _backward(dout_heads, q, k, v, out_heads, lse, dq, dk, dv, causal, scale, dropout_p, seed)
     return dqkv
-
-
-def _splittable(packed: Tensor) -> Tensor:
-    return packed if packed.stride(2) == 1 else packed.contiguous()
