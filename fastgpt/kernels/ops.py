@@ -217,9 +217,6 @@ def _on_triton(name: str) -> Callable[..., Any]:
     return run
 
 
-# csrc/ leaves these to the reference: they save the memory of GPUs.
-_WITHOUT_CPP = ("adamw_compact_",)
-
 _triton: dict[str, Callable[..., Any]] = {name: _on_triton(name) for name in TRITON_OPERATORS}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 if _TRITON_INSTALLED:
@@ -240,6 +237,13 @@ def _backend_from_environment() -> str:
 
 _choice = _backend_from_environment()
 _cpp = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTGPT_BACKEND={_choice}")
+
+# What a compiled backend leaves to plain PyTorch, and why.
+_left_to_torch: dict[str, dict[str, str]] = {
+    "triton": {"matmul_": "cuBLAS"},
+    "cpp": dict.fromkeys(_cpp.left_to_torch, "PyTorch's is faster on this CPU") | {"adamw_compact_": "not in C++"},
+    "reference": {},
+}
 
 
 @contextmanager
@@ -304,10 +308,10 @@ def _interpreted() -> bool:
 def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of operator ``name`` for tensors such as ``tensor``."""
     backend, _ = backend_of(tensor.device.type, tensor.dtype)
-    if backend == "reference" or (backend == "cpp" and (name in _cpp.left_to_torch or name in _WITHOUT_CPP)):
+    if backend == "reference" or name in _left_to_torch[backend]:
         return _references[name]
-    if backend == "triton" and tensor.device.type == "cpu":
-        return _triton.get(name) or (_references if name == "matmul_" else _overloads)[name]
+    if backend == "triton" and tensor.device.type == "cpu":  # interpreted: the dispatcher would take the C++ kernel
+        return _triton.get(name, _overloads[name])
     return _overloads[name]
 
 
@@ -316,11 +320,11 @@ def backends() -> dict[str, dict[str, str]]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     table = {}
     for device in devices:
-        backend, reason = backend_of(device, torch.float32)
+        try:
+            backend, reason = backend_of(device, torch.float32)
+        except RuntimeError as error:  # another device's backend was chosen
+            table[device] = dict.fromkeys(OPERATORS, f"none ({error})")
+            continue
         table[device] = dict.fromkeys(OPERATORS, f"{backend} ({reason})")
-        if backend == "triton":
-            table[device]["matmul_"] = "reference (cuBLAS)"
-        if backend == "cpp":
-            table[device] |= dict.fromkeys(_cpp.left_to_torch, "reference (PyTorch's is faster on this CPU)")
-            table[device] |= dict.fromkeys(_WITHOUT_CPP, "reference (not written in C++)")
+        table[device] |= {name: f"reference ({why})" for name, why in _left_to_torch[backend].items()}
     return table

@@ -234,6 +234,14 @@ def test_backends_says_what_each_operator_runs_on_and_why(backend, device):
         assert re.fullmatch(rf"{expected} \(.+\)", answer)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_backends_says_so_where_the_chosen_one_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with use_backend("triton"):
+        answers = set(backends()["cpu"].values())
+    assert answers == {"none (backend 'triton' cannot run torch.float32 on cpu: it needs an NVIDIA GPU)"}
+
+
 def test_float64_runs_on_the_reference_without_being_asked():
     with use_backend("auto"):
         assert ops.backend_of("cpu", torch.float64)[0] == "reference"
