@@ -13,8 +13,9 @@ help:  ## list the targets
 train: $(VENV)/.installed  ## train the quickstart model on the CPU, offline, in about a minute
 	$(BIN)/python -m fastgpt.train --preset quickstart --device cpu --overwrite
 
+# A process a core, each with one thread: most of the time goes into Triton's compiler and its interpreter.
 test: $(VENV)/.installed  ## run the test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Without a compiler or xdist it does without. The tests are stopped after a while, so that the timings get their turn.
 gpu:  ## test and time the kernels on an NVIDIA GPU, with the python3 at hand as it is (PYTHON=… for another)
