@@ -3,11 +3,12 @@
 A forward program takes BLOCK_M queries and walks over the keys they see, BLOCK_N at a time. Blocks left of the
 diagonal need no mask and run in a loop without one; only those that the diagonal or the end of the sequence
 crosses are masked. Scores are kept in base 2 with the scale folded in, so that a softmax weight is one
-multiply-add and one exp2.
+multiply-add and one exp2; those of fp32 inputs stay in base e, since the rounding to base 2 would show.
 
 The backward recomputes the weights from the saved logsumexp, once per pass: one pass walks along the keys and
 writes dq (and delta, the row sums of dout * out), one walks along the queries and writes dk and dv. That is
-7 products where a single pass has 5, but nothing is added up by atomics, so the same inputs give the same bits.
+7 products where a single pass has 5, but nothing is added up by atomics, so the same inputs give the same bits, and
+dq needs no fp32 accumulator in memory, whose traffic costs about half of what the two products do on an RTX 4070.
 
 q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
 
