@@ -25,7 +25,7 @@ gpu:  ## test and time the kernels on an NVIDIA GPU, with the python3 at hand as
 	mkdir -p "$$folder"; \
 	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
 	echo "testing; output goes to $$folder/tests.txt"; \
-	OMP_NUM_THREADS=2 timeout -s INT 270 $(PYTHON) -m pytest tests/kernels -k "triton or compile or ops" $$workers \
+	OMP_NUM_THREADS=2 timeout -s INT 270 $(PYTHON) -m pytest tests/kernels -k "(triton or compile or ops) and not ahead_of_time" $$workers \
 		--tb=short --durations=10 -W "default:fastgpt runs on plain PyTorch:UserWarning" > "$$folder/tests.txt" 2>&1; \
 	status=$$?; \
 	tail -n 20 "$$folder/tests.txt"; \

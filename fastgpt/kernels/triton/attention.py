@@ -8,7 +8,7 @@ multiply-add and one exp2; those of fp32 inputs stay in base e, since the roundi
 The backward recomputes the weights from the saved logsumexp, once per pass: one pass walks along the keys and
 writes dq (and delta, the row sums of dout * out), one walks along the queries and writes dk and dv. That is
 7 products where a single pass has 5, but nothing is added up by atomics, so the same inputs give the same bits, and
-dq needs no fp32 accumulator in memory, whose traffic costs about half of what the two products do on an RTX 4070.
+dq needs no fp32 accumulator in memory, whose traffic would cost about half of what the two products do on an RTX 4070.
 
 q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
 
