@@ -45,12 +45,6 @@ def _row_statistics(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _empty_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D) laid out as (B, T, H, D), the order in which a GPT reads it next."""
-    B, H, T, D = x.shape
-    return x.new_empty((B, T, H, D)).transpose(1, 2)
-
-
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
 
@@ -69,14 +63,14 @@ def _layer_norm_backward(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
-    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return reference.empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+    return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
 
 
 def _attention_qkv(

@@ -157,6 +157,12 @@ def attention_backward(
     return _time_major(dq.to(q.dtype)), _time_major(dk.to(k.dtype)), _time_major(dv.to(v.dtype))
 
 
+def empty_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) as ``x``, uninitialised, laid out as (B, T, H, D), the order in which a GPT reads it next."""
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
 def split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
     """(B, T, n * C) as n views (B, H, T, D)."""
     B, T, width = packed.shape
@@ -237,19 +243,24 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def _adamw_update(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor,
-    grad_scale: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The new parameter and moments, not rounded yet. Moments come wide; what depends on the step is in fp64."""
+def adamw_coefficients(
+    step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What depends on the step, fp64: step size, square root of the second bias correction, decay factor."""
     t, rate = step.double(), lr.double()
-    step_size = rate / (1.0 - beta1**t)
-    correction2 = (1.0 - beta2**t).sqrt()
+    return rate / (1.0 - beta1**t), (1.0 - beta2**t).sqrt(), 1.0 - rate * weight_decay
+
+
+def _adamw_update(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: tuple[Tensor, Tensor, Tensor],
+    grad_scale: Tensor | None, beta1: float, beta2: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The new parameter and moments, not rounded yet. Moments come wide."""
+    step_size, correction2, decay = (c.to(_wide(param).dtype) for c in coefficients)
     g = _wide(grad) if grad_scale is None else _wide(grad) * grad_scale
     m = exp_avg.lerp(g.to(exp_avg.dtype), 1.0 - beta1)
     v = exp_avg_sq * beta2 + (1.0 - beta2) * g * g
-    p = _wide(param) * (1.0 - rate * weight_decay).to(_wide(param).dtype)
-    return p - (step_size.to(p.dtype) * m) / (v.sqrt() / correction2.to(p.dtype) + eps), m, v
+    return _wide(param) * decay - (step_size * m) / (v.sqrt() / correction2 + eps), m, v
 
 
 def adamw_(
@@ -257,9 +268,10 @@ def adamw_(
     copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
     eps: float, weight_decay: float, zero_grad: bool,
 ) -> None:  # fmt: skip
+    coefficients = adamw_coefficients(step, lr, beta1, beta2, weight_decay)
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         p, m, v = _adamw_update(
-            param, grad, _wide(exp_avg), _wide(exp_avg_sq), step, lr, grad_scale, beta1, beta2, eps, weight_decay
+            param, grad, _wide(exp_avg), _wide(exp_avg_sq), coefficients, grad_scale, beta1, beta2, eps
         )
         exp_avg.copy_(m)
         exp_avg_sq.copy_(v)
@@ -356,6 +368,7 @@ def adamw_compact_(
     the moments and 1 for the parameters; of word element % 4 the upper half is for exp_avg, the lower for
     exp_avg_sq and for the parameter.
     """
+    coefficients = adamw_coefficients(step, lr, beta1, beta2, weight_decay)
     key = seed + step.long()
     part = 2**20  # elements at a time, so that temporaries stay small
     for i in range(len(params)):
@@ -369,7 +382,7 @@ def adamw_compact_(
             if scales:
                 m = decode_moment(_blocks(exp_avg), scales[0], signed=True).view(-1)[:n]
                 v = decode_moment(_blocks(exp_avg_sq), scales[1], signed=False).view(-1)[:n]
-            p, *updated = _adamw_update(param, grad, m, v, step, lr, grad_scale, beta1, beta2, eps, weight_decay)
+            p, *updated = _adamw_update(param, grad, m, v, coefficients, grad_scale, beta1, beta2, eps)
 
             halves = _random_halves(key, i, 0, first, n)
             for k, (moment, new, random) in enumerate(zip((exp_avg, exp_avg_sq), updated, halves, strict=True)):

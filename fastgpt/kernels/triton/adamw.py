@@ -285,10 +285,8 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _coefficients(step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float) -> Tensor:
-    """Step size, square root of the second bias correction, decay factor: in fp64, rounded once."""
-    t = step.double()
-    step_size = lr / (1.0 - beta1**t)
-    return torch.stack((step_size, (1.0 - beta2**t).sqrt(), 1.0 - lr * weight_decay)).float()
+    """(3,) fp32 for the kernels, rounded once."""
+    return torch.stack(reference.adamw_coefficients(step, lr, beta1, beta2, weight_decay)).float()
 
 
 def adamw_(

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import reference
-from fastgpt.kernels.reference import split_heads
+from fastgpt.kernels.reference import empty_heads, split_heads
 from fastgpt.kernels.triton import autotune
 from fastgpt.kernels.triton.launch import configuration, device_of, launch
 
@@ -408,12 +408,6 @@ def _backward(
     )  # fmt: skip
 
 
-def _empty_heads(x: Tensor) -> Tensor:
-    """(B, H, T, D), laid out as (B, T, H, D)."""
-    B, H, T, D = x.shape
-    return x.new_empty((B, T, H, D)).transpose(1, 2)
-
-
 def _splittable(packed: Tensor) -> Tensor:
     """A packed tensor whose heads can be views."""
     return packed if packed.stride(2) == 1 else packed.contiguous()
@@ -429,7 +423,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     if _left_to_the_reference(q, q.shape[3]):
         return reference.attention(q, k, v, causal, scale, dropout_p, seed)
-    out, lse = _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     _forward(q, k, v, out, lse, causal, scale, dropout_p, seed)
     return out, lse
 
@@ -440,7 +434,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if _left_to_the_reference(q, q.shape[3]):
         return reference.attention_backward(dout, q, k, v, out, lse, causal, scale, dropout_p, seed)
-    dq, dk, dv = _empty_heads(q), _empty_heads(k), _empty_heads(v)
+    dq, dk, dv = empty_heads(q), empty_heads(k), empty_heads(v)
     _backward(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
     return dq, dk, dv
 
