@@ -118,13 +118,13 @@ void backward_row(
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& x_in, const Tensor& weight_in,
-    const Tensor& mean, const Tensor& rstd, bool has_bias) {
+    const Tensor& mean, const Tensor& rstd, bool needs_dbias) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   const std::optional<Tensor> dsum = dsum_in ? std::optional(dense(*dsum_in)) : std::nullopt;
   const auto weight = to_floats(weight_in);
   const auto [rows, C] = shape_of(x);
   Tensor dx = empty(sizes_of(x), x.scalar_type());
-  Tensor dweight = empty({C}, weight_in.scalar_type()), dbias = empty({has_bias ? C : 0}, weight_in.scalar_type());
+  Tensor dweight = empty({C}, weight_in.scalar_type()), dbias = empty({needs_dbias ? C : 0}, weight_in.scalar_type());
 
   const int64_t n_partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
   std::vector<float> partials(n_partials * 2 * C);
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
         db += load(partials.data() + p * 2 * C + C + i, n);
       }
       store(data<W>(dweight) + i, dw, n);
-      if (has_bias) store(data<W>(dbias) + i, db, n);
+      if (needs_dbias) store(data<W>(dbias) + i, db, n);
     });
   });
   return {dx, dweight, dbias};

@@ -13,10 +13,28 @@ from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt.kernels.modules import (
+    GELU,
+    AddLayerNorm,
+    CausalSelfAttention,
+    CrossEntropyLoss,
+    Embedding,
+    LayerNorm,
+    Linear,
+    LinearCrossEntropyLoss,
+)
 from fastgpt.kernels.ops import backends, use_backend
 
 __all__ = [
+    "GELU",
+    "AddLayerNorm",
+    "CausalSelfAttention",
+    "CrossEntropyLoss",
+    "Embedding",
     "FusedAdamW",
+    "LayerNorm",
+    "Linear",
+    "LinearCrossEntropyLoss",
     "add_layer_norm",
     "attention",
     "attention_qkv",

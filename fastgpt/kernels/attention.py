@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels import checks, ops
+from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels.autograd import distinct, first_order
 
 
 class _Attention(Function):
@@ -33,15 +33,12 @@ class _Attention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
         if dout is None:
-            return (None,) * 7
+            return ()
         q, k, v, out, lse, seed = ctx.saved_tensors
-        gradients = ops.resolve("attention_backward", q)(
-            dout, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.dropout_p, seed
-        )
-        return (*gradients, None, None, None, None)
+        return ops.resolve("attention_backward", q)(dout, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.dropout_p, seed)
 
 
 class _AttentionQKV(Function):
@@ -58,20 +55,27 @@ class _AttentionQKV(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention_qkv")
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
         if dout is None:
-            return (None,) * 6
+            return ()
         qkv, out, lse, seed = ctx.saved_tensors
         dqkv = ops.resolve("attention_qkv_backward", qkv)(
             dout, qkv, out, lse, ctx.n_head, ctx.causal, ctx.scale, ctx.dropout_p, seed
         )
-        return dqkv, None, None, None, None, None
+        return (dqkv,)
 
 
 def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """A 0-dim int64 seed on ``device``; a tensor, because reading it back would stop a GPU's queue."""
     return torch.randint(2**62, (), device=device) if dropout_p > 0.0 else None
+
+
+def _scale(scale: float | None, D: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(D)
+    checks.number("scale", scale)
+    return float(scale)
 
 
 def attention(
@@ -99,8 +103,9 @@ def attention(
 
     Raises:
         TypeError: a dtype is not a float or differs from that of ``q``.
-        ValueError: a shape, a device or ``dropout_p`` does not fit.
+        ValueError: a shape, a device, ``scale`` or ``dropout_p`` does not fit.
     """
+    q, k, v = autocast.in_autocast_dtype(q, k, v)
     checks.floating(q=q, k=k, v=v)
     checks.same("q", q=q, k=k, v=v)
     if q.dim() != 4 or 0 in q.shape or q.shape[3] > 256:
@@ -113,11 +118,15 @@ def attention(
     if causal and k.shape[2] != T:
         raise ValueError(f"k: causal attention needs as many keys as queries, got {k.shape[2]} and {T}")
     checks.probability("dropout_p", dropout_p)
-    scale = 1.0 / math.sqrt(D) if scale is None else float(scale)
+    scale = _scale(scale, D)
+    k = distinct(k, q)
+    v = distinct(v, q, k)
     return _Attention.apply(q, k, v, causal, scale, float(dropout_p), _draw_seed(dropout_p, q.device))[0]
 
 
-def attention_qkv(qkv: Tensor, n_head: int, *, causal: bool = True, dropout_p: float = 0.0) -> Tensor:
+def attention_qkv(
+    qkv: Tensor, n_head: int, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """Self-attention on the packed output of one linear layer, read in place.
 
     The backward writes the gradients of q, k and v straight into one packed tensor: no split, transpose
@@ -128,22 +137,25 @@ def attention_qkv(qkv: Tensor, n_head: int, *, causal: bool = True, dropout_p: f
             fp32, bf16 or fp16.
         n_head: number of heads; must divide C.
         causal: position t attends to positions up to t only.
+        scale: default ``1 / sqrt(C / n_head)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
 
     Returns:
         ``(B, T, C)``, contiguous, dtype of ``qkv``.
 
     Raises:
-        TypeError: ``qkv`` is no floating-point tensor.
-        ValueError: the shape, ``n_head`` or ``dropout_p`` does not fit.
+        TypeError: ``qkv`` is no floating-point tensor, or ``n_head`` no int.
+        ValueError: the shape, ``n_head``, ``scale`` or ``dropout_p`` does not fit.
     """
+    (qkv,) = autocast.in_autocast_dtype(qkv)
     checks.floating(qkv=qkv)
+    checks.integer("n_head", n_head)
     if qkv.dim() != 3 or 0 in qkv.shape or qkv.shape[2] % 3:
         raise ValueError(f"qkv: expected (B, T, 3C), none of them 0, got {tuple(qkv.shape)}")
     C = qkv.shape[2] // 3
     if n_head < 1 or C % n_head or C // n_head > 256:
         raise ValueError(f"n_head: {n_head} heads do not divide C = {C} into heads of at most 256")
     checks.probability("dropout_p", dropout_p)
-    scale = 1.0 / math.sqrt(C // n_head)
+    scale = _scale(scale, C // n_head)
     seed = _draw_seed(dropout_p, qkv.device)
     return _AttentionQKV.apply(qkv, n_head, causal, scale, float(dropout_p), seed)[0]

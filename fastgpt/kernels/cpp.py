@@ -3,11 +3,12 @@
 Loading a library registers its kernels with the dispatcher under ``fastgpt::``. Nothing else touches it.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from fastgpt.kernels import slow_path
 
 # Widest first. torch's own answer is used, so ATEN_CPU_CAPABILITY=avx2 narrows fastgpt with it.
 _LIBRARIES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
@@ -45,7 +46,5 @@ def load() -> Extension:
 
 
 def _without(reason: str) -> Extension:
-    message = f"fastgpt runs on plain PyTorch, slower: {reason} (python -m fastgpt.doctor tells more)"
-    # explicit, so that no line of this file is printed below the message
-    warnings.warn_explicit(message, UserWarning, "fastgpt.kernels", 1, module=__name__)
+    slow_path.warn(reason)
     return Extension(None, reason)

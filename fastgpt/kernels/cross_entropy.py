@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import checks, ops
+from fastgpt.kernels.autograd import first_order
 
 
 class _CrossEntropy(Function):
@@ -24,13 +24,13 @@ class _CrossEntropy(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_order("cross_entropy")
     def backward(ctx: Any, dlosses: Tensor | None, *_: Any) -> Any:
         if dlosses is None:
-            return (None,) * 3
+            return ()
         logits, targets, lse = ctx.saved_tensors
         dlogits = ops.resolve("cross_entropy_backward", logits)(dlosses, logits, targets, lse, ctx.ignore_index)
-        return dlogits, None, None
+        return (dlogits,)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
@@ -52,6 +52,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     checks.floating(logits=logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected (N, V) with V > 0, got {tuple(logits.shape)}")
-    checks.targets(targets, logits.shape[0], logits.device)
+    checks.targets(targets, logits.shape[0], logits.device, ignore_index)
     losses, _ = _CrossEntropy.apply(logits, targets, ignore_index)
     return losses.sum() / torch.count_nonzero(targets != ignore_index)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import checks, ops
+from fastgpt.kernels.autograd import first_order
 
 
 class _Gelu(Function):
@@ -20,11 +21,10 @@ class _Gelu(Function):
         ctx.save_for_backward(x, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order("gelu")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, bias = ctx.saved_tensors
-        dx, dbias = ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh)
-        return dx, None if bias is None else dbias, None
+        return ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh)
 
 
 def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Tensor:
@@ -45,6 +45,8 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
         ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
     """
     checks.floating(x=x)
+    if isinstance(bias, Tensor) and torch.is_autocast_enabled(x.device.type):
+        bias = bias.to(x.dtype)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate: expected 'tanh' or 'none', got {approximate!r}")
     if bias is not None:

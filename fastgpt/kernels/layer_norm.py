@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels import checks, ops
+from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels.autograd import distinct, first_order
 
 
 class _LayerNorm(Function):
@@ -19,21 +19,19 @@ class _LayerNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, _ = inputs
+        x, weight, *_ = inputs
         _, mean, rstd = output
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.has_bias = bias is not None
 
     @staticmethod
-    @once_differentiable
+    @first_order("layer_norm")
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         if dy is None:
-            return (None,) * 4
+            return ()
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = ops.resolve("layer_norm_backward", x)(dy, None, x, weight, mean, rstd, ctx.has_bias)
-        return dx, dweight, dbias if ctx.has_bias else None, None
+        return ops.resolve("layer_norm_backward", x)(dy, None, x, weight, mean, rstd, ctx.needs_input_grad[2])
 
 
 class _AddLayerNorm(Function):
@@ -43,27 +41,27 @@ class _AddLayerNorm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, weight, bias, _ = inputs
+        _, _, weight, *_ = inputs
         _, total, mean, rstd = output
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.has_bias = bias is not None
 
     @staticmethod
-    @once_differentiable
+    @first_order("add_layer_norm")
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
         total, weight, mean, rstd = ctx.saved_tensors
         if dy is None:
-            return dsum, dsum, None, None, None
+            return dsum, dsum
         dx, dweight, dbias = ops.resolve("layer_norm_backward", total)(
-            dy, dsum, total, weight, mean, rstd, ctx.has_bias
+            dy, dsum, total, weight, mean, rstd, ctx.needs_input_grad[3]
         )
-        return dx, dx, dweight, dbias if ctx.has_bias else None, None
+        return dx, dx, dweight, dbias
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    checks.epsilon(eps)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected at least one dimension, the last not empty, got {tuple(x.shape)}")
     checks.same("x", x=x, weight=weight, bias=bias)
@@ -81,16 +79,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         x: ``(..., C)``, any strides, fp32, bf16 or fp16.
         weight: ``(C,)``, dtype and device of ``x``.
         bias: ``(C,)`` or ``None``.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
 
     Returns:
         ``(..., C)``, contiguous, dtype of ``x``.
 
     Raises:
         TypeError: a dtype is not a float or differs from that of ``x``.
-        ValueError: a shape or a device does not fit.
+        ValueError: a shape, a device or ``eps`` does not fit.
     """
-    _check(x, weight, bias)
+    x, weight, bias = autocast.in_float32(x, weight, bias)
+    _check(x, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps)[0]
 
 
@@ -107,18 +106,20 @@ def add_layer_norm(
         residual: shape, dtype and device of ``x``.
         weight: ``(C,)``, dtype and device of ``x``.
         bias: ``(C,)`` or ``None``.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
 
     Returns:
         ``(y, sum)``, both contiguous ``(..., C)``.
 
     Raises:
         TypeError: a dtype is not a float or differs from that of ``x``.
-        ValueError: a shape or a device does not fit.
+        ValueError: a shape, a device or ``eps`` does not fit.
     """
-    _check(x, weight, bias)
+    x, residual, weight, bias = autocast.in_float32(x, residual, weight, bias)
+    _check(x, weight, bias, eps)
     checks.floating(residual=residual)
     checks.same("x", x=x, residual=residual)
     checks.shape("residual", residual, tuple(x.shape))
+    residual = distinct(residual, x)
     y, total, _, _ = _AddLayerNorm.apply(x, residual, weight, bias, eps)
     return y, total

@@ -6,24 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import checks
+from fastgpt.kernels.autograd import first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.main_grad = main_grad
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = matmul_into(x.new_empty(rows.shape[0], weight.shape[0]), rows, weight.T, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, _, ctx.main_grad = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @first_order("linear")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -33,26 +36,39 @@ class _Linear(Function):
         if ctx.main_grad is not None:
             matmul_into(ctx.main_grad, rows.T, x_rows, accumulate=True)
         elif ctx.needs_input_grad[1]:
-            dweight = matmul_into(weight.new_empty(weight.shape), rows.T, x_rows)
+            dweight = _product_laid_out_as(weight, rows.T, x_rows)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias
+
+
+def _product_laid_out_as(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, in memory column by column if ``weight`` is, as autograd would otherwise copy it to be."""
+    if weight.T.is_contiguous():
+        return matmul_into(weight.new_empty(weight.T.shape), b.T, a.T).T
+    return matmul_into(weight.new_empty(weight.shape), a, b)
 
 
 class _Embedding(Function):
     @staticmethod
-    def forward(ctx: Any, index: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.main_grad = main_grad
+    def forward(index: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
         return F.embedding(index, weight)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        index, _, ctx.main_grad = inputs
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    @first_order("embedding")
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1]).to(ctx.main_grad.dtype)
-        ctx.main_grad.index_add_(0, index.reshape(-1), rows)
-        return None, None, None
+        if rows.is_cuda:  # sorts, where index_add_ adds in whatever order its threads arrive
+            ctx.main_grad.index_put_((index.reshape(-1),), rows, accumulate=True)
+        else:
+            ctx.main_grad.index_add_(0, index.reshape(-1), rows)
+        return ()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,8 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if bias is not None:
         checks.shape("bias", bias, (weight.shape[0],))
-    main_grad = main_grad_of(weight)
-    return _Linear.apply(x, weight, bias, main_grad)
+    return _Linear.apply(x, weight, bias, main_grad_of(weight))
 
 
 def embedding(index: Tensor, weight: Tensor) -> Tensor:
@@ -93,8 +108,18 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         ``(*index.shape, C)``.
+
+    Raises:
+        TypeError: ``index`` is not int64, or ``weight`` not of floats.
+        ValueError: ``weight`` is not a matrix, or on another device than ``index``.
+        IndexError: a value lies outside ``[0, V)`` (on a CPU).
     """
+    checks.floating(weight=weight)
+    checks.indices("index", index, weight.device)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected (V, C), got {tuple(weight.shape)}")
     main_grad = main_grad_of(weight)
-    if main_grad is None:
-        return F.embedding(index, weight)
-    return _Embedding.apply(index, weight, main_grad)
+    try:
+        return F.embedding(index, weight) if main_grad is None else _Embedding.apply(index, weight, main_grad)
+    except IndexError:
+        raise IndexError(f"index: a value lies outside [0, {weight.shape[0]})") from None

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels import checks, ops
+from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels.autograd import first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
@@ -97,23 +97,17 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *_, ctx.needs_dx, ctx.needs_dweight = inputs
         _, dx, dweight = output
         ctx.save_for_backward(dx, dweight)
-        ctx.mark_non_differentiable(dx, dweight)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
         if dloss is None:
-            return (None,) * 6
+            return ()
         dx, dweight = ctx.saved_tensors
-        return (
-            dx * dloss if ctx.needs_dx else None,
-            dweight * dloss if ctx.needs_dweight else None,
-            *(None,) * 4,
-        )
+        return dx * dloss, dweight * dloss
 
 
 class _LinearCrossEntropyInPlace(Function):
@@ -127,15 +121,14 @@ class _LinearCrossEntropyInPlace(Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> Any:
         if dloss.device.type == "cpu" and dloss.item() != 1.0:
             raise RuntimeError(
                 "linear_cross_entropy: with weight.main_grad the loss must be the root of backward(); "
                 f"its gradient came in as {dloss.item()}, and the weight's has been added as if for 1"
             )
-        (dx,) = ctx.saved_tensors
-        return dx, None, None, None, None
+        return ctx.saved_tensors
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
@@ -163,14 +156,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         ValueError: a shape or a device does not fit.
         RuntimeError: a target lies outside ``[0, V)`` (on a CPU; on a GPU the loss is NaN).
     """
+    main_grad = main_grad_of(weight)
+    x, weight = autocast.in_autocast_dtype(x, weight)
     checks.floating(x=x, weight=weight)
     checks.same("x", x=x, weight=weight)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected (N, C) with C > 0, got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight: expected (V, {x.shape[1]}) with V > 0, got {tuple(weight.shape)}")
-    checks.targets(targets, x.shape[0], x.device)
-    main_grad = main_grad_of(weight)
+    checks.targets(targets, x.shape[0], x.device, ignore_index)
     if main_grad is not None:
         return _LinearCrossEntropyInPlace.apply(x, weight, targets, ignore_index, main_grad)
     gradients = torch.is_grad_enabled()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import cpp, reference
+from fastgpt.kernels import autocast, cpp, reference, slow_path
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 
@@ -54,9 +54,9 @@ def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def _layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
 ) -> tuple[Tensor, ...]:
-    bias_shape = weight.shape if has_bias else (0,)
+    bias_shape = weight.shape if needs_dbias else (0,)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(bias_shape)
 
 
@@ -121,7 +121,7 @@ OPERATORS: dict[str, Operator] = {
         _add_layer_norm,
     ),
     "layer_norm_backward": Operator(
-        "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias)"
+        "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_dbias)"
         " -> (Tensor dx, Tensor dweight, Tensor dbias)",
         _layer_norm_backward,
     ),
@@ -301,12 +301,17 @@ def _interpreted() -> bool:
 
 def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of operator ``name`` for tensors such as ``tensor``."""
-    backend, _ = backend_of(tensor.device.type, tensor.dtype)
+    device_type = tensor.device.type
+    backend, reason = backend_of(device_type, tensor.dtype)
+    if backend == "reference" and _choice == "auto" and device_type != "meta":
+        slow_path.warn(reason)
     if backend == "reference" or name in _left_to_torch[backend]:
-        return _references[name]
-    if backend == "triton" and tensor.device.type == "cpu":  # interpreted: the dispatcher would take the C++ kernel
-        return _triton.get(name, _overloads[name])
-    return _overloads[name]
+        function = _references[name]
+    elif backend == "triton" and device_type == "cpu":  # interpreted: the dispatcher would take the C++ kernel
+        function = _triton.get(name, _overloads[name])
+    else:
+        function = _overloads[name]
+    return autocast.outside(device_type, function) if torch.is_autocast_enabled(device_type) else function
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -55,7 +55,7 @@ def add_layer_norm(
 
 
 def layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, scale = _wide(dy), rstd.unsqueeze(-1).to(_wide(x).dtype)
     normal = (_wide(x) - mean.unsqueeze(-1)) * scale
@@ -64,7 +64,7 @@ def layer_norm_backward(
     if dsum is not None:
         dx = dx + _wide(dsum)
     dweight = (grad * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    dbias = grad.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if has_bias else weight.new_empty(0)
+    dbias = grad.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if needs_dbias else weight.new_empty(0)
     return dx.to(x.dtype).contiguous(), dweight, dbias
 
 

@@ -18,32 +18,13 @@ from fastgpt import kernels
 from fastgpt.model.config import GPTConfig
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` whose weight gradient may accumulate in place (see ``kernels.linear``)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Embedding):
-    """``nn.Embedding`` whose gradient may accumulate in place (see ``kernels.embedding``)."""
-
-    def forward(self, index: Tensor) -> Tensor:
-        return kernels.embedding(index, self.weight)
-
-
-class LayerNorm(nn.Module):
+class LayerNorm(kernels.LayerNorm):
     """Layer norm, of ``x`` or of ``residual + x``; returns the sum that it normalised as well."""
 
-    def __init__(self, n_embd: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if residual is None:
-            return kernels.layer_norm(x, self.weight, self.bias), x
-        return kernels.add_layer_norm(x, residual, self.weight, self.bias)
+            return super().forward(x), x
+        return kernels.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class KVCache:
@@ -84,8 +65,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = kernels.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = kernels.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -102,8 +83,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = kernels.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = kernels.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +97,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = Attention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
@@ -133,10 +114,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.wte = kernels.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = kernels.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:

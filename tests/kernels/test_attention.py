@@ -457,15 +457,6 @@ def test_a_wrong_packed_argument_is_named(backend, error, message, arguments, op
         attention_qkv(*arguments, **options)
 
 
-def test_a_second_derivative_is_refused(device):
-    q, k, v = (t.requires_grad_() for t in operands(1, 2, 5, 4, device=device))
-    qkv = torch.randn(1, 5, 12, device=device, requires_grad=True)
-    for out, leaf in ((attention(q, k, v), q), (attention_qkv(qkv, 2), qkv)):
-        (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            gradient.sum().backward()
-
-
 @causality
 def test_float64_gradients_agree_with_finite_differences(causal):
     q, k, v = (torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))

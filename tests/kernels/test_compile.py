@@ -112,16 +112,7 @@ def test_a_block_of_all_functions_in_one_graph_equals_eager(backend, compiler, d
     [lambda t: attention(t, t, t), lambda t: add_layer_norm(t, t, t[0, 0, 0])[0]],
     ids=["attention", "add_layer_norm"],
 )
-@pytest.mark.parametrize(
-    "compiled",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(raises=torch._dynamo.exc.Unsupported, reason="Dynamo, gb6297", strict=True)
-        ),
-    ],
-    ids=["eager", "compiled"],
-)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_one_tensor_may_be_several_arguments(backend, function, compiled):
     inputs = [random(2, 3, 20, 8)]
     called = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function

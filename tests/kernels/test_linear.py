@@ -235,14 +235,6 @@ def test_matmul_into_accumulates_bf16_products_in_fp32(device):
     torch.testing.assert_close(out, 1 + (a.float() @ b.float()), rtol=0.01, atol=0.1)
 
 
-def test_a_second_derivative_is_refused():
-    x, weight, _ = operands(5, 8)
-    give_main_grad(weight)
-    (gradient,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("weight", "bias", "named"),
     [((5, 7), None, "weight"), ((8,), None, "weight"), ((5, 8), (4,), "bias"), ((5, 8), (1, 5), "bias")],

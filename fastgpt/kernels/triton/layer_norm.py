@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.triton.columns import sum_of_shares
 from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
 
@@ -115,8 +115,15 @@ def _forward(
     return y, total, mean, rstd
 
 
+def _too_wide(x: Tensor) -> bool:
+    if x.shape[-1] <= WIDEST:
+        return False
+    slow_path.warn(f"on a GPU, layer norm takes rows of at most {WIDEST}")
+    return True
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if x.shape[-1] > WIDEST:
+    if _too_wide(x):
         return reference.layer_norm(x, weight, bias, eps)
     y, _, mean, rstd = _forward(x, None, weight, bias, eps)
     return y, mean, rstd
@@ -125,33 +132,32 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.shape[-1] > WIDEST:
+    if _too_wide(x):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     return _forward(x, residual, weight, bias, eps)
 
 
 def layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    C = x.shape[-1]
-    if C > WIDEST:
-        return reference.layer_norm_backward(dy, dsum, x, weight, mean, rstd, has_bias)
+    if _too_wide(x):
+        return reference.layer_norm_backward(dy, dsum, x, weight, mean, rstd, needs_dbias)
     dx = x.new_empty(x.shape)
     if x.numel() == 0:
-        return dx, weight.new_zeros(C), weight.new_zeros(C if has_bias else 0)
+        return dx, torch.zeros_like(weight), weight.new_zeros(weight.shape if needs_dbias else 0)
     dy_rows, x_rows = rows_of(dy), rows_of(x)
     dsum_rows = dy_rows if dsum is None else rows_of(dsum)
-    n_rows = x_rows.shape[0]
+    n_rows, C = x_rows.shape
     block = triton.next_power_of_2(C)
     device = device_of(x)
     config = configuration(device, "layer_norm_backward", str(max(block, 64)))
     n_programs = min(triton.cdiv(n_rows, config["ROWS"]), device.n_sm * config.pop("programs_per_sm"))
-    shares = x.new_empty((1 + has_bias, n_programs, C), dtype=torch.float32)
+    shares = x.new_empty((1 + needs_dbias, n_programs, C), dtype=torch.float32)
     launch(
         _backward_kernel, (n_programs,),
         dy_rows, dsum_rows, x_rows, weight.contiguous(), mean, rstd, dx, shares,
         dy_rows.stride(0), dsum_rows.stride(0), x_rows.stride(0), n_rows,
-        C=C, HAS_DSUM=dsum is not None, HAS_BIAS=has_bias, BLOCK_C=block, **config,
+        C=C, HAS_DSUM=dsum is not None, HAS_BIAS=needs_dbias, BLOCK_C=block, **config,
     )  # fmt: skip
     sums = sum_of_shares(shares, weight.dtype)
-    return dx, sums[0], sums[1] if has_bias else weight.new_empty(0)
+    return dx, sums[0], sums[1] if needs_dbias else weight.new_empty(0)

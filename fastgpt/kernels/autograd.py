@@ -1,0 +1,72 @@
+"""What the autograd functions of every op share: gradients only for those who ask, and no second derivative."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the ``backward`` of an autograd function that has no second derivative.
+
+    ``backward`` returns the gradients of the function's first inputs; those that nobody asked for are dropped, and
+    the inputs after them get none. Under ``create_graph`` the gradients refuse to be differentiated again.
+    ``torch.autograd.function.once_differentiable`` does so only if the incoming gradient has a graph of its own, and
+    not if ``torch.autograd.grad`` is told which inputs it is for: it then gives wrong results without a word.
+
+    Args:
+        op: the public function's name, for the error.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+            needed = ctx.needs_input_grad
+            gradients = tuple(g if need else None for g, need in zip(gradients, needed, strict=False))
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                gradients = _refusing(op, gradients, (*ctx.saved_tensors, *grads))
+            return gradients + (None,) * (len(needed) - len(gradients))
+
+        return wrapper
+
+    return decorate
+
+
+def distinct(tensor: Tensor, *others: Tensor) -> Tensor:
+    """``tensor``, or a view of it while tracing if it is also one of ``others``.
+
+    Dynamo does not trace an autograd function that is given one tensor twice.
+    """
+    if torch.compiler.is_compiling() and any(tensor is other for other in others):
+        return tensor.view_as(tensor)
+    return tensor
+
+
+def _refusing(
+    op: str, gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """``gradients``, connected to what they were computed from by a function that raises when differentiated."""
+    present = [g for g in gradients if g is not None]
+    connected = iter(_NoSecondDerivative.apply(op, len(present), *present, *(s for s in sources if s is not None)))
+    return tuple(None if g is None else next(connected) for g in gradients)
+
+
+class _NoSecondDerivative(Function):
+    generate_vmap_rule = True  # torch.func.jacrev maps over backward
+
+    @staticmethod
+    def forward(op: str, n_gradients: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:n_gradients])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.op}: cannot be differentiated twice; plain PyTorch can")

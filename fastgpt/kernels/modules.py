@@ -1,0 +1,184 @@
+"""The functions as modules, with the names, defaults and ``state_dict`` of ``torch.nn``'s: either loads the other's.
+
+Where torch.nn offers more than the kernels do (class weights, say), the argument is refused when the module is made.
+``ignore_index`` is -100 as in torch.nn; the functions default to -1.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastgpt.kernels.attention import attention_qkv
+from fastgpt.kernels.cross_entropy import cross_entropy
+from fastgpt.kernels.gelu import gelu
+from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt.kernels.linear import embedding, linear
+from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` on :func:`linear`: its weight gradient may accumulate in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` on :func:`embedding`: its gradient may accumulate in place.
+
+    Raises:
+        ValueError: ``padding_idx``, ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is asked for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
+            _refuse(name, getattr(self, name) not in (None, False))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """int64 of any shape to ``(*index.shape, embedding_dim)``."""
+        return embedding(index, self.weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension, on :func:`layer_norm`.
+
+    Raises:
+        ValueError: ``normalized_shape`` has several dimensions, or ``elementwise_affine`` is false.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"normalized_shape: expected one dimension, got {tuple(self.normalized_shape)}")
+        _refuse("elementwise_affine=False", not self.elementwise_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., C)``."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class AddLayerNorm(LayerNorm):
+    """:class:`LayerNorm` with the residual add before it fused in, on :func:`add_layer_norm`."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Two of ``(..., C)`` to the norm of their sum, and the sum."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class GELU(nn.GELU):
+    """``nn.GELU`` on :func:`gelu`; like it, exact unless ``approximate="tanh"``, which is GPT-2's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return gelu(x, self.approximate)
+
+
+class CausalSelfAttention(nn.Module):
+    """Self-attention under a causal mask, with the parameters of ``nn.MultiheadAttention``.
+
+    One product for the queries, keys and values of all heads, :func:`attention_qkv` on it as it lies, one product
+    for the output.
+
+    Args:
+        embed_dim: width, C.
+        num_heads: number of heads; divides ``embed_dim``.
+        dropout: probability of dropping an attention weight in training.
+        bias: whether both products have one.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``embed_dim``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads: {num_heads} heads do not divide embed_dim = {embed_dim}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.dropout = num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **factory))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim, **factory)) if bias else None
+        self.out_proj = Linear(embed_dim, embed_dim, bias, **factory)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, T, C)`` to ``(B, T, C)``."""
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attention_qkv(qkv, self.num_heads, dropout_p=self.dropout if self.training else 0.0))
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """``nn.CrossEntropyLoss`` of ``(N, V)`` logits and class indices, on :func:`cross_entropy`.
+
+    Raises:
+        ValueError: ``weight``, ``label_smoothing`` or a ``reduction`` other than the mean is asked for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _refuse("weight", self.weight is not None)
+        _refuse("label_smoothing", self.label_smoothing != 0.0)
+        _refuse(f"reduction={self.reduction!r}", self.reduction != "mean")
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """``(N, V)`` and ``(N,)`` int64 to a 0-dim fp32 loss."""
+        return cross_entropy(input, target, self.ignore_index)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """An output layer and its mean loss in one, on :func:`linear_cross_entropy`: no logits in memory.
+
+    Its ``state_dict`` is that of ``torch.nn.LinearCrossEntropyLoss``, ``linear.weight``. To tie it to a token
+    embedding: ``loss.linear.weight = embedding.weight``. For logits, to sample from, call ``loss.linear``.
+
+    Args:
+        in_features: width, C.
+        num_classes: size of the vocabulary, V.
+        ignore_index: marks positions without a target.
+        device: of the weight.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.linear = Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """``(..., C)`` and int64 ``(...)`` to a 0-dim fp32 loss.
+
+        Raises:
+            ValueError: ``target`` has not the shape of ``input`` without its last dimension.
+        """
+        if target.shape != input.shape[:-1]:
+            raise ValueError(f"target: expected shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
+        rows = input.reshape(-1, input.shape[-1])
+        return linear_cross_entropy(rows, self.linear.weight, target.reshape(-1), self.ignore_index)
+
+
+def _refuse(argument: str, asked_for: bool) -> None:
+    if asked_for:
+        raise ValueError(f"{argument}: not supported by fastgpt's kernels; torch.nn has it")
