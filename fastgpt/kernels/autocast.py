@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 
+def enabled(device_type: str) -> bool:
+    """Whether autocast is on for such devices; some (``meta``) know none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def in_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Tensors as a matrix product takes them: under autocast in its dtype."""
-    if not _enabled(first):
+    if not isinstance(first, Tensor) or not enabled(first.device.type):
         return first, *others
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(_cast(t, dtype) for t in (first, *others))
@@ -22,7 +27,7 @@ def in_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 def in_float32(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Tensors as a norm takes them: under autocast in fp32."""
-    if not _enabled(first):
+    if not isinstance(first, Tensor) or not enabled(first.device.type):
         return first, *others
     return tuple(_cast(t, torch.float32) for t in (first, *others))
 
@@ -35,10 +40,6 @@ def outside(device_type: str, function: Callable[..., Any]) -> Callable[..., Any
             return function(*args)
 
     return run
-
-
-def _enabled(tensor: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import checks, ops
+from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import first_order
 
 
@@ -45,7 +44,7 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
         ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
     """
     checks.floating(x=x)
-    if isinstance(bias, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(bias, Tensor) and autocast.enabled(x.device.type):
         bias = bias.to(x.dtype)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate: expected 'tanh' or 'none', got {approximate!r}")

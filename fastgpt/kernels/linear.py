@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import checks
+from fastgpt.kernels import autocast, checks
 from fastgpt.kernels.autograd import first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
@@ -86,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape or a device does not fit.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or autocast.enabled(x.device.type):
         return F.linear(x, weight, bias)
     checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     checks.same("x", x=x, weight=weight, bias=bias)

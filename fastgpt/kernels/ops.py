@@ -311,7 +311,7 @@ def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
         function = _triton.get(name, _overloads[name])
     else:
         function = _overloads[name]
-    return autocast.outside(device_type, function) if torch.is_autocast_enabled(device_type) else function
+    return autocast.outside(device_type, function) if autocast.enabled(device_type) else function
 
 
 def backends() -> dict[str, dict[str, str]]:

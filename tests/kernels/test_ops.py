@@ -326,6 +326,38 @@ def test_a_machine_without_the_library_warns_once_in_one_line_and_works(tmp_path
     assert right == "True"
 
 
+@pytest.mark.parametrize(
+    ("before", "run", "expected"),
+    [
+        ("", "gelu(x.half()); gelu(x.half()); layer_norm(x.half(), x[0].half())", ["take float32 and bfloat16, not"]),
+        ("", "gelu(x.half()); gelu(x.double())", ["not torch.float16", "not torch.float64"]),
+        ("", "torch.compile(gelu, fullgraph=True, backend='eager')(x.half())", ["not torch.float16"]),
+        ("", "gelu(x); gelu(x.bfloat16())", []),
+        ("", "gelu(x.half().to('meta'))", []),
+        ("chosen = use_backend('reference'); chosen.__enter__()", "gelu(x); gelu(x.half())", []),
+    ],
+    ids=["once", "once a reason", "compiled", "fast", "no data", "asked for"],
+)
+def test_nobody_runs_the_slow_path_without_being_told_once(before, run, expected):
+    code = f"""
+        import warnings, torch
+        from fastgpt.kernels import gelu, layer_norm, use_backend
+        x = torch.randn(4, 8)
+        {before}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            {run}
+        print("\\n".join(str(w.message) for w in caught if "fastgpt" in str(w.message)))
+    """
+    if ops.backends()["cpu"]["gelu"].startswith("reference"):
+        pytest.skip("the C++ kernels are not built")
+    lines = python(code)[0].splitlines()
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert line.startswith("fastgpt runs on plain PyTorch, slower: ")
+        assert part in line
+
+
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_the_narrower_library_keeps_the_error_rule_too(backend):
     """A CPU without AVX-512, as torch itself simulates it."""
