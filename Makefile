@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test gpu bench lint format clean help
+.PHONY: train test gpu bench wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,12 @@ gpu:  ## test and time the kernels on an NVIDIA GPU, with the python3 at hand as
 bench: $(VENV)/.installed  ## time the kernels against their peers on this machine, a GPU if it has one
 	$(BIN)/python -m bench.kernels
 
+wheel: $(VENV)/.installed  ## build the source distribution, and the wheel from it, into dist
+	rm -rf dist
+	$(BIN)/python setup.py -q sdist
+	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_REQUIRE_BUILD=1 \
+		$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
+
 lint: $(VENV)/.installed  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -53,5 +59,5 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -1,16 +1,20 @@
 """Builds csrc/ into one library per instruction set; everything else is in pyproject.toml.
 
 fastgpt/kernels/cpp.py loads the one that the CPU at hand can run. A build that fails (no compiler, say) is
-not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why.
+not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why. With
+``FASTGPT_REQUIRE_BUILD=1`` it is.
 """
 
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # Every x86-64 CPU sold for training since 2013 has AVX2; elsewhere the compiler's default serves (NEON on arm64).
 INSTRUCTION_SETS = {
@@ -22,12 +26,15 @@ if platform.machine().lower() not in {"x86_64", "amd64"}:
 
 TARGET_TORCH = "0x020b000000000000"  # the oldest torch supported, 2.11, as torch/headeronly/version.h writes it
 
+# Error messages name the source they come from; with its folder cut off, a build is the same bits in any place.
+UNPLACED = [f"-fmacro-prefix-map={folder}{os.sep}=" for folder in (Path.cwd(), *include_paths())]
+
 
 def extension(name: str, flags: list[str]) -> CppExtension:
     return CppExtension(
         f"fastgpt.kernels._cpu_{name}",
         sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        depends=["setup.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))],  # setup.py holds the flags
         extra_compile_args=[
             "-O3",
             "-g0",
@@ -37,6 +44,7 @@ def extension(name: str, flags: list[str]) -> CppExtension:
             "-fno-math-errno",
             "-Wno-psabi",  # the ABI of vector arguments, all of them inlined
             f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
+            *UNPLACED,
             *flags,
         ],
         py_limited_api=True,
@@ -44,13 +52,16 @@ def extension(name: str, flags: list[str]) -> CppExtension:
 
 
 class OptionalBuild(BuildExtension):
-    """Builds where it can; where it cannot, the installation goes through without the C++ kernels."""
+    """Builds every library or none; where it cannot, the installation goes through without the C++ kernels."""
 
     def run(self) -> None:
+        destinations = self._libraries()  # beside the sources, if that is where they belong
         try:
             super().run()
-        except Exception as error:
-            if os.environ.get("FASTGPT_REQUIRE_BUILD"):
+        except BaseException as error:  # Ctrl-C too: one library of two would pass for a whole build
+            for library in destinations + self._libraries():
+                library.unlink(missing_ok=True)
+            if os.environ.get("FASTGPT_REQUIRE_BUILD") or not isinstance(error, Exception):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(
@@ -59,6 +70,9 @@ class OptionalBuild(BuildExtension):
             )
             self.extensions.clear()
 
+    def _libraries(self) -> list[Path]:
+        return [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+
     def build_extension(self, ext: CppExtension) -> None:
         shared = self.build_temp
         self.build_temp = os.path.join(shared, ext.name)  # the same sources, other flags: other object files
@@ -66,8 +80,27 @@ class OptionalBuild(BuildExtension):
         self.build_temp = shared
 
 
+class FreshPackage(build_py):
+    """Leaves out what an earlier build put under build/ and the sources have no more."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "fastgpt"), ignore_errors=True)
+        super().run()
+
+
+class HonestWheel(bdist_wheel):
+    """Tags the wheel by what was built: without libraries it suits every platform, and is no abi3."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+            self.skip_build = True
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 setup(
     ext_modules=[extension(name, flags) for name, flags in INSTRUCTION_SETS.items()],
-    cmdclass={"build_ext": OptionalBuild},
+    cmdclass={"bdist_wheel": HonestWheel, "build_ext": OptionalBuild, "build_py": FreshPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -79,7 +79,10 @@ def _advice(kernels: dict[str, dict[str, str]], software: dict[str, str]) -> lis
     if software["C++ compiler"] == "none found":
         mend = "no C++ compiler was found: install g++ or clang++, then reinstall fastgpt"
     else:
-        mend = "a compiler is here now: reinstall fastgpt with pip install -v and read the build's messages"
+        mend = (
+            "a compiler is here now: reinstall fastgpt with "
+            "pip install --force-reinstall --no-cache-dir --no-deps -v and read the build's messages"
+        )
     return [f"The C++ kernels are missing; {mend}."]
 
 

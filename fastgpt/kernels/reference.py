@@ -17,6 +17,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _result(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype`` and contiguous; without a call that changes nothing, on which torch 2.11 loses gradients."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
+
+
 # ---- matrix product ----
 
 
@@ -43,13 +49,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
     y = (wide - mean) * rstd * _wide(weight)
     if bias is not None:
         y = y + _wide(bias)
-    return y.to(x.dtype).contiguous(), mean.squeeze(-1).float(), rstd.squeeze(-1).float()
+    return _result(y, x.dtype), _result(mean.squeeze(-1), torch.float32), _result(rstd.squeeze(-1), torch.float32)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = (x + residual).contiguous()
+    total = _result(x + residual, x.dtype)
     y, mean, rstd = layer_norm(total, weight, bias, eps)
     return y, total, mean, rstd
 
@@ -65,7 +71,7 @@ def layer_norm_backward(
         dx = dx + _wide(dsum)
     dweight = (grad * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     dbias = grad.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if needs_dbias else weight.new_empty(0)
-    return dx.to(x.dtype).contiguous(), dweight, dbias
+    return _result(dx, x.dtype), dweight, dbias
 
 
 # ---- GELU ----
@@ -74,16 +80,16 @@ def layer_norm_backward(
 def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     approximate = "tanh" if tanh else "none"
     if bias is None:
-        return F.gelu(x, approximate=approximate).contiguous()
-    return F.gelu(_wide(x) + _wide(bias), approximate=approximate).to(x.dtype).contiguous()
+        return _result(F.gelu(x, approximate=approximate), x.dtype)
+    return _result(F.gelu(_wide(x) + _wide(bias), approximate=approximate), x.dtype)
 
 
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     approximate = "tanh" if tanh else "none"
     if bias is None:
-        return torch.ops.aten.gelu_backward(dy, x, approximate=approximate).contiguous(), x.new_empty(0)
+        return _result(torch.ops.aten.gelu_backward(dy, x, approximate=approximate), x.dtype), x.new_empty(0)
     dx = torch.ops.aten.gelu_backward(_wide(dy), _wide(x) + _wide(bias), approximate=approximate)
-    return dx.to(x.dtype).contiguous(), dx.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
+    return _result(dx, x.dtype), _result(dx.reshape(-1, x.shape[-1]).sum(0), bias.dtype)
 
 
 # ---- attention ----
@@ -137,7 +143,7 @@ def attention(
     weights, lse = _weights(q, k, causal, scale)
     if dropout_p > 0.0 and seed is not None:
         weights = weights * dropout_factors(seed, dropout_p, *weights.shape).to(weights.dtype)
-    return _time_major((weights @ _wide(v)).to(q.dtype)), lse.float()
+    return _time_major((weights @ _wide(v)).to(q.dtype)), _result(lse, torch.float32)
 
 
 def attention_backward(
@@ -172,7 +178,7 @@ def split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
 def _merge_heads(*heads: Tensor) -> Tensor:
     """The inverse of :func:`split_heads`, contiguous."""
     B, H, T, D = heads[0].shape
-    return torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D).contiguous()
+    return torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D)
 
 
 def attention_qkv(
@@ -201,7 +207,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
         losses = F.cross_entropy(_wide(logits), targets, ignore_index=ignore_index, reduction="none")
     except IndexError as error:  # on a CPU
         raise RuntimeError(f"targets: {error}") from None
-    return losses.float(), _wide(logits).logsumexp(-1).float()
+    return _result(losses, torch.float32), _result(_wide(logits).logsumexp(-1), torch.float32)
 
 
 def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
@@ -214,7 +220,7 @@ def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignor
 
 
 def cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    return _dlogits(dlosses, logits, targets, lse, ignore_index).contiguous()
+    return _result(_dlogits(dlosses, logits, targets, lse, ignore_index), logits.dtype)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:

@@ -3,11 +3,13 @@
 NumPy has no bf16, so the interpreter keeps such numbers as uint16: its cast from fp32 drops the low bits where a
 GPU rounds, and its ``dot`` multiplies the uint16 themselves. Its fp32 ``dot`` is a BLAS call whose rounding depends
 on the shape and the strides of the tiles; a GPU's does not, and attention's backward relies on scores that come
-out as they did in the forward. Here a ``dot`` is summed in fp64 and rounded once.
+out as they did in the forward. Here a ``dot`` is summed in fp64 and rounded once. Triton 3.6 does not know either
+that NumPy 2.4 makes an index of 0-dim arrays alone.
 """
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -24,8 +26,8 @@ def narrow(x: np.ndarray) -> np.ndarray:
 
 
 def mend() -> None:
-    """Replace the interpreter's cast and dot."""
-    cast = InterpreterBuilder.cast_impl
+    """Replace the interpreter's cast, dot and index."""
+    cast, patch_lang_tensor = InterpreterBuilder.cast_impl, interpreter._patch_lang_tensor
 
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
@@ -41,5 +43,10 @@ def mend() -> None:
         exact = np.matmul(x.astype(np.float64), y.astype(np.float64)) + d.data
         return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
 
+    def patch(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch
