@@ -1,5 +1,8 @@
 // Cross-entropy of rows of logits against integer targets: loss = logsumexp(logits) - logits[target].
 // A row whose target is ignore_index has loss 0 and gradient 0.
+#include <stdexcept>
+#include <string>
+
 #include "tensor.h"
 
 namespace fastgpt {
@@ -21,6 +24,12 @@ float sum_of_exp(const T* logits, float shift, int64_t V) {
   return sum(total);
 }
 
+// The logits' own size is taken off first: of lse - at_target, a small loss would keep only the rounding.
+template <class T>
+float loss_of(float top, float log_sum, T at_target) {
+  return (top - static_cast<float>(at_target)) + log_sum;
+}
+
 // Gradient of `scale` times the loss: scale (softmax(logits) - onehot(target)). May run in place.
 template <class T>
 void gradient_row(const T* logits, int64_t target, float lse, float scale, int64_t V, T* grad) {
@@ -33,8 +42,9 @@ void gradient_row(const T* logits, int64_t target, float lse, float scale, int64
 void check_targets(const Tensor& targets, int64_t ignore_index, int64_t V) {
   for (int64_t row = 0; row < targets.size(0); ++row) {
     const int64_t target = data<int64_t>(targets)[row];
-    STD_TORCH_CHECK(
-        target == ignore_index || (target >= 0 && target < V), "targets: ", target, " is outside the ", V, " classes");
+    if (target != ignore_index && (target < 0 || target >= V))
+      throw std::runtime_error(  // STD_TORCH_CHECK would begin with this file's name
+          "targets: " + std::to_string(target) + " is outside the " + std::to_string(V) + " classes");
   }
 }
 
@@ -50,13 +60,13 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_in, const Tensor& 
       for (int64_t row = begin; row < end; ++row) {
         const T* x = data<T>(logits) + row * V;
         const int64_t target = data<int64_t>(targets)[row];
-        const float top = row_max(x, V);
-        data<float>(lse)[row] = top + std::log(sum_of_exp(x, top, V));
+        const float top = row_max(x, V), log_sum = std::log(sum_of_exp(x, top, V));
+        data<float>(lse)[row] = top + log_sum;
         if (target == ignore_index) {
           data<float>(losses)[row] = 0.0f;
           continue;
         }
-        data<float>(losses)[row] = data<float>(lse)[row] - static_cast<float>(x[target]);
+        data<float>(losses)[row] = loss_of(top, log_sum, x[target]);
       }
     });
   });
@@ -104,9 +114,9 @@ Tensor cross_entropy_(Tensor logits, const Tensor& targets_in, const Tensor& sca
           data<float>(losses)[row] = 0.0f;
           continue;
         }
-        const float top = row_max(x, V), lse = top + std::log(sum_of_exp(x, top, V));
-        data<float>(losses)[row] = lse - static_cast<float>(x[target]);
-        gradient_row(x, target, lse, grad_scale, V, x);
+        const float top = row_max(x, V), log_sum = std::log(sum_of_exp(x, top, V));
+        data<float>(losses)[row] = loss_of(top, log_sum, x[target]);
+        gradient_row(x, target, top + log_sum, grad_scale, V, x);
       }
     });
   });

@@ -111,7 +111,7 @@ void multiply(const Product& p) {
   thread_local const std::unique_ptr<float[]> packed_b(new float[(kColumnBlock + kColumns) * kDepth]);
   for (int64_t column = 0; column < p.N; column += kColumnBlock) {
     const int64_t columns = std::min(kColumnBlock, p.N - column);
-    for (int64_t k = 0; k < p.K; k += kDepth) {
+    for (int64_t k = 0; k == 0 || k < p.K; k += kDepth) {  // once without depth too: C is then the bias, or zero
       const int64_t depth = std::min(kDepth, p.K - k);
       const bool accumulate = p.accumulate || k > 0;
       pack_b(p.b.at(k, column), depth, columns, packed_b.get());

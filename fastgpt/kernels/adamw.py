@@ -4,14 +4,15 @@ Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019. Moments of
 "8-bit Optimizers via Block-wise Quantization", 2021; the code itself is another (see reference.py).
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import ops
+from fastgpt.kernels import checks, ops
 from fastgpt.kernels.reference import MOMENT_BLOCK
 
 # Bytes a parameter, of the parameter itself and the optimizer's state, and with gradients of the same dtype:
@@ -22,127 +23,233 @@ from fastgpt.kernels.reference import MOMENT_BLOCK
 #   bf16, stochastic_rounding                      6      8
 #   bf16, stochastic_rounding, state_bits=8        4.03   6.03
 
+# Options of torch.optim.AdamW that would be other maths, and the one value that each has here.
+FIXED_OPTIONS = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
+
+CAPTURED_TOO_EARLY = "step: before a CUDA graph captures it, it must run once without, on the same parameters"
+
+
+class Batch(NamedTuple):
+    """Parameters of one group that one call of a kernel updates.
+
+    Attributes:
+        group: the parameter group.
+        steps: how many they have taken; one that joined late has another bias correction.
+        place: their device, and the backend that takes their dtype.
+        params: each has a gradient.
+        states: each one's.
+    """
+
+    group: dict[str, Any]
+    steps: int
+    place: tuple[torch.device, str]
+    params: list[Tensor]
+    states: list[dict[str, Tensor]]
+
 
 class FusedAdamW(Optimizer):
     """``torch.optim.AdamW`` in one kernel, with gradient clipping inside.
 
-    Same maths and same ``state_dict`` layout as ``torch.optim.AdamW``, so either loads the other's. A parameter
-    may be one flat buffer that holds a whole model: the cost is one pass either way.
+    Same maths and same ``state_dict`` layout as ``torch.optim.AdamW``, so either loads the other's, and what is
+    written for the one works with the other: parameter groups, learning rate schedulers, ``torch.amp.GradScaler``
+    (which skips a step whose gradients are not finite; clipping sees them unscaled), closures, hooks, ``deepcopy``
+    and ``pickle``, which keep every option and go on to the same bits. Left out are ``amsgrad``, ``maximize`` and
+    ``differentiable``, which are refused wherever they are asked for: here, in a parameter group, in a
+    ``state_dict``. So is the ``state_dict`` of a plain Adam (``decoupled_weight_decay=False``). ``foreach``,
+    ``fused`` and ``capturable`` choose among PyTorch's kernels and mean nothing here; groups carry them along.
 
-    Two options save memory, alone or together. Both draw random numbers from a seed of each parameter group,
-    which is taken from torch's generator when the group is added and kept in the ``state_dict``; the same seed
-    gives the same bits.
+    A parameter may be one flat buffer that holds a whole model: the cost is one pass either way. ``state_bits`` and
+    ``stochastic_rounding`` save memory, alone or together. Both draw random numbers from a seed of each parameter
+    group, which is taken from torch's generator when the group is added and kept in the ``state_dict``; the same
+    seed gives the same bits.
+
+    A step may be captured in a CUDA graph, after one has run without. Numbers become part of the graph; tensors,
+    as ``lr`` and ``grad_scale`` can be, are read at every replay.
 
     Args:
-        params: parameters or parameter groups, fp32 or bf16, contiguous.
-        lr: learning rate.
+        params: parameters or parameter groups, contiguous. fp16 and float64 run on plain PyTorch where the kernels
+            of their device do not take them, fp16 on a CPU for one.
+        lr: learning rate, a number or a tensor of one element; schedulers fill such a tensor in place.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled from the gradient; per parameter group if given there.
         max_grad_norm: gradients of all groups, taken as one vector, are scaled down to at most this L2
             norm; ``None`` for no clipping. The norm before clipping is left in ``grad_norm``.
-        copies: maps a parameter to a bf16 tensor of its shape that receives every new value.
-        state_bits: 32 keeps the moments in the parameter's dtype, 8 bytes a parameter in fp32. 8 keeps one byte
-            for each and one fp32 scale for 256 consecutive elements, 2.03 bytes a parameter; the state then has
-            uint8 ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``exp_avg_scale`` and
-            ``exp_avg_sq_scale`` of shape (ceil(numel / 256),).
+        copies: maps every parameter to a bf16 tensor of its shape that receives each new value.
+        state_bits: 32 keeps the moments in the parameter's dtype, 8 bytes a parameter in fp32; those of fp16
+            parameters in fp32, because squares of usual gradients are zero in fp16. 8 keeps one byte for each and
+            one fp32 scale for 256 consecutive elements, 2.03 bytes a parameter; the state then has uint8
+            ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``exp_avg_scale`` and ``exp_avg_sq_scale``
+            of shape (ceil(numel / 256),).
         stochastic_rounding: bf16 parameters, and their moments if these are bf16, are rounded up or down at
             random so that the mean is right. Steps smaller than half the distance of two bf16 numbers then count,
             which rounding to the nearest loses; so there need be no fp32 master copy, 4 bytes a parameter.
+        amsgrad: not here; ``True`` is refused.
+        maximize: not here; ``True`` is refused.
 
     Raises:
-        ValueError: a hyperparameter is out of range, a parameter is not contiguous, or ``stochastic_rounding``
-            is asked for parameters that are not bf16.
+        TypeError: an argument is of the wrong type, or a parameter of a dtype other than the above.
+        ValueError: a hyperparameter is out of range, here or in a group, or an option that is not here is asked for;
+            there is no parameter, or one is not contiguous or given twice, or not bf16 under
+            ``stochastic_rounding``; ``copies`` lacks a parameter or has a tensor of none.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_grad_norm: float | None = None,
         *,
-        copies: dict[Tensor, Tensor] | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
         state_bits: int = 32,
         stochastic_rounding: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
     ) -> None:
-        if not lr >= 0.0:
-            raise ValueError(f"lr: expected at least 0, got {lr}")
-        if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-        if not eps >= 0.0:
-            raise ValueError(f"eps: expected at least 0, got {eps}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
-        if max_grad_norm is not None and not max_grad_norm > 0.0:
-            raise ValueError(f"max_grad_norm: expected more than 0, or None, got {max_grad_norm}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_hyperparameters({**defaults, "amsgrad": amsgrad, "maximize": maximize})
+        if max_grad_norm is not None and max_grad_norm != math.inf:  # which measures and never clips
+            checks.number("max_grad_norm", max_grad_norm)
+            if max_grad_norm <= 0.0:
+                raise ValueError(f"max_grad_norm: expected more than 0, or None, got {max_grad_norm}")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits: expected 8 or 32, got {state_bits}")
+        if not isinstance(copies, Mapping | None):
+            raise TypeError(f"copies: expected a dict from parameters to tensors, got {type(copies).__name__}")
+        self.max_grad_norm = max_grad_norm
+        self.copies = dict(copies or {})
         self.state_bits = state_bits
         self.stochastic_rounding = stochastic_rounding
-        self._seeds: dict[int, Tensor] = {}  # the groups' seeds on their devices
+        self.grad_norm: Tensor | None = None
         # Each parameter's ``step``, its version then, and its value, so that no step waits to read it from a GPU.
         self._steps: dict[Tensor, tuple[Tensor, int, int]] = {}
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for param, copy in (copies or {}).items():
-            if copy.dtype != torch.bfloat16 or copy.shape != param.shape or not copy.is_contiguous():
-                raise ValueError(f"copies: expected contiguous bf16 of shape {tuple(param.shape)}, got {copy.dtype}")
-        self.max_grad_norm = max_grad_norm
-        self.copies = copies or {}
-        self.grad_norm: Tensor | None = None
+        self._captured = False  # a CUDA graph has a step of ours, and counts on without ``_steps``
+        super().__init__(params, defaults)
+        strangers = self.copies.keys() - {p for group in self.param_groups for p in group["params"]}
+        if strangers:
+            raise ValueError(f"copies: has a tensor for what is no parameter, of shape {tuple(strangers.pop().shape)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_grad_norm", "copies", "state_bits", "stochastic_rounding", "grad_norm")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._steps = {}
+        self.__dict__.setdefault("_captured", False)
 
     @property
     def _compact(self) -> bool:
         """Whether an option that saves memory is on."""
         return self.state_bits == 8 or self.stochastic_rounding
 
+    def _moment_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the moments of a parameter of ``dtype`` are kept in."""
+        if self.state_bits == 8:
+            return torch.uint8
+        return torch.float32 if dtype == torch.float16 else dtype
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; ``__init__`` does it for every group that it is given.
 
         Raises:
-            ValueError: a parameter is not contiguous, or not bf16 under ``stochastic_rounding``.
+            TypeError: as in ``__init__``.
+            ValueError: as in ``__init__``; under ``copies`` these must have the new parameters already.
         """
         super().add_param_group(param_group)
         group = self.param_groups.pop()  # back once it has been found right
+        _check_hyperparameters(group)
         for param in group["params"]:
-            if not param.is_contiguous():
-                raise ValueError(f"params: a parameter of shape {tuple(param.shape)} is not contiguous")
-            if self.stochastic_rounding and param.dtype != torch.bfloat16:
-                raise ValueError(f"stochastic_rounding: expected bf16 parameters, got {param.dtype}")
+            self._check_parameter(param)
+        if len(set(group["params"])) < len(group["params"]):
+            raise ValueError("params: a parameter is given twice")
         if self._compact:
             group.setdefault("seed", int(torch.randint(2**62, ())))
         self.param_groups.append(group)
 
+    def _check_parameter(self, param: Tensor) -> None:
+        shape = tuple(param.shape)
+        checks.floating(params=param)
+        if not param.is_contiguous():
+            raise ValueError(f"params: a parameter of shape {shape} is not contiguous")
+        if self.stochastic_rounding and param.dtype != torch.bfloat16:
+            raise ValueError(f"stochastic_rounding: expected bf16 parameters, got {param.dtype}")
+        if not self.copies:
+            return
+        copy = self.copies.get(param)
+        if copy is None:
+            raise ValueError(f"copies: has none for a parameter of shape {shape}")
+        if not isinstance(copy, Tensor):
+            raise TypeError(f"copies: expected a Tensor, got {type(copy).__name__}")
+        if copy.dtype != torch.bfloat16 or copy.shape != shape or not copy.is_contiguous():
+            raise ValueError(f"copies: expected contiguous bf16 of shape {shape}, got {copy.dtype}")
+        if copy.device != param.device:
+            raise ValueError(f"copies: device {copy.device} differs from the parameter's {param.device}")
+
+    # ---- loading ----
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from ``state_dict``.
+        """Go on from ``state_dict``, ours or that of ``torch.optim.AdamW``.
 
         Raises:
-            ValueError: its moments have another number of bits than this optimizer's.
+            TypeError: a hyperparameter is of the wrong type.
+            ValueError: its moments have another number of bits than this optimizer's, or other shapes than the
+                parameters; or it asks for an option that is not here. Nothing has been changed then.
         """
-        for state in state_dict["state"].values():
+        seeds = [group.get("seed") for group in self.param_groups]
+        loaded: dict[str, Any] = {}
+        # Hooks of ours: the first runs after the caller's, which may give another state_dict, the second before them.
+        check = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._checked(final)))
+        restore = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded, seeds), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            check.remove()
+            restore.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups, own = state_dict["param_groups"], self.param_groups
+        for group in groups:
+            _check_hyperparameters(group)
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
+            return state_dict  # PyTorch says so
+        for p, state in _states_by_parameter(own, state_dict):
             bits = 8 if "exp_avg_scale" in state else 32
             if bits != self.state_bits:
                 raise ValueError(f"state_dict: has moments of {bits} bits, but state_bits is {self.state_bits}")
-        own = [group.get("seed") for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, seed in zip(self.param_groups, own, strict=True):
+            for name, expected in self._new_state(torch.empty_like(p, device="meta")).items():
+                if name not in state:
+                    raise ValueError(f"state_dict: a parameter of shape {tuple(p.shape)} has no {name}")
+                if name != "step" and state[name].shape != expected.shape:
+                    raise ValueError(
+                        f"state_dict: expected {name} of shape {tuple(expected.shape)}, got {tuple(state[name].shape)}"
+                    )
+        return state_dict
+
+    def _restore(self, state_dict: dict[str, Any], seeds: list[int | None]) -> None:
+        """Undo PyTorch's cast of all that is loaded to the dtype of its parameter."""
+        for group, seed in zip(self.param_groups, seeds, strict=True):
             if seed is not None:
                 group.setdefault("seed", seed)  # what comes from a plain AdamW has none
-        for p, state in self.state.items():
-            state["step"] = state["step"].to(p.device)  # torch.optim.AdamW keeps it on the CPU
-            if self.state_bits == 8:  # PyTorch has cast them to the parameter's dtype; bf16 holds every code and scale
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = state[name].to(torch.uint8)
-                    state[f"{name}_scale"] = state[f"{name}_scale"].float()
+        for p, state in _states_by_parameter(self.param_groups, state_dict):
+            own = self.state[p]
+            own["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device).reshape(())
+            for name in ("exp_avg", "exp_avg_sq"):
+                own[name] = state[name].to(p.device, self._moment_dtype(p.dtype)).contiguous()
+                if self.state_bits == 8:
+                    own[f"{name}_scale"] = state[f"{name}_scale"].to(p.device, torch.float32).contiguous()
+
+    # ---- the step ----
 
     @torch.no_grad()
     def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float | Tensor = 1.0,
         zero_grad: bool = False,
     ) -> Any:
         """Update every parameter that has a gradient.
@@ -150,95 +257,206 @@ class FusedAdamW(Optimizer):
         Args:
             closure: recomputes the loss and is called first, as in every optimizer.
             grad_scale: gradients are multiplied by it before anything else, for example by
-                1 / gradient_accumulation_steps.
-            zero_grad: also sets the gradients to zero, in the same pass.
+                1 / gradient_accumulation_steps; a number or a tensor of one element.
+            zero_grad: also sets the gradients to zero, in the same pass; not for a step that ``GradScaler`` may
+                skip, which would leave them infinite.
 
         Returns:
             What ``closure`` returned.
+
+        Raises:
+            TypeError: a gradient is of a dtype that its parameter's kernels do not take, or ``grad_scale`` no number.
+            RuntimeError: a gradient is sparse; it or the state does not fit the parameter, as when a model is cast
+                or moved after its first step; or a CUDA graph is captured before any step has run.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not p.grad.is_contiguous():
-                    p.grad = p.grad.contiguous()
-        scale = self._scale(grad_scale)
-        for group in self.param_groups:
-            self._step_group(group, scale, zero_grad)
+        capturing = _capturing()
+        self._captured = self._captured or capturing
+        batches = [batch for group in self.param_groups for batch in self._batches(group, capturing)]
+        scale = self._scale(batches, grad_scale)
+        for batch in batches:
+            self._step_batch(batch, scale, zero_grad)
+            if not capturing:  # captured, it has not happened yet
+                for p, state in zip(batch.params, batch.states, strict=True):
+                    step = state["step"]
+                    self._steps[p] = step, step._version, batch.steps + 1
         return loss
 
-    def _scale(self, grad_scale: float) -> Tensor | None:
-        """What every gradient is multiplied by, as a 0-dim tensor on its device; clipping included."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
-            return None
-        if self.max_grad_norm is None:
-            self.grad_norm = None
-            return None if grad_scale == 1.0 else torch.tensor(grad_scale, device=grads[0].device)
-        self.grad_norm = ops.resolve("grad_norm", grads[0])(grads) * grad_scale
-        # 1e-6 as in torch.nn.utils.clip_grad_norm_
-        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * grad_scale
+    def _batches(self, group: dict[str, Any], capturing: bool) -> list[Batch]:
+        """The parameters of a group that have a gradient, checked, by what one call of a kernel takes."""
+        batches: dict[tuple[int, torch.device, str], Batch] = {}
+        kind: tuple[torch.device, torch.dtype] | None = None
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            device, dtype = p.device, p.dtype
+            if kind != (device, dtype):
+                kind = device, dtype
+                backend, moment_dtype = ops.backend_of(device.type, dtype)[0], self._moment_dtype(dtype)
+            state = self.state[p]
+            if not state:
+                if capturing:
+                    raise RuntimeError(CAPTURED_TOO_EARLY)
+                state |= self._new_state(p)
+                self._steps[p] = state["step"], state["step"]._version, 0
+            moment = state["exp_avg"]
+            if not (
+                moment.dtype == moment_dtype and grad.dtype == dtype and moment.device == grad.device == device
+                and moment.shape == grad.shape == p.shape and p.is_contiguous()
+                and grad.is_contiguous() and not grad.is_neg()
+            ):  # fmt: skip
+                self._admit(p, moment, backend)
+            count = self._count(p, state["step"], capturing)
+            batch = batches.get((count, device, backend))
+            if batch is None:
+                batch = batches[count, device, backend] = Batch(group, count, (device, backend), [], [])
+            batch.params.append(p)
+            batch.states.append(state)
+        return list(batches.values())
 
-    def _step_group(self, group: dict[str, Any], scale: Tensor | None, zero_grad: bool) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        together: dict[int, list[Tensor]] = {}  # by step: one that joined late has another bias correction
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = self._new_state(p)
-            together.setdefault(self._next_step(p), []).append(p)
-        for alike in together.values():
-            self._step_alike(alike, group, scale, zero_grad)
+    def _admit(self, p: Tensor, moment: Tensor, backend: str) -> None:
+        """Lay the gradient of ``p`` out as the kernels read it, and refuse what they cannot take."""
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"grad: expected a dense tensor, got {grad.layout}: FusedAdamW has no sparse gradients")
+        if grad.dtype not in ops.COMPILED_DTYPES.get(backend, checks.FLOATING):
+            raise TypeError(f"grad: {grad.dtype} of a parameter of {p.dtype} is nothing that {backend} takes")
+        for name, tensor in (("grad", grad), ("exp_avg", moment)):
+            if tensor.shape != p.shape or tensor.device != p.device:
+                raise RuntimeError(
+                    f"{name}: shape {tuple(tensor.shape)} on {tensor.device} does not fit its parameter, "
+                    f"{tuple(p.shape)} on {p.device}"
+                )
+        if moment.dtype != self._moment_dtype(p.dtype):
+            raise RuntimeError(f"exp_avg: {moment.dtype} does not fit its parameter, which has become {p.dtype}")
+        if not p.is_contiguous():
+            raise RuntimeError(f"params: a parameter of shape {tuple(p.shape)} is contiguous no longer")
+        if not grad.is_contiguous() or grad.is_neg():
+            p.grad = grad.resolve_neg().contiguous()
 
-    def _next_step(self, p: Tensor) -> int:
-        """Count one more step of ``p``, on its device and here."""
-        step = self.state[p]["step"]
+    def _count(self, p: Tensor, step: Tensor, capturing: bool) -> int:
+        """How many steps ``p`` has taken; a GPU is asked only where that cannot be known here."""
         known = self._steps.get(p)
-        if known is not None and known[0] is step and known[1] == step._version:
-            count = known[2]
-        else:  # loaded, or written to from outside
-            count = int(step)
-        step += 1
-        self._steps[p] = step, step._version, count + 1
-        return count + 1
+        if known is not None and known[0] is step and known[1] == step._version and (capturing or not self._captured):
+            return known[2]
+        if capturing:
+            raise RuntimeError(CAPTURED_TOO_EARLY)
+        return int(step)  # loaded, written to from outside, or counted on by a graph
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
         """Zeros; the order of the keys is that of ``torch.optim.AdamW``."""
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        self._steps[p] = step, step._version, 0
-        state = {"step": step}
-        dtype = torch.uint8 if self.state_bits == 8 else p.dtype
+        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+        dtype = self._moment_dtype(p.dtype)
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         if self.state_bits == 8:
             for name in ("exp_avg_scale", "exp_avg_sq_scale"):
-                state[name] = torch.zeros(-(-p.numel() // MOMENT_BLOCK), device=p.device)
+                state[name] = torch.zeros(-(-p.numel() // MOMENT_BLOCK), dtype=torch.float32, device=p.device)
         return state
 
-    def _step_alike(self, params: list[Tensor], group: dict[str, Any], scale: Tensor | None, zero_grad: bool) -> None:
-        def states(name: str) -> list[Tensor]:
-            return [self.state[p][name] for p in params]
+    def _scale(self, batches: list[Batch], grad_scale: float | Tensor) -> Tensor | None:
+        """What every gradient is multiplied by, as a 0-dim tensor; clipping included."""
+        if not isinstance(grad_scale, Tensor):
+            checks.number("grad_scale", grad_scale)
+        if not batches or (self.max_grad_norm is None and not isinstance(grad_scale, Tensor) and grad_scale == 1.0):
+            return None
+        scale = _on_device("grad_scale", grad_scale, torch.float32, batches[0].place[0])
+        if self.max_grad_norm is None:
+            return scale
+        self.grad_norm = _norm(batches) * scale
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_
+        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * scale
+
+    def _step_batch(self, batch: Batch, scale: Tensor | None, zero_grad: bool) -> None:
+        group, _, (device, _), params, states = batch
+
+        def moments(name: str) -> list[Tensor]:
+            return [state[name] for state in states]
 
         beta1, beta2 = group["betas"]
-        tensors = [params, [p.grad for p in params], states("exp_avg"), states("exp_avg_sq")]
+        tensors = [params, [p.grad for p in params], moments("exp_avg"), moments("exp_avg_sq")]
         copies = [self.copies[p] for p in params] if self.copies else []
-        step = self.state[params[0]]["step"]
-        lr = torch.tensor(group["lr"], dtype=torch.float64, device=step.device)
+        lr = _on_device("lr", group["lr"], torch.float64, device)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        if scale is not None:
+            scale = scale.to(device)
+        step = states[0]["step"]
         hyperparameters = (beta1, beta2, group["eps"], group["weight_decay"], zero_grad)
         if not self._compact:
             ops.resolve("adamw_", params[0])(*tensors, copies, step, lr, scale, *hyperparameters)
             return
-        scales = [states("exp_avg_scale"), states("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
+        scales = [moments("exp_avg_scale"), moments("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
+        seed = torch.full((), group["seed"], dtype=torch.int64, device=device)
         ops.resolve("adamw_compact_", params[0])(
-            *tensors, *scales, copies, step, lr, scale, self._seed(group["seed"], step.device), *hyperparameters,
-            self.stochastic_rounding,
-        )  # fmt: skip
+            *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding
+        )
 
-    def _seed(self, seed: int, device: torch.device) -> Tensor:
-        """A group's seed as a 0-dim tensor on its device, where it stays."""
-        if seed not in self._seeds:
-            self._seeds[seed] = torch.tensor(seed, device=device)
-        return self._seeds[seed]
+
+def _capturing() -> bool:
+    """Whether what runs now is not done, but becomes part of a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _norm(batches: list[Batch]) -> Tensor:
+    """The L2 norm of all gradients taken as one vector, on the first one's device."""
+    parts: dict[tuple[torch.device, str], list[Tensor]] = {}
+    for batch in batches:
+        parts.setdefault(batch.place, []).extend(batch.params)
+    norms = []
+    for (_, backend), params in parts.items():
+        grads = [grad for p in params if (grad := p.grad) is not None]
+        if backend == "reference":  # PyTorch's norm widens a dtype and does not narrow one
+            grads = [grad.float() if grad.dtype == torch.float64 else grad for grad in grads]
+        norms.append(ops.resolve("grad_norm", params[0])(grads))
+    return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+
+
+def _on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a 0-dim tensor, written by a kernel that carries it; a tensor as one, copied only from elsewhere."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+    if value.device != device and _capturing():
+        raise RuntimeError(f"{name}: a CUDA graph on {device} cannot read a tensor on {value.device}")
+    return value.to(device, dtype).reshape(())
+
+
+def _states_by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
+    """The parameters of ``groups`` that have a state in ``state_dict``, with it."""
+    return [
+        (p, state_dict["state"][index])
+        for group, saved in zip(groups, state_dict["param_groups"], strict=True)
+        for p, index in zip(group["params"], saved["params"], strict=True)
+        if state_dict["state"].get(index)
+    ]
+
+
+def _check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Those of a parameter group, given or loaded."""
+    for name, only in FIXED_OPTIONS.items():
+        if bool(group.get(name, only)) != only:
+            raise ValueError(f"{name}: FusedAdamW has only {only}, got {group[name]}")
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        if name not in group:
+            raise ValueError(f"{name}: a parameter group has none")
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr: expected a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        lr = lr.item()
+    for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        checks.number(name, value)
+        if value < 0.0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
+    for beta in betas:
+        checks.number("betas", beta)
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

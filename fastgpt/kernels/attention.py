@@ -102,11 +102,11 @@ def attention(
         ``out.transpose(1, 2).reshape(B, T, H * D)`` copies nothing.
 
     Raises:
-        TypeError: a dtype is not a float or differs from that of ``q``.
+        TypeError: a dtype is not a float or differs from that of ``q``, or an option has another type.
         ValueError: a shape, a device, ``scale`` or ``dropout_p`` does not fit.
     """
-    q, k, v = autocast.in_autocast_dtype(q, k, v)
     checks.floating(q=q, k=k, v=v)
+    q, k, v = autocast.in_autocast_dtype(q, k, v)
     checks.same("q", q=q, k=k, v=v)
     if q.dim() != 4 or 0 in q.shape or q.shape[3] > 256:
         raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= 256, got {tuple(q.shape)}")
@@ -115,6 +115,7 @@ def attention(
         raise ValueError(f"k: expected (B, H, S, D) with S > 0, got {tuple(k.shape)}")
     checks.shape("k", k, (B, H, k.shape[2], D))
     checks.shape("v", v, tuple(k.shape))
+    checks.boolean("causal", causal)
     if causal and k.shape[2] != T:
         raise ValueError(f"k: causal attention needs as many keys as queries, got {k.shape[2]} and {T}")
     checks.probability("dropout_p", dropout_p)
@@ -144,17 +145,18 @@ def attention_qkv(
         ``(B, T, C)``, contiguous, dtype of ``qkv``.
 
     Raises:
-        TypeError: ``qkv`` is no floating-point tensor, or ``n_head`` no int.
+        TypeError: ``qkv`` is no floating-point tensor, or ``n_head`` or an option has another type.
         ValueError: the shape, ``n_head``, ``scale`` or ``dropout_p`` does not fit.
     """
-    (qkv,) = autocast.in_autocast_dtype(qkv)
     checks.floating(qkv=qkv)
+    (qkv,) = autocast.in_autocast_dtype(qkv)
     checks.integer("n_head", n_head)
     if qkv.dim() != 3 or 0 in qkv.shape or qkv.shape[2] % 3:
         raise ValueError(f"qkv: expected (B, T, 3C), none of them 0, got {tuple(qkv.shape)}")
     C = qkv.shape[2] // 3
     if n_head < 1 or C % n_head or C // n_head > 256:
         raise ValueError(f"n_head: {n_head} heads do not divide C = {C} into heads of at most 256")
+    checks.boolean("causal", causal)
     checks.probability("dropout_p", dropout_p)
     scale = _scale(scale, C // n_head)
     seed = _draw_seed(dropout_p, qkv.device)

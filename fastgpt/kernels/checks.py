@@ -1,6 +1,6 @@
 """What public functions check of their arguments; each failure is one line that names the argument."""
 
-import math
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,7 +15,7 @@ NUMBERS: Any = (Real, torch.SymInt, torch.SymFloat)
 
 
 def floating(**tensors: Tensor) -> None:
-    """Each is a dense floating-point tensor of a dtype that fastgpt knows."""
+    """Each is a dense floating-point tensor of a dtype that fastgpt knows. To be called before autocast casts."""
     for name, tensor in tensors.items():
         _dense(name, tensor)
         if tensor.dtype not in FLOATING:
@@ -27,11 +27,17 @@ def same(first: str, **tensors: Tensor | None) -> None:
     model = tensors[first]
     assert model is not None
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != model.dtype:
+        if tensor is not None and tensor.dtype != model.dtype:
             raise TypeError(f"{name}: dtype {tensor.dtype} differs from {first}'s {model.dtype}")
-        if tensor.device != model.device:
+    on_one_device(first, **tensors)
+
+
+def on_one_device(first: str, **tensors: Tensor | None) -> None:
+    """Every tensor given has the device of the one named ``first``."""
+    model = tensors[first]
+    assert model is not None
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != model.device:
             raise ValueError(f"{name}: device {tensor.device} differs from {first}'s {model.device}")
 
 
@@ -58,17 +64,33 @@ def indices(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def integer(name: str, value: Any) -> None:
-    """``value`` is a whole number."""
+    """``value`` is a whole number that fits in 64 bits."""
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of at most 64 bits")
+
+
+def size(name: str, value: Any) -> None:
+    """``value`` is a whole number of at least 1."""
+    integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def number(name: str, value: Any) -> None:
     """``value`` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be beyond
+        got = "an int that no float can hold" if isinstance(value, int) else value
+        raise ValueError(f"{name}: expected a finite number, got {got}")
+
+
+def boolean(name: str, value: Any) -> None:
+    """``value`` is ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def epsilon(value: Any) -> None:

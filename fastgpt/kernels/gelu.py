@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -43,15 +44,14 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
     """
-    checks.floating(x=x)
-    if isinstance(bias, Tensor) and autocast.enabled(x.device.type):
+    checks.floating(x=x, **({} if bias is None else {"bias": bias}))
+    if bias is not None and autocast.enabled(x.device.type) and torch.float64 not in (x.dtype, bias.dtype):
         bias = bias.to(x.dtype)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate: expected 'tanh' or 'none', got {approximate!r}")
     if bias is not None:
-        checks.floating(bias=bias)
         checks.same("x", x=x, bias=bias)
-        if x.dim() == 0:
-            raise ValueError("x: expected at least one dimension for a bias, got ()")
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError(f"x: expected at least one dimension for a bias, the last not empty, got {tuple(x.shape)}")
         checks.shape("bias", bias, (x.shape[-1],))
     return _Gelu.apply(x, bias, approximate == "tanh")

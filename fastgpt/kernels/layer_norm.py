@@ -60,7 +60,6 @@ class _AddLayerNorm(Function):
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     checks.epsilon(eps)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected at least one dimension, the last not empty, got {tuple(x.shape)}")
@@ -88,6 +87,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape, a device or ``eps`` does not fit.
     """
+    checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps)[0]
@@ -115,9 +115,9 @@ def add_layer_norm(
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape, a device or ``eps`` does not fit.
     """
+    checks.floating(x=x, residual=residual, weight=weight, **({} if bias is None else {"bias": bias}))
     x, residual, weight, bias = autocast.in_float32(x, residual, weight, bias)
     _check(x, weight, bias, eps)
-    checks.floating(residual=residual)
     checks.same("x", x=x, residual=residual)
     checks.shape("residual", residual, tuple(x.shape))
     residual = distinct(residual, x)

@@ -75,8 +75,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: ``F.linear``, its weight gradient added into ``weight.main_grad`` if there is one.
 
     Args:
-        x: ``(..., C_in)``.
-        weight: ``(C_out, C_in)``.
+        x: ``(..., C_in)``, any strides.
+        weight: ``(C_out, C_in)``, neither of them 0.
         bias: ``(C_out,)`` or ``None``; its gradient always goes through autograd.
 
     Returns:
@@ -86,16 +86,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape or a device does not fit.
     """
-    if torch.compiler.is_compiling() or autocast.enabled(x.device.type):
-        return F.linear(x, weight, bias)
     checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-    checks.same("x", x=x, weight=weight, bias=bias)
-    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one dimension, the last not empty, got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected (C_out, C_in) with C_in that of x {tuple(x.shape)}, got {tuple(weight.shape)}"
         )
     if bias is not None:
         checks.shape("bias", bias, (weight.shape[0],))
+    if autocast.enabled(x.device.type) and torch.float64 not in (t.dtype for t in (x, weight, bias) if t is not None):
+        checks.on_one_device("x", x=x, weight=weight, bias=bias)
+        return F.linear(x, weight, bias)
+    checks.same("x", x=x, weight=weight, bias=bias)
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias, main_grad_of(weight))
 
 
@@ -116,8 +121,8 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
     """
     checks.floating(weight=weight)
     checks.indices("index", index, weight.device)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected (V, C), got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected (V, C) with V > 0, got {tuple(weight.shape)}")
     main_grad = main_grad_of(weight)
     try:
         return F.embedding(index, weight) if main_grad is None else _Embedding.apply(index, weight, main_grad)

@@ -156,9 +156,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         ValueError: a shape or a device does not fit.
         RuntimeError: a target lies outside ``[0, V)`` (on a CPU; on a GPU the loss is NaN).
     """
-    main_grad = main_grad_of(weight)
-    x, weight = autocast.in_autocast_dtype(x, weight)
     checks.floating(x=x, weight=weight)
+    main_grad = main_grad_of(weight)  # of the parameter itself, not of what autocast makes of it
+    x, weight = autocast.in_autocast_dtype(x, weight)
     checks.same("x", x=x, weight=weight)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected (N, C) with C > 0, got {tuple(x.shape)}")

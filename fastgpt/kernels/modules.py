@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastgpt.kernels import checks
 from fastgpt.kernels.attention import attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
 from fastgpt.kernels.gelu import gelu
@@ -35,8 +36,10 @@ class Embedding(nn.Embedding):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"):
-            _refuse(name, getattr(self, name) not in (None, False))
+        _refuse("padding_idx", self.padding_idx is not None)
+        _refuse("max_norm", self.max_norm is not None)
+        _refuse("scale_grad_by_freq", self.scale_grad_by_freq)
+        _refuse("sparse", self.sparse)
 
     def forward(self, index: Tensor) -> Tensor:
         """int64 of any shape to ``(*index.shape, embedding_dim)``."""
@@ -85,14 +88,15 @@ class CausalSelfAttention(nn.Module):
 
     Args:
         embed_dim: width, C.
-        num_heads: number of heads; divides ``embed_dim``.
+        num_heads: number of heads, each of ``embed_dim / num_heads``, at most 256.
         dropout: probability of dropping an attention weight in training.
         bias: whether both products have one.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``embed_dim``.
+        TypeError: an argument has another type.
+        ValueError: ``num_heads`` does not divide ``embed_dim`` so, or ``dropout`` is not in [0, 1).
     """
 
     def __init__(
@@ -105,10 +109,16 @@ class CausalSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"num_heads: {num_heads} heads do not divide embed_dim = {embed_dim}")
+        checks.size("embed_dim", embed_dim)
+        checks.size("num_heads", num_heads)
+        if embed_dim % num_heads or embed_dim // num_heads > 256:
+            raise ValueError(
+                f"num_heads: {num_heads} heads do not divide embed_dim = {embed_dim} into heads of at most 256"
+            )
+        checks.probability("dropout", dropout)
+        checks.boolean("bias", bias)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads, self.dropout = num_heads, dropout
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **factory))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim, **factory)) if bias else None
         self.out_proj = Linear(embed_dim, embed_dim, bias, **factory)
@@ -116,8 +126,18 @@ class CausalSelfAttention(nn.Module):
         if bias:
             nn.init.zeros_(self.out_proj.bias)
 
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return (
+            f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "
+            f"bias={self.in_proj_bias is not None}"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
+        checks.floating(x=x)
+        if x.dim() != 3 or 0 in x.shape or x.shape[2] != self.embed_dim:
+            raise ValueError(f"x: expected (B, T, {self.embed_dim}), none of them 0, got {tuple(x.shape)}")
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         return self.out_proj(attention_qkv(qkv, self.num_heads, dropout_p=self.dropout if self.training else 0.0))
 
@@ -152,6 +172,10 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: marks positions without a target.
         device: of the weight.
         dtype: of the weight.
+
+    Raises:
+        TypeError: ``in_features``, ``num_classes`` or ``ignore_index`` is not an int.
+        ValueError: ``in_features`` or ``num_classes`` is less than 1.
     """
 
     def __init__(
@@ -164,17 +188,28 @@ class LinearCrossEntropyLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.size("in_features", in_features)
+        checks.size("num_classes", num_classes)
+        checks.integer("ignore_index", ignore_index)
         self.ignore_index = ignore_index
         self.linear = Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """What the layer inside does not show."""
+        return f"ignore_index={self.ignore_index}"
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """``(..., C)`` and int64 ``(...)`` to a 0-dim fp32 loss.
 
         Raises:
-            ValueError: ``target`` has not the shape of ``input`` without its last dimension.
+            TypeError: a dtype does not fit.
+            ValueError: ``target`` has not the shape of ``input`` without its last dimension, or that is not C.
         """
-        if target.shape != input.shape[:-1]:
-            raise ValueError(f"target: expected shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
+        checks.floating(input=input)
+        if input.shape[-1:] != (self.linear.in_features,):
+            raise ValueError(f"input: expected (..., {self.linear.in_features}), got {tuple(input.shape)}")
+        checks.indices("target", target, input.device)
+        checks.shape("target", target, tuple(input.shape[:-1]))
         rows = input.reshape(-1, input.shape[-1])
         return linear_cross_entropy(rows, self.linear.weight, target.reshape(-1), self.ignore_index)
 

@@ -178,7 +178,8 @@ def split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
 def _merge_heads(*heads: Tensor) -> Tensor:
     """The inverse of :func:`split_heads`, contiguous."""
     B, H, T, D = heads[0].shape
-    return torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D)
+    packed = torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D)
+    return _result(packed, packed.dtype)
 
 
 def attention_qkv(

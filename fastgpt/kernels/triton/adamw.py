@@ -2,14 +2,16 @@
 
 A list is cut into chunks of equal size; tables on the device say which chunk belongs to which tensor and where
 the tensors lie, so a model of two flat buffers and one of two hundred parameters cost one launch alike. The
-tables are kept, and made anew only when a tensor has moved.
+tables are kept, and made anew only when a tensor has moved. Nothing is copied from the host.
 
 Bytes moved a parameter, with fp32 parameters, gradients and moments: norm 4; update 16 read and 12 written, 2
 more with a bf16 copy and 4 more where the gradient is zeroed. With moments of 8 bits the update reads 10 and
 writes 6; with bf16 parameters and gradients besides, 6 and 4.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -231,20 +233,36 @@ def _compact_kernel(
         tl.store(grad + here, tl.zeros((ROWS, _MOMENT_BLOCK), dtype=G), mask=inside)
 
 
-@lru_cache(maxsize=64)
-def _chunk_tables(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes of the tensors; for each chunk the tensor it belongs to and its first element there."""
-    numel = torch.tensor(sizes)
-    n_chunks = (numel + chunk - 1) // chunk
-    tensors = torch.repeat_interleave(torch.arange(len(sizes)), n_chunks)
-    first = n_chunks.cumsum(0) - n_chunks
-    offsets = (torch.arange(len(tensors)) - first[tensors]) * chunk
-    return numel.to(device), tensors.to(device, torch.int32), offsets.to(device)
+def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on the device, written by kernels that carry them, so that a CUDA graph can capture it."""
+    table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(table.unbind()), list(numbers))
+    return table
 
 
 @lru_cache(maxsize=256)
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    return _numbers(numbers, device)
+
+
+@lru_cache(maxsize=64)
+def _chunk_tables(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes of the tensors; for each chunk the tensor it belongs to and its first element there."""
+    counts = [-(-size // chunk) for size in sizes]
+    n_chunks = _numbers(counts, device)
+    tensors = torch.repeat_interleave(n_chunks, output_size=sum(counts))
+    first = n_chunks.cumsum(0) - n_chunks
+    offsets = (torch.arange(sum(counts), device=device) - first[tensors]) * chunk
+    return _numbers(sizes, device), tensors.int(), offsets
+
+
+def _kept(make: Any, *args: Any) -> Any:
+    """A table made before, or ``make(*args)``. A CUDA graph makes its own at every replay.
+
+    It would go on reading one that has long been forgotten here, and fills one only when it is replayed.
+    """
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return make.__wrapped__(*args) if capturing else make(*args)
 
 
 def _tables(lists: list[list[Tensor]], chunk: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
@@ -252,7 +270,7 @@ def _tables(lists: list[list[Tensor]], chunk: int) -> tuple[tuple[Tensor, Tensor
     sizes = tuple(t.numel() for t in lists[0])
     pointers = tuple(t.data_ptr() for tensors in lists for t in tensors)
     device = lists[0][0].device
-    tables = (_table(pointers, device), *_chunk_tables(sizes, chunk, device))
+    tables = (_kept(_table, pointers, device), *_kept(_chunk_tables, sizes, chunk, device))
     return tables, all(number % 16 == 0 for number in pointers + sizes)
 
 
@@ -323,7 +341,7 @@ def adamw_compact_(
         launch(
             _compact_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, key,
-            _table(tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
+            _kept(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,
