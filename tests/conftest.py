@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-WHOLE_MODELS = {"integration", "model", "train"}
+WHOLE_MODELS = {"integration", "integrations", "model", "train"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,251 @@
+"""Hugging Face transformers' GPT-2 on fastgpt's kernels."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import kernels
+from fastgpt.integrations import probe
+from fastgpt.integrations.swap import (
+    Model,
+    is_patched,
+    loss_is_fusable,
+    named,
+    refuse,
+    replaceable,
+    require,
+    require_kind,
+)
+
+OLDEST_TRANSFORMERS = (4, 57)
+
+# transformers' modules for the activations a GPT-2 may have, by the form of GELU they compute.
+GELU_FORMS = {
+    "NewGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+    "GELUActivation": "none",
+}
+
+# Arguments of a layer that mean nothing to its attention; any other that is set is left to transformers' own code.
+IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
+
+# Arguments of the model that pass unchanged through a training step without logits.
+PASSED_ON = {
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "use_cache",
+    "cache_position",
+    "head_mask",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+class _Conv1D(nn.Module):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight.T, self.bias)
+
+
+class _Attention(nn.Module):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = named(self, args, kwargs)
+        x, cache = given.pop("hidden_states"), given.pop("past_key_values", None)
+        others = {name for name, value in given.items() if value is not None and value is not False} - IRRELEVANT
+        T = x.shape[1]
+        if (
+            others  # a mask beyond the causal one among them
+            or self.config._attn_implementation != "sdpa"
+            or hasattr(cache, "self_attention_cache")
+            or (cache is not None and T == 1)  # which PyTorch's own attention is quicker at
+        ):
+            return super().forward(*args, **kwargs)
+        options: dict[str, Any] = {
+            "scale": getattr(self, "scaling", None),  # before 5.1, transformers' sdpa knew no other than the default
+            "dropout_p": self.attn_dropout.p if self.training else 0.0,
+        }
+        qkv = self.c_attn(x)
+        if cache is None:
+            y = kernels.attention_qkv(qkv, self.num_heads, **options)
+        else:
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            place = [{"cache_position": given["cache_position"]}] if "cache_position" in given else []
+            k, v = cache.update(k, v, self.layer_idx, *place)
+            # without a mask the cache was empty; a static one hands out its unused rest as well
+            y = kernels.attention(q, k[:, :, :T], v[:, :, :T], **options).transpose(1, 2).flatten(2)
+        return self.resid_dropout(self.c_proj(y)), None
+
+
+class _MLP(nn.Module):
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        form = _gelu_form(self.act)
+        if form is None or not replaceable(self.c_fc, _Conv1D) or not replaceable(self.act):
+            return super().forward(hidden_states)
+        hidden = kernels.gelu(kernels.linear(hidden_states, self.c_fc.weight.T), form, self.c_fc.bias)
+        return self.dropout(self.c_proj(hidden))
+
+
+class _Block(nn.Module):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = named(self, args, kwargs)
+        x, encoded = given.pop("hidden_states"), given.pop("encoder_hidden_states", None)
+        if encoded is not None or not replaceable(self.ln_2, kernels.LayerNorm):
+            return super().forward(*args, **kwargs)
+        given.pop("encoder_attention_mask", None)
+        attended, weights = self.attn(self.ln_1(x), **given)
+        norm = self.ln_2
+        y, total = kernels.add_layer_norm(attended, x, norm.weight, norm.bias, norm.eps)
+        hidden = total + self.mlp(y)
+        if "output_attentions" not in self.fastgpt_arguments:
+            return hidden
+        return (hidden, weights) if given.get("output_attentions") else (hidden,)  # before 5.1
+
+
+class _LMHeadModel(nn.Module):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = named(self, args, kwargs)
+        labels, n_items = given.pop("labels", None), given.pop("num_items_in_batch", None)
+        shifted, ignore_index = given.pop("shift_labels", None), given.pop("ignore_index", -100)
+        return_dict, to_keep = given.pop("return_dict", None), given.pop("logits_to_keep", 0)
+        if (
+            not self.training
+            or labels is None
+            or not (isinstance(to_keep, int) and to_keep == 0)
+            or not given.keys() <= PASSED_ON
+            or not _takes_the_mean_of_cross_entropies(self)
+            or not loss_is_fusable(self.lm_head, kernels.Linear)
+        ):
+            return super().forward(*args, **kwargs)
+        cache_asked_for = given.get("use_cache") is not None or given.get("past_key_values") is not None
+        if not cache_asked_for and given.get("position_ids") is None:  # which without a cache can mean packed sequences
+            # The default, a cache, would only cost copies. But without one, and traced or before 5.0, transformers
+            # allows for packed sequences in all cases, by a mask.
+            given["use_cache"] = torch.compiler.is_compiling() or "head_mask" in self.fastgpt_arguments
+        outputs = self.transformer(**given, return_dict=True)
+        if not cache_asked_for:
+            outputs.past_key_values = None
+        hidden = outputs.last_hidden_state
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shifted.reshape(-1).to(hidden.device)
+        loss = kernels.linear_cross_entropy(hidden.flatten(0, -2), self.lm_head.weight, targets, ignore_index)
+        if n_items is not None:
+            count = (targets != ignore_index).sum()
+            n_items = n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items
+            loss = torch.where(count > 0, loss, 0.0) * (count / n_items)  # 0, and not NaN, where all is ignored
+        return _output(outputs, loss, self.config.return_dict if return_dict is None else return_dict)
+
+
+def _output(outputs: Any, loss: Tensor, return_dict: bool) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+    output = CausalLMOutputWithCrossAttentions(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+    return output if return_dict else output.to_tuple()
+
+
+def _takes_the_mean_of_cross_entropies(model: Any) -> bool:
+    """Whether the model's loss is the default one, and not its user's."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    # model.loss_function, less its warning that the default is the default, which torch.compile does not trace
+    loss = getattr(model, "_loss_function", None) or LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
+    return loss in (None, ForCausalLMLoss)
+
+
+def _gelu_form(activation: nn.Module) -> str | None:
+    if type(activation) is nn.GELU:
+        return activation.approximate
+    return GELU_FORMS.get(type(activation).__name__)
+
+
+def patch_gpt2(model: Model) -> Model:
+    """Run transformers' GPT-2 on fastgpt's kernels, in place; transformers 4.57 or newer.
+
+    Replaced are the attention of ``attn_implementation="sdpa"``, transformers' default, where the causal mask is the
+    only one (padding masks, eager attention and the one query of cached generation stay with transformers); all
+    linear layers; GELU with the bias before it; layer norms, the second of a block with the residual add before it;
+    and, in training mode with ``labels``, the output layer with the loss. Before the patch is let stand, the patched
+    model is compared with the original on random tokens.
+
+    A training step with ``labels`` never computes logits: ``logits`` of its output is ``None``, and so is
+    ``past_key_values`` unless ``use_cache=True`` is passed. Everything is as before in evaluation, with a
+    ``loss_function`` of your own, with ``logits_to_keep``, and in fp16.
+
+    Patch before what wraps modules or moves them apart: ``device_map``, PEFT, FSDP.
+
+    Args:
+        model: a ``GPT2LMHeadModel`` with its weights loaded.
+
+    Returns:
+        ``model``. :func:`unpatch` undoes it.
+
+    Raises:
+        ValueError: the model cannot be patched. The message names the module and the reason; the model is as it was.
+    """
+    require(not is_patched(model), "", "already patched")
+    try:
+        import transformers
+        from transformers.models.gpt2 import modeling_gpt2 as hf
+        from transformers.pytorch_utils import Conv1D
+    except ImportError:
+        raise ValueError(f"model: expected transformers' GPT2LMHeadModel, got {type(model).__name__}") from None
+    version = transformers.__version__
+    supported = tuple(int(n) for n in version.split(".")[:2]) >= OLDEST_TRANSFORMERS
+    require(supported, "", f"transformers {version} is too old; 4.57 is the oldest that can be patched")
+    require(
+        isinstance(model, hf.GPT2LMHeadModel)
+        and type(model).forward is hf.GPT2LMHeadModel.forward
+        and type(model).loss_function is hf.GPT2LMHeadModel.loss_function,
+        "",
+        f"expected transformers' GPT2LMHeadModel, got {type(model).__name__}",
+    )
+    gpt: Any = model
+    require("forward" not in gpt.__dict__, "", "its forward is overridden (by a device_map, say); patch before that")
+    require(not any(p.is_meta for p in gpt.parameters()), "", "on the meta device; load its weights first")
+    require(not gpt.config.add_cross_attention, "", "has cross attention, which is not supported")
+    plan: dict[nn.Module, type[nn.Module]] = {gpt: _LMHeadModel}
+    require_kind(gpt.lm_head, "lm_head", nn.Linear)
+    require(gpt.lm_head.bias is None, "lm_head", "has a bias, which is not supported")
+    plan[gpt.lm_head] = kernels.Linear
+    norms = {"transformer.ln_f": gpt.transformer.ln_f}
+    for i, block in enumerate(gpt.transformer.h):
+        name = f"transformer.h.{i}"
+        require_kind(block, name, hf.GPT2Block)
+        require_kind(block.attn, f"{name}.attn", hf.GPT2Attention)
+        require_kind(block.mlp, f"{name}.mlp", hf.GPT2MLP)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            require_kind(block.get_submodule(part), f"{name}.{part}", Conv1D)
+            plan[block.get_submodule(part)] = _Conv1D
+        head_size = block.attn.head_dim
+        require(head_size <= 256, f"{name}.attn", f"heads of {head_size}, and no more than 256 are supported")
+        if _gelu_form(block.mlp.act) is None:
+            refuse(f"{name}.mlp.act", f"{type(block.mlp.act).__name__} is not a GELU that fastgpt has")
+        norms |= {f"{name}.ln_1": block.ln_1, f"{name}.ln_2": block.ln_2}
+        plan |= {block: _Block, block.attn: _Attention, block.mlp: _MLP}
+    for name, norm in norms.items():
+        require_kind(norm, name, nn.LayerNorm)
+        plan[norm] = kernels.LayerNorm
+    if gpt.config._attn_implementation == "sdpa":  # others do without the kernels, and flash attention without a CPU
+        for i, block in enumerate(gpt.transformer.h):
+            probe.check_block(f"transformer.h.{i}", block, plan, gpt.config.n_embd)
+
+    def run(tokens: Tensor, targets: Tensor) -> Any:
+        labels = targets.clone()
+        labels[0, 3] = -100
+        output = model(tokens, labels=labels)
+        return output.logits, output.loss
+
+    probe.patch_and_check(model, plan, gpt.transformer.ln_f, gpt.transformer.wte.weight.shape[0], run)
+    return model

@@ -1,0 +1,149 @@
+"""nanoGPT's model, and those made after it, on fastgpt's kernels."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastgpt import kernels
+from fastgpt.integrations import probe
+from fastgpt.integrations.swap import Model, is_patched, loss_is_fusable, replaceable, require, require_kind
+
+EPS = 1e-5  # of nanoGPT's LayerNorm, which has it in its code
+
+
+class _LayerNorm(nn.Module):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, EPS)
+
+
+class _Attention(nn.Module):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        y = kernels.attention_qkv(self.c_attn(x), self.n_head, dropout_p=dropout_p)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class _MLP(nn.Module):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if type(self.gelu) is not nn.GELU or not (replaceable(self.gelu) and replaceable(self.c_fc, kernels.Linear)):
+            return super().forward(x)
+        hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), self.gelu.approximate, self.c_fc.bias)
+        return self.dropout(self.c_proj(hidden))
+
+
+class _Block(nn.Module):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        norm = self.ln_2
+        if not (replaceable(norm, kernels.LayerNorm) or replaceable(norm, _LayerNorm)):
+            return super().forward(x)
+        eps = norm.eps if isinstance(norm, nn.LayerNorm) else EPS
+        y, total = kernels.add_layer_norm(self.attn(self.ln_1(x)), x, norm.weight, norm.bias, eps)
+        return total + self.mlp(y)
+
+
+class _GPT(nn.Module):
+    def forward(self: Any, idx: Tensor, targets: Tensor | None = None) -> Any:
+        parts, T = self.transformer, idx.shape[1]
+        if (
+            not self.training
+            or targets is None
+            or self.config.block_size < T
+            or not loss_is_fusable(self.lm_head, kernels.Linear)
+        ):
+            return super().forward(idx, targets)
+        x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(T, device=idx.device)))
+        for block in parts.h:
+            x = block(x)
+        x = parts.ln_f(x).flatten(0, 1)
+        return None, kernels.linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), ignore_index=-1)
+
+
+def patch_nanogpt(model: Model) -> Model:
+    """Run nanoGPT's ``GPT`` on fastgpt's kernels, in place.
+
+    Replaced are attention; all linear layers; GELU with the bias before it; layer norms, the second of a block with
+    the residual add before it; and, in training mode with ``targets``, the output layer with the loss. A model is
+    known by the names of its modules. That its maths is nanoGPT's as well is tried out, block by block and on the
+    whole, against its own code on random input.
+
+    A training step with ``targets`` never computes logits: the model then returns ``(None, loss)``. In evaluation,
+    and in fp16, it returns what it did.
+
+    Args:
+        model: nanoGPT's ``GPT``, or a class like it, ``torch.nn.LayerNorm`` and either GELU included.
+
+    Returns:
+        ``model``. :func:`unpatch` undoes it.
+
+    Raises:
+        ValueError: the model cannot be patched. The message names the module and the reason; the model is as it was.
+    """
+    require(not is_patched(model), "", "already patched")
+    gpt: Any = model
+    _require_children(gpt, "", {"transformer", "lm_head"})
+    _require_children(gpt.transformer, "transformer", {"wte", "wpe", "drop", "h", "ln_f"})
+    block_size = getattr(getattr(gpt, "config", None), "block_size", None)
+    require(isinstance(block_size, int), "", "expected config.block_size, as nanoGPT's has it")
+    require(not any(p.is_meta for p in gpt.parameters()), "", "on the meta device; load its weights first")
+    width = gpt.transformer.wte.weight.shape[1]
+    plan: dict[nn.Module, type[nn.Module]] = {gpt: _GPT}
+    linears, norms = {"lm_head": gpt.lm_head}, {"transformer.ln_f": gpt.transformer.ln_f}
+    for i, block in enumerate(gpt.transformer.h):
+        name = f"transformer.h.{i}"
+        _require_children(block, name, {"ln_1", "attn", "ln_2", "mlp"})
+        _require_children(block.attn, f"{name}.attn", {"c_attn", "c_proj", "resid_dropout"}, {"attn_dropout"})
+        _require_children(block.mlp, f"{name}.mlp", {"c_fc", "gelu", "c_proj", "dropout"})
+        linears |= {f"{name}.{part}": block.get_submodule(part) for part in ("attn.c_attn", "attn.c_proj")}
+        linears |= {f"{name}.{part}": block.get_submodule(part) for part in ("mlp.c_fc", "mlp.c_proj")}
+        norms |= {f"{name}.ln_1": block.ln_1, f"{name}.ln_2": block.ln_2}
+        _require_attention(block.attn, f"{name}.attn", width)
+        require_kind(block.mlp.gelu, f"{name}.mlp.gelu", nn.GELU)
+        plan |= {block: _Block, block.attn: _Attention, block.mlp: _MLP}
+    for name, linear in linears.items():
+        require_kind(linear, name, nn.Linear)
+        plan[linear] = kernels.Linear
+    require(gpt.lm_head.bias is None, "lm_head", "has a bias, which is not supported")
+    for name, norm in norms.items():
+        vector = getattr(norm, "weight", None)
+        require(isinstance(vector, Tensor) and vector.shape == (width,), name, f"expected a weight of {width} numbers")
+        require(hasattr(norm, "bias"), name, "has no bias, not even None, and so is not nanoGPT's LayerNorm")
+        plan[norm] = kernels.LayerNorm if type(norm) is nn.LayerNorm else _LayerNorm
+    for name, module in gpt.named_modules():
+        require("forward" not in module.__dict__, name, "its forward is overridden; patch before that")
+
+    for name, norm in norms.items():
+        probe.check_norm(name, norm, plan)
+    for i, block in enumerate(gpt.transformer.h):
+        probe.check_block(f"transformer.h.{i}", block, plan, width)
+
+    def run(tokens: Tensor, targets: Tensor) -> Any:
+        targets = targets[:, :block_size].clone()
+        targets[0, 0] = -1
+        return model(tokens[:, :block_size], targets)
+
+    probe.patch_and_check(model, plan, gpt.transformer.ln_f, gpt.transformer.wte.weight.shape[0], run)
+    return model
+
+
+def _require_children(
+    module: Any, name: str, required: set[str], optional: frozenset[str] | set[str] = frozenset()
+) -> None:
+    """``module`` has the submodules of nanoGPT's and no others."""
+    require(isinstance(module, nn.Module), name, f"expected a module, got {type(module).__name__}")
+    children = {child for child, _ in module.named_children()}
+    missing, unknown = sorted(required - children), sorted(children - required - optional)
+    require(not missing, name, f"has no {', '.join(missing)}, and so is not nanoGPT's")
+    require(not unknown, name, f"has {', '.join(unknown)}, which nanoGPT's has not")
+
+
+def _require_attention(attn: Any, name: str, width: int) -> None:
+    n_head: Any = getattr(attn, "n_head", None)
+    dropout = getattr(attn, "dropout", None)
+    require(
+        isinstance(n_head, int) and n_head > 0 and width % n_head == 0, name, f"n_head = {n_head} for width {width}"
+    )
+    head_size = width // n_head
+    require(head_size <= 256, name, f"heads of {head_size}, and no more than 256 are supported")
+    require(isinstance(dropout, int | float), name, "has no dropout, a number, as nanoGPT's has")
