@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import distinct, first_order
+from fastgpt.kernels.autograd import apply, distinct, first_order
 
 
 class _Attention(Function):
@@ -122,7 +122,7 @@ def attention(
     scale = _scale(scale, D)
     k = distinct(k, q)
     v = distinct(v, q, k)
-    return _Attention.apply(q, k, v, causal, scale, float(dropout_p), _draw_seed(dropout_p, q.device))[0]
+    return apply(_Attention, q, k, v, causal, scale, float(dropout_p), _draw_seed(dropout_p, q.device))[0]
 
 
 def attention_qkv(
@@ -160,4 +160,4 @@ def attention_qkv(
     checks.probability("dropout_p", dropout_p)
     scale = _scale(scale, C // n_head)
     seed = _draw_seed(dropout_p, qkv.device)
-    return _AttentionQKV.apply(qkv, n_head, causal, scale, float(dropout_p), seed)[0]
+    return apply(_AttentionQKV, qkv, n_head, causal, scale, float(dropout_p), seed)[0]

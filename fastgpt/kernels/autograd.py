@@ -37,6 +37,13 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)`` without matching the arguments to its signature, which takes longer than a small op."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
 def distinct(tensor: Tensor, *others: Tensor) -> Tensor:
     """``tensor``, or a view of it while tracing if it is also one of ``others``.
 
@@ -52,7 +59,7 @@ def _refusing(
 ) -> tuple[Tensor | None, ...]:
     """``gradients``, connected to what they were computed from by a function that raises when differentiated."""
     present = [g for g in gradients if g is not None]
-    connected = iter(_NoSecondDerivative.apply(op, len(present), *present, *(s for s in sources if s is not None)))
+    connected = iter(apply(_NoSecondDerivative, op, len(present), *present, *(s for s in sources if s is not None)))
     return tuple(None if g is None else next(connected) for g in gradients)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import checks, ops
-from fastgpt.kernels.autograd import first_order
+from fastgpt.kernels.autograd import apply, first_order
 
 
 class _CrossEntropy(Function):
@@ -53,5 +53,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected (N, V) with V > 0, got {tuple(logits.shape)}")
     checks.targets(targets, logits.shape[0], logits.device, ignore_index)
-    losses, _ = _CrossEntropy.apply(logits, targets, ignore_index)
+    losses, _ = apply(_CrossEntropy, logits, targets, ignore_index)
     return losses.sum() / torch.count_nonzero(targets != ignore_index)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import first_order
+from fastgpt.kernels.autograd import apply, first_order
 
 
 class _Gelu(Function):
@@ -54,4 +54,4 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
         if x.dim() == 0 or x.shape[-1] == 0:
             raise ValueError(f"x: expected at least one dimension for a bias, the last not empty, got {tuple(x.shape)}")
         checks.shape("bias", bias, (x.shape[-1],))
-    return _Gelu.apply(x, bias, approximate == "tanh")
+    return apply(_Gelu, x, bias, approximate == "tanh")

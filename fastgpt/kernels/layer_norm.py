@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import distinct, first_order
+from fastgpt.kernels.autograd import apply, distinct, first_order
 
 
 class _LayerNorm(Function):
@@ -90,7 +90,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps)[0]
+    return apply(_LayerNorm, x, weight, bias, eps)[0]
 
 
 def add_layer_norm(
@@ -121,5 +121,5 @@ def add_layer_norm(
     checks.same("x", x=x, residual=residual)
     checks.shape("residual", residual, tuple(x.shape))
     residual = distinct(residual, x)
-    y, total, _, _ = _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps)
     return y, total

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks
-from fastgpt.kernels.autograd import first_order
+from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.same("x", x=x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, main_grad_of(weight))
+    return apply(_Linear, x, weight, bias, main_grad_of(weight))
 
 
 def embedding(index: Tensor, weight: Tensor) -> Tensor:
@@ -125,6 +125,6 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight: expected (V, C) with V > 0, got {tuple(weight.shape)}")
     main_grad = main_grad_of(weight)
     try:
-        return F.embedding(index, weight) if main_grad is None else _Embedding.apply(index, weight, main_grad)
+        return F.embedding(index, weight) if main_grad is None else apply(_Embedding, index, weight, main_grad)
     except IndexError:
         raise IndexError(f"index: a value lies outside [0, {weight.shape[0]})") from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import first_order
+from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
@@ -166,8 +166,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         raise ValueError(f"weight: expected (V, {x.shape[1]}) with V > 0, got {tuple(weight.shape)}")
     checks.targets(targets, x.shape[0], x.device, ignore_index)
     if main_grad is not None:
-        return _LinearCrossEntropyInPlace.apply(x, weight, targets, ignore_index, main_grad)
+        return apply(_LinearCrossEntropyInPlace, x, weight, targets, ignore_index, main_grad)
     gradients = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        x, weight, targets, ignore_index, gradients and x.requires_grad, gradients and weight.requires_grad
+    return apply(
+        _LinearCrossEntropy,
+        x,
+        weight,
+        targets,
+        ignore_index,
+        gradients and x.requires_grad,
+        gradients and weight.requires_grad,
     )[0]
