@@ -1,5 +1,17 @@
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. That is chosen when Triton is imported, which torch's
+# compiler does for any test that comes first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import fastgpt.kernels.triton  # noqa: F401
+    from tests.kernels import interpreter
+
+    interpreter.mend()
+    del os.environ["TRITON_INTERPRET"]
 
 WHOLE_MODELS = {"integration", "integrations", "model", "train"}
 

@@ -48,9 +48,10 @@ def copy_to(folder):
 def build(folder, *command, **environment):
     """Run ``python COMMAND`` in ``folder``, with the tools beside this interpreter (ninja) in reach."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    inherited = {name: value for name, value in os.environ.items() if name != "FASTGPT_REQUIRE_BUILD"}
     command = [sys.executable, *command]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}
+        command, cwd=folder, capture_output=True, text=True, env={**inherited, "PATH": path, **environment}
     )
 
 

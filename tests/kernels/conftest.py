@@ -6,7 +6,6 @@ line in ``BACKENDS``.
 
 import ctypes
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,15 +16,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import ops, use_backend
-
-# Without a GPU the Triton kernels run in Triton's interpreter; it is chosen when Triton is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    import fastgpt.kernels.triton  # noqa: F401
-    from tests.kernels import interpreter
-
-    interpreter.mend()
-    del os.environ["TRITON_INTERPRET"]
 
 # Name for use_backend: the device its tensors live on.
 BACKENDS = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
