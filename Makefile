@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test gpu bench wheel lint format clean help
+.PHONY: train test gpu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ gpu:  ## test and time the kernels on an NVIDIA GPU, with the python3 at hand as
 
 bench: $(VENV)/.installed  ## time the kernels against their peers on this machine, a GPU if it has one
 	$(BIN)/python -m bench.kernels
+
+bench-cpu: $(VENV)/.installed  ## time whole training steps on the CPU against plain PyTorch, in under ten minutes
+	$(BIN)/python -m bench.cpu
 
 wheel: $(VENV)/.installed  ## build the source distribution, and the wheel from it, into dist
 	rm -rf dist

@@ -25,7 +25,7 @@ CHUNK_BYTES = 32 << 20
 CHUNK_ROWS_GPU = 4096
 
 
-def _chunk_rows(x: Tensor, n_classes: int) -> int:
+def chunk_rows(x: Tensor, n_classes: int) -> int:
     if x.is_cuda:
         rows = CHUNK_ROWS_GPU
     else:
@@ -49,7 +49,7 @@ def chunked(
     N, V = x.shape[0], weight.shape[0]
     total = x.new_zeros((), dtype=torch.float32)
     inverse_count = torch.count_nonzero(targets != ignore_index).float().reciprocal()
-    rows = _chunk_rows(x, V)
+    rows = chunk_rows(x, V)
     buffer = x.new_empty((rows, V))
     with_gradient = dx is not None or dweight is not None
     for start in range(0, N, rows):

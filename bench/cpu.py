@@ -1,0 +1,389 @@
+"""``python -m bench.cpu``: a whole training step on the CPU, against the same GPT in plain PyTorch.
+
+    python -m bench.cpu                       # all three models, under ten minutes on two cores
+    python -m bench.cpu --models char --threads 1
+
+Contenders are fastgpt's step (GPT, flat store, FusedAdamW) and plain PyTorch's (``model/reference.py``,
+``torch.optim.AdamW``, ``clip_grad_norm_``): eager, under torch.compile, and each of these with malloc kept from
+returning memory, which is the one thing that a user could do from outside. Each has a process of its own, as memory
+is at stake; they train on the same tokens from the same weights and take turns, a few steps each; medians count.
+Beside fastgpt's step its matrix products alone are timed, the outputs allocated before, and the GEMM peak.
+
+Writes step.json, step.md and step.png into bench/results/DEVICE. Exit status: 0 done; 1 a contender failed or the
+losses disagree; 2 the request was wrong.
+"""
+
+import json
+import multiprocessing
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.timing import environment, results_folder
+from fastgpt import hardware
+from fastgpt.cli import Parser, run
+from fastgpt.errors import RequestError
+from fastgpt.kernels import FusedAdamW
+from fastgpt.kernels.linear_cross_entropy import chunk_rows
+from fastgpt.kernels.matmul import matmul_into
+from fastgpt.model import GPT
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.reference import ReferenceGPT
+from fastgpt.train.memory import keep_freed_memory
+from fastgpt.train.parameters import ParameterStore
+
+CPU = torch.device("cpu")
+AGREE = 1e-4  # largest relative difference of two losses
+
+# Steps that a contender takes in one turn, and turns at most.
+MODELS: dict[str, tuple[GPTConfig, int, int]] = {
+    "char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 10),
+    "30m": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=50304), 2, 1),
+    "124m": (GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304), 1, 1),
+}
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+# ---- the contenders: one update, fp32, clipped to norm 1; returns the loss ----
+
+
+def fastgpt_step(config: GPTConfig) -> Step:
+    keep_freed_memory()
+    model = GPT(config)
+    store = ParameterStore(model)
+    optimizer = FusedAdamW(store.groups(0.1), lr=3e-4, betas=(0.9, 0.95), max_grad_norm=1.0)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = model(x, y)
+        loss.backward()
+        optimizer.step(zero_grad=True)
+        return loss.detach()
+
+    return step
+
+
+def plain_step(config: GPTConfig, compiled: bool = False, keep_memory: bool = False) -> Step:
+    if keep_memory:
+        keep_freed_memory()
+    model = ReferenceGPT(config)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    forward = torch.compile(model) if compiled else model
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = forward(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[GPTConfig], Step]] = {
+    "fastgpt": fastgpt_step,
+    "eager": plain_step,
+    "compile": lambda config: plain_step(config, compiled=True),
+    "eager, memory kept": lambda config: plain_step(config, keep_memory=True),
+    "compile, memory kept": lambda config: plain_step(config, compiled=True, keep_memory=True),
+}
+PRODUCTS = "products alone"
+
+
+def products(config: GPTConfig, batch_size: int) -> Callable[[], None]:
+    """The matrix products of a step's layers and loss, attention's left out, into memory that is there already."""
+    N, C, V = batch_size * config.block_size, config.n_embd, config.vocab_size
+
+    def small(*shape: int) -> Tensor:
+        return torch.randn(shape) * 0.02
+
+    calls: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+    for n_in, n_out in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)) * config.n_layer:
+        x, y, weight = small(N, n_in), small(N, n_out), small(n_out, n_in)
+        calls += [(y, x, weight.T, False), (torch.empty_like(x), y, weight, False), (small(n_out, n_in), y.T, x, True)]
+    x, weight, dweight = small(N, C), small(V, C), small(V, C)
+    rows = chunk_rows(x, V)
+    logits, dx = small(rows, V), torch.empty(rows, C)
+    for start in range(0, N, rows):
+        chunk = x[start : start + rows]
+        n = len(chunk)
+        calls += [(logits[:n], chunk, weight.T, False), (dx[:n], logits[:n], weight, False)]
+        calls += [(dweight, logits[:n].T, chunk, True)]
+
+    def multiply() -> None:
+        for out, a, b, accumulate in calls:
+            matmul_into(out, a, b, accumulate=accumulate)
+
+    return multiply
+
+
+def product_flops(config: GPTConfig, batch_size: int) -> float:
+    """FLOPs of :func:`products`."""
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    return 6.0 * batch_size * config.block_size * weights
+
+
+# ---- a process a contender ----
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a contender did in one turn."""
+
+    ms: list[float]
+    losses: list[float]
+    peak_mib: float
+
+
+def contend(connection: Connection, contender: str, config: GPTConfig, batch_size: int, threads: int) -> None:
+    """Take as many steps as each message asks for, until the pipe closes. 0 forgets the peak of memory."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    tokens = torch.Generator().manual_seed(2)
+    if contender == PRODUCTS:
+        multiply = products(config, batch_size)
+        work: Step = lambda x, y: multiply() or torch.tensor(torch.nan)  # noqa: E731
+    else:
+        work = CONTENDERS[contender](config)
+    try:
+        while True:
+            steps = connection.recv()
+            ms, losses = [], []
+            for _ in range(steps):
+                drawn = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), generator=tokens)
+                x, y = drawn[:, :-1], drawn[:, 1:].contiguous()
+                start = time.perf_counter()
+                losses.append(work(x, y).item())
+                ms.append((time.perf_counter() - start) * 1e3)
+            if steps == 0:
+                forget_peak()
+            connection.send(Turn(ms, losses, peak_mib()))
+    except EOFError:
+        return
+
+
+def peak_mib() -> float:
+    """The process's largest resident size since :func:`forget_peak`, libraries included; NaN where that is not told."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the largest resident size be counted from here on."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---- the rounds ----
+
+
+class Pool:
+    """The contenders' processes, of which one works at a time."""
+
+    def __init__(self, contenders: Sequence[str], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: dict[str, Connection] = {}
+        self.processes = []
+        for contender in contenders:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=contend, args=(theirs, contender, *args), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes[contender] = ours
+            self.processes.append(process)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self.pipes.values():
+            pipe.close()
+        for process in self.processes:
+            process.join()
+
+    def turn(self, contender: str, steps: int) -> Turn:
+        """So many steps by one contender, while the others sleep."""
+        self.pipes[contender].send(steps)
+        return self.pipes[contender].recv()
+
+
+def measure(name: str, threads: int, seconds: float) -> dict[str, Any]:
+    """One model: every contender's times and losses, in turns for about so many seconds."""
+    config, batch_size, steps = MODELS[name]
+    everyone = [*CONTENDERS, PRODUCTS]
+    times: dict[str, list[float]] = {contender: [] for contender in everyone}
+    losses: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+    peaks: dict[str, float] = {}
+    gemm_peaks = [hardware.measure_gemm_peak(CPU, torch.float32)]
+    with Pool(everyone, config, batch_size, threads) as pool:
+        for contender in everyone:  # compile, and let memory settle
+            pool.turn(contender, 2)
+            pool.turn(contender, 0)
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds or len(times[PRODUCTS]) < 3:
+            for contender in everyone:
+                turn = pool.turn(contender, steps)
+                times[contender] += turn.ms
+                peaks[contender] = turn.peak_mib
+                if contender in losses:
+                    losses[contender] += turn.losses
+    gemm_peaks.append(hardware.measure_gemm_peak(CPU, torch.float32))
+    products_ms = median(times[PRODUCTS])
+    return {
+        "model": name,
+        "config": asdict(config),
+        "batch_size": batch_size,
+        "contenders": {
+            contender: {
+                "median_ms": median(times[contender]),
+                "quartiles_ms": quantiles(times[contender], n=4)[::2],
+                "steps": len(times[contender]),
+                "peak_mib": peaks[contender],
+                "losses": losses[contender],
+            }
+            for contender in CONTENDERS
+        },
+        "products_ms": products_ms,
+        "products_share_of_peak": product_flops(config, batch_size) / (products_ms * 1e-3) / max(gemm_peaks),
+        "gemm_peak_gflops": max(gemm_peaks) / 1e9,
+        "loss_difference": max(
+            abs(a - b) / b for other in losses.values() for a, b in zip(losses["fastgpt"], other, strict=True)
+        ),
+    }
+
+
+# ---- the records ----
+
+COLUMNS = ("model", "contender", "ms", "quartiles", "/ fastgpt", "/ products", "peak MiB", "last loss")
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row a contender of each model, and one for the products alone."""
+    rows = []
+    for r in results:
+        ours = r["contenders"]["fastgpt"]["median_ms"]
+        for contender, c in r["contenders"].items():
+            rows.append(
+                (
+                    r["model"], contender, f"{c['median_ms']:.1f}", " to ".join(f"{q:.1f}" for q in c["quartiles_ms"]),
+                    f"{c['median_ms'] / ours:.2f}", f"{c['median_ms'] / r['products_ms']:.2f}",
+                    f"{c['peak_mib']:.0f}", f"{c['losses'][-1]:.5f}",
+                )
+            )  # fmt: skip
+        share = f"{r['products_share_of_peak']:.0%} of {r['gemm_peak_gflops']:.0f} GFLOP/s"
+        rows.append((r["model"], PRODUCTS, f"{r['products_ms']:.1f}", share, "", "1.00", "", ""))
+    return rows
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """What was measured on what, and the table."""
+    e = record["environment"]
+    changes = " with uncommitted changes" if e["uncommitted_changes"] else ""
+    return "\n".join(
+        [
+            f"# A training step on {e['device']}",
+            "",
+            f"`{record['command']}`, {record['date']}, commit {e['commit']}{changes};",
+            f"torch {e['torch']}, Python {e['python']}, {e['cpu_capability']}, {record['threads']} threads, fp32.",
+            "Medians of contenders in turns; peak memory is a whole process's. Models: "
+            + "; ".join(
+                f"{r['model']}: {r['config']['n_layer']} layers of {r['config']['n_embd']}, vocabulary "
+                f"{r['config']['vocab_size']}, {r['batch_size']} x {r['config']['block_size']} tokens"
+                for r in record["models"]
+            )
+            + ".",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---|---|" + "--:|" * (len(COLUMNS) - 2),
+            *("| " + " | ".join(row) + " |" for row in table(record["models"])),
+            "",
+        ]
+    )
+
+
+def plot(record: dict[str, Any], image: Path) -> None:
+    """Step times as bars, a group a model, fastgpt's as 1."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = dict(zip(CONTENDERS, ("#c0392b", "#7f8c8d", "#34495e", "#bdc3c7", "#9bb7d4"), strict=False))
+    width = 0.8 / len(CONTENDERS)
+    for i, r in enumerate(record["models"]):
+        ours = r["contenders"]["fastgpt"]["median_ms"]
+        for j, (contender, c) in enumerate(r["contenders"].items()):
+            x, height = i + (j - (len(CONTENDERS) - 1) / 2) * width, c["median_ms"] / ours
+            axes.bar(x, height, 0.92 * width, color=colours[contender], label=contender if i == 0 else None)
+            axes.annotate(f"{height:.2f}", (x, height), xytext=(0, 2), textcoords="offset points", ha="center", size=7)
+        axes.hlines(r["products_ms"] / ours, i - 0.4, i + 0.4, color="black", lw=1, ls=":")
+    axes.plot([], [], color="black", lw=1, ls=":", label="fastgpt's matrix products alone")
+    axes.set_xticks(
+        range(len(record["models"])),
+        [f"{r['model']}\n{r['contenders']['fastgpt']['median_ms']:.0f} ms" for r in record["models"]],
+    )
+    axes.set(ylabel="time of a step, fastgpt = 1", title=f"Training step, {record['environment']['device']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2, fontsize=8)
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.25)
+    figure.savefig(image)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the records, print the table."""
+    parser = Parser(prog="python -m bench.cpu", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default torch's own choice")
+    parser.add_argument("--seconds", type=float, default=90.0, help="for each model, its start and end not counted")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
+    flags = parser.parse_args(argv)
+    if flags.threads < 1:
+        raise RequestError("--threads is at least 1")
+    usual = torch.get_num_threads()
+    torch.set_num_threads(flags.threads)
+    folder = flags.out or results_folder(CPU)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "environment": environment(CPU),
+        "command": shlex.join(["python", "-m", "bench.cpu", *(sys.argv[1:] if argv is None else argv)]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "threads": flags.threads,
+        "models": [measure(name, flags.threads, flags.seconds) for name in flags.models],
+    }
+    stem = "step" if flags.threads == usual else f"step-{flags.threads}-threads"
+    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(markdown(record))
+    plot(record, folder / f"{stem}.png")
+    rows = [COLUMNS, *table(record["models"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for row in rows:
+        print(
+            "  ".join(
+                f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+    apart = max(r["loss_difference"] for r in record["models"])
+    print(f"losses differ by at most {apart:.1e}")
+    return int(apart > AGREE)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,50 @@
+"""``python -m bench.cpu``: contenders agree and its records say what was measured."""
+
+import json
+
+import pytest
+
+from bench import cpu
+from fastgpt.errors import RequestError
+from fastgpt.model.config import GPTConfig
+
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One small model, and contenders that need no compiler."""
+    monkeypatch.setattr(cpu, "MODELS", {"tiny": (TINY, 2, 3)})
+    monkeypatch.setattr(cpu, "CONTENDERS", {name: cpu.CONTENDERS[name] for name in ("fastgpt", "eager")})
+
+
+def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys):
+    assert cpu.main(["--threads", "1", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    (json_file,) = tmp_path.glob("step*.json")
+    record = json.loads(json_file.read_text())
+    (model,) = record["models"]
+    ours, eager = (model["contenders"][name] for name in ("fastgpt", "eager"))
+    assert len(ours["losses"]) == ours["steps"] == 3
+    assert ours["losses"] == pytest.approx(eager["losses"], rel=cpu.AGREE)
+    assert len(set(ours["losses"])) == 3
+    assert 0 < model["products_ms"] < ours["median_ms"]
+    page = json_file.with_suffix(".md").read_text()
+    assert f"| tiny | eager | {eager['median_ms']:.1f} |" in page
+    assert json_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"{ours['median_ms']:.1f}" in capsys.readouterr().out
+
+
+def test_losses_that_disagree_are_a_failure(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "AGREE", -1.0)
+    assert cpu.main(["--threads", "1", "--seconds", "0", "--out", str(tmp_path)]) == 1
+
+
+def test_the_flops_of_the_products_are_those_of_the_model_without_attention():
+    flops = cpu.product_flops(TINY, batch_size=2)
+    matrices = 12 * 32 * 32 + 50 * 32
+    assert flops == 6 * 2 * 16 * matrices
+
+
+def test_a_number_of_threads_below_one_is_refused():
+    with pytest.raises(RequestError, match="--threads"):
+        cpu.main(["--threads", "0"])
