@@ -15,13 +15,10 @@ losses disagree; 2 the request was wrong.
 
 import json
 import multiprocessing
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
@@ -30,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timing import environment, results_folder
+from bench.timing import commit, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
@@ -46,7 +43,7 @@ from fastgpt.train.parameters import ParameterStore
 CPU = torch.device("cpu")
 AGREE = 1e-4  # largest relative difference of two losses
 
-# Steps that a contender takes in one turn, and turns at most.
+# Each model's shape, its batch size, and the steps that a contender takes in one turn.
 MODELS: dict[str, tuple[GPTConfig, int, int]] = {
     "char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 10),
     "30m": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=50304), 2, 1),
@@ -295,12 +292,11 @@ def table(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 def markdown(record: dict[str, Any]) -> str:
     """What was measured on what, and the table."""
     e = record["environment"]
-    changes = " with uncommitted changes" if e["uncommitted_changes"] else ""
     return "\n".join(
         [
             f"# A training step on {e['device']}",
             "",
-            f"`{record['command']}`, {record['date']}, commit {e['commit']}{changes};",
+            f"`{record['command']}`, {record['date']}, {commit(e)};",
             f"torch {e['torch']}, Python {e['python']}, {e['cpu_capability']}, {record['threads']} threads, fp32.",
             "Medians of contenders in turns; peak memory is a whole process's. Models: "
             + "; ".join(
@@ -362,9 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = flags.out or results_folder(CPU)
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "environment": environment(CPU),
-        "command": shlex.join(["python", "-m", "bench.cpu", *(sys.argv[1:] if argv is None else argv)]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance("bench.cpu", argv, CPU),
         "threads": flags.threads,
         "models": [measure(name, flags.threads, flags.seconds) for name in flags.models],
     }

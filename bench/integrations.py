@@ -8,16 +8,13 @@ Writes gpt2.json into bench/results/DEVICE. Exit status: 0 done; 1 the losses di
 
 import copy
 import json
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from importlib.metadata import version
 from statistics import median, quantiles
 
 import torch
 
-from bench.timing import CPUTimer, CUDATimer, Timer, Unit, environment, interleave, results_folder
+from bench.timing import CPUTimer, CUDATimer, Timer, Unit, interleave, provenance, results_folder
 from fastgpt.cli import Parser, run
 from fastgpt.hardware import find_device
 from fastgpt.integrations import patch_gpt2
@@ -69,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         times[name] = ms
     apart = max(abs(a - b) / a for a, b in zip(losses["transformers"], losses["patched"], strict=True))
     record = {
-        "environment": environment(device) | {"transformers": version("transformers")},
-        "command": shlex.join(["python", "-m", "bench.integrations", *(sys.argv[1:] if argv is None else argv)]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance("bench.integrations", argv, device),
         "shapes": {"batch_size": flags.batch_size, "block_size": flags.block_size, **plain.config.to_diff_dict()},
         "dtype": "float32",
         "median_ms": {name: median(ms) for name, ms in times.items()},
@@ -80,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "losses": losses,
         "loss_difference": apart,
     }
+    record["environment"]["transformers"] = version("transformers")
     folder = results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "gpt2.json").write_text(json.dumps(record, indent=1) + "\n")

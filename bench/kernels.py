@@ -15,13 +15,11 @@ wrong or did not run; 2 the request was wrong.
 import gc
 import json
 import math
-import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -34,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt.kernels as ours
 from bench.report import Row, markdown, summarise, table
-from bench.timing import CPUTimer, CUDATimer, Timer, Unit, environment, interleave, results_folder
+from bench.timing import CPUTimer, CUDATimer, Timer, Unit, interleave, provenance, results_folder
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.hardware import find_device, measure_bandwidth, measure_gemm_peak
@@ -516,12 +514,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     before = ceilings_of(device, dtype)
     record: Row = {
-        "environment": environment(device) | {"backend": " ".join(backend_of(device.type, dtype))},
-        "command": shlex.join(["python", "-m", "bench.kernels", *(sys.argv[1:] if argv is None else argv)]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance("bench.kernels", argv, device),
         "shapes": {name: size for name, size in vars(setting).items() if isinstance(size, int)},
         "dtype": str(dtype).removeprefix("torch."),
     }
+    record["environment"]["backend"] = " ".join(backend_of(device.type, dtype))
     timer: Timer = CPUTimer() if device.type == "cpu" else CUDATimer(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a backend of sdpa that cannot run says why, at length

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from bench.timing import commit
+
 Row = dict[str, Any]
 
 TITLES = (
@@ -65,11 +67,10 @@ def table(summary: Sequence[Row]) -> str:
 def markdown(record: Row) -> str:
     """Every contender in one table, under what was measured and on what."""
     e, ceilings = record["environment"], record["ceilings"]
-    changes = " with uncommitted changes" if e["uncommitted_changes"] else ""
     lines = [
         f"# Kernels on {e['device']}",
         "",
-        f"`{record['command']}`, {record['date']}, commit {e['commit']}{changes};",
+        f"`{record['command']}`, {record['date']}, {commit(e)};",
         f"torch {e['torch']}, Triton {e['triton']}, Python {e['python']}, driver {e['driver']};",
         f"backend {e['backend']}; shapes {record['shapes']}, {record['dtype']}. Ceilings measured in the same run:",
         f"{ceilings['TFLOP/s']:.4g} TFLOP/s (GEMM), {ceilings['GB/s']:.0f} GB/s (copy).",

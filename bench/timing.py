@@ -7,10 +7,13 @@ calls. Before every unit a buffer larger than the caches is written, so nobody's
 
 import platform
 import re
+import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
     }
+
+
+def provenance(module: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
+    """What every record begins with: environment, command and date."""
+    return {
+        "environment": environment(device),
+        "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit(environment: Mapping[str, Any]) -> str:
+    """The commit that was measured, and whether the tree was that commit's."""
+    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
+    return f"commit {environment['commit']}{changes}"
 
 
 def _output(*command: str) -> str | None:

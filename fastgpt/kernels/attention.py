@@ -154,8 +154,7 @@ def attention_qkv(
     if qkv.dim() != 3 or 0 in qkv.shape or qkv.shape[2] % 3:
         raise ValueError(f"qkv: expected (B, T, 3C), none of them 0, got {tuple(qkv.shape)}")
     C = qkv.shape[2] // 3
-    if n_head < 1 or C % n_head or C // n_head > 256:
-        raise ValueError(f"n_head: {n_head} heads do not divide C = {C} into heads of at most 256")
+    checks.heads("n_head", n_head, "C", C)
     checks.boolean("causal", causal)
     checks.probability("dropout_p", dropout_p)
     scale = _scale(scale, C // n_head)

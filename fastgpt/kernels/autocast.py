@@ -21,18 +21,15 @@ def enabled(device_type: str) -> bool:
 
 
 def in_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Tensors as a matrix product takes them: under autocast in its dtype."""
-    if not isinstance(first, Tensor) or not enabled(first.device.type):
+    """Checked tensors as a matrix product takes them: under autocast in its dtype."""
+    if not enabled(first.device.type):
         return first, *others
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(_cast(t, dtype) for t in (first, *others))
+    return _cast(torch.get_autocast_dtype(first.device.type), first, *others)
 
 
 def in_float32(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Tensors as a norm takes them: under autocast in fp32."""
-    if not isinstance(first, Tensor) or not enabled(first.device.type):
-        return first, *others
-    return tuple(_cast(t, torch.float32) for t in (first, *others))
+    """Checked tensors as a norm takes them: under autocast in fp32."""
+    return _cast(torch.float32, first, *others) if enabled(first.device.type) else (first, *others)
 
 
 def outside(device_type: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +42,5 @@ def outside(device_type: str, function: Callable[..., Any]) -> Callable[..., Any
     return run
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

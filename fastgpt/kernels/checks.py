@@ -22,6 +22,11 @@ def floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
+def floating_if_given(**tensors: Tensor | None) -> None:
+    """:func:`floating`, of those that are not ``None``."""
+    floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
 def same(first: str, **tensors: Tensor | None) -> None:
     """Every tensor given has the dtype and device of the one named ``first``."""
     model = tensors[first]
@@ -85,6 +90,12 @@ def number(name: str, value: Any) -> None:
     if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be beyond
         got = "an int that no float can hold" if isinstance(value, int) else value
         raise ValueError(f"{name}: expected a finite number, got {got}")
+
+
+def heads(name: str, n_head: Any, width_name: str, width: int) -> None:
+    """``n_head`` divides ``width`` into heads of a size that attention takes."""
+    if n_head < 1 or width % n_head or width // n_head > 256:
+        raise ValueError(f"{name}: {n_head} heads do not divide {width_name} = {width} into heads of at most 256")
 
 
 def boolean(name: str, value: Any) -> None:

@@ -44,7 +44,8 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
     """
-    checks.floating(x=x, **({} if bias is None else {"bias": bias}))
+    checks.floating(x=x)
+    checks.floating_if_given(bias=bias)
     if bias is not None and autocast.enabled(x.device.type) and torch.float64 not in (x.dtype, bias.dtype):
         bias = bias.to(x.dtype)
     if approximate not in ("tanh", "none"):

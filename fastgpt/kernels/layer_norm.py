@@ -87,7 +87,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape, a device or ``eps`` does not fit.
     """
-    checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    checks.floating(x=x, weight=weight)
+    checks.floating_if_given(bias=bias)
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
     return apply(_LayerNorm, x, weight, bias, eps)[0]
@@ -115,7 +116,8 @@ def add_layer_norm(
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape, a device or ``eps`` does not fit.
     """
-    checks.floating(x=x, residual=residual, weight=weight, **({} if bias is None else {"bias": bias}))
+    checks.floating(x=x, residual=residual, weight=weight)
+    checks.floating_if_given(bias=bias)
     x, residual, weight, bias = autocast.in_float32(x, residual, weight, bias)
     _check(x, weight, bias, eps)
     checks.same("x", x=x, residual=residual)

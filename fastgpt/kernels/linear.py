@@ -86,7 +86,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape or a device does not fit.
     """
-    checks.floating(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    checks.floating(x=x, weight=weight)
+    checks.floating_if_given(bias=bias)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected at least one dimension, the last not empty, got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:

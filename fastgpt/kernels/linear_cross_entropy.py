@@ -26,6 +26,7 @@ CHUNK_ROWS_GPU = 4096
 
 
 def chunk_rows(x: Tensor, n_classes: int) -> int:
+    """How many rows of ``x`` have their logits in memory at a time."""
     if x.is_cuda:
         rows = CHUNK_ROWS_GPU
     else:

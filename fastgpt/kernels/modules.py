@@ -111,10 +111,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         checks.size("embed_dim", embed_dim)
         checks.size("num_heads", num_heads)
-        if embed_dim % num_heads or embed_dim // num_heads > 256:
-            raise ValueError(
-                f"num_heads: {num_heads} heads do not divide embed_dim = {embed_dim} into heads of at most 256"
-            )
+        checks.heads("num_heads", num_heads, "embed_dim", embed_dim)
         checks.probability("dropout", dropout)
         checks.boolean("bias", bias)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -17,6 +17,8 @@ pytest.importorskip("transformers", reason="patch_gpt2 is about a model of trans
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.integrations.surgery import classes, replaced
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, about its next version
 
 V, T = 131, 24
@@ -38,10 +40,6 @@ def labelled(ids, every=5):
     labels = ids.clone()
     labels[0, ::every] = -100
     return labels
-
-
-def classes(model):
-    return {name: type(module) for name, module in model.named_modules()}
 
 
 def twins(roughened, **kwargs):
@@ -393,15 +391,8 @@ def test_bf16_autocast_gives_the_loss_of_the_original_to_bf16s_precision(roughen
 
 
 def changed(name, module):
-    """GPT-2 with one module replaced."""
-
-    def build():
-        model = made()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module())
-        return model
-
-    return build
+    """Makes GPT-2 with one module replaced."""
+    return lambda: replaced(made(), name, module())
 
 
 def overridden():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastgpt import kernels
 from fastgpt.integrations import patch_nanogpt, unpatch
 from tests.integrations.nanogpt import GPT, MLP, Block, CausalSelfAttention, Config, LayerNorm
+from tests.integrations.surgery import classes, replaced
 
 
 def data(config, B=3, T=None, seed=0):
@@ -24,10 +25,6 @@ def data(config, B=3, T=None, seed=0):
     targets = tokens[:, 1:].clone()
     targets[0, ::5] = -1
     return tokens[:, :-1], targets
-
-
-def classes(model):
-    return {name: type(module) for name, module in model.named_modules()}
 
 
 def made(**kwargs):
@@ -296,15 +293,8 @@ def test_other_maths_under_nanogpts_names_is_refused(kind, forward):
 
 
 def changed(name, module):
-    """The model with one module replaced."""
-
-    def build():
-        model = made()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module())
-        return model
-
-    return build
+    """Makes the model with one module replaced."""
+    return lambda: replaced(made(), name, module())
 
 
 def patched_twice():
