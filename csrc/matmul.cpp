@@ -4,61 +4,66 @@
 // AVX2, half the arithmetic that Zen 4 and 5 offer. There this product runs instead, blocked after Goto and van
 // de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008; elsewhere PyTorch's does.
 #include <algorithm>
+#include <cstring>
 #include <memory>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "tensor.h"
 
 namespace fastgpt {
 namespace {
 
-// The output tile held in registers: 12 x 2 vectors of AVX-512's 32 registers, 6 x 2 of AVX2's 16.
-constexpr int64_t kRows = kLanes == 16 ? 12 : 6;
-constexpr int64_t kVectors = 2;
+// The output tile held in registers: 12 x 2 vectors of AVX-512's 32 registers, 4 x 3 of AVX2's 16.
+constexpr int64_t kRows = kLanes == 16 ? 12 : 4;
+constexpr int64_t kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
 
 // Packed blocks: kDepth x kColumns of B stay in the first-level cache, kRowBlock x kDepth of A in the second.
 // A deeper block would be a little faster and its longer sums less exact.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kRowBlock = 16 * kRows;
-constexpr int64_t kColumnBlock = 512;
+constexpr int64_t kColumnBlock = 1536;
 
 struct Matrix {
   const float* base;
   int64_t row, column;  // strides
 
   Matrix at(int64_t i, int64_t j) const { return {base + i * row + j * column, row, column}; }
+  Matrix transposed() const { return {base, column, row}; }
   float operator()(int64_t i, int64_t j) const { return base[i * row + j * column]; }
 };
 
-// Panels of kRows rows, each stored depth by depth; missing rows are zero.
-void pack_a(const Matrix& a, int64_t rows, int64_t depth, float* out) {
-  for (int64_t first = 0; first < rows; first += kRows, out += kRows * depth) {
-    const Matrix panel = a.at(first, 0);
-    const int64_t n = std::min(kRows, rows - first);
-    if (a.column == 1)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t k = 0; k < depth; ++k) out[k * kRows + i] = panel.base[i * a.row + k];
-    else
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t i = 0; i < n; ++i) out[k * kRows + i] = panel(i, k);
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = n; i < kRows; ++i) out[k * kRows + i] = 0.0f;
-  }
+// out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns.
+FASTGPT_INLINE void transpose_4x4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+#if defined(__SSE__)
+  __m128 row[4];
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(in + i * in_stride);
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int j = 0; j < 4; ++j) _mm_storeu_ps(out + j * out_stride, row[j]);
+#else
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) out[j * out_stride + i] = in[i * in_stride + j];
+#endif
 }
 
-// Panels of kColumns columns, each stored depth by depth; missing columns are zero.
-void pack_b(const Matrix& b, int64_t depth, int64_t columns, float* out) {
-  for (int64_t first = 0; first < columns; first += kColumns, out += kColumns * depth) {
-    const Matrix panel = b.at(0, first);
-    const int64_t n = std::min(kColumns, columns - first);
-    if (b.column == 1) {
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t v = 0; v < kColumns; v += kLanes)
-          store(out + k * kColumns + v, load(panel.base + k * b.row + v, std::clamp<int64_t>(n - v, 0, kLanes)));
-    } else {
-      for (int64_t j = 0; j < kColumns; ++j)
-        for (int64_t k = 0; k < depth; ++k) out[k * kColumns + j] = j < n ? panel(k, j) : 0.0f;
-    }
+// Rows of `from` in panels of kWidth, each stored column by column; missing rows are zero.
+template <int64_t kWidth>
+void pack(const Matrix& from, int64_t rows, int64_t columns, float* out) {
+  static_assert(kWidth % 4 == 0);
+  for (int64_t first = 0; first < rows; first += kWidth, out += kWidth * columns) {
+    const Matrix panel = from.at(first, 0);
+    int64_t k = 0;
+    if (first + kWidth <= rows && panel.column == 1)
+      for (; k + 4 <= columns; k += 4)
+        for (int64_t i = 0; i < kWidth; i += 4)
+          transpose_4x4(panel.base + i * panel.row + k, panel.row, out + k * kWidth + i, kWidth);
+    else if (first + kWidth <= rows && panel.row == 1)
+      for (; k < columns; ++k) std::memcpy(out + k * kWidth, panel.base + k * panel.column, kWidth * sizeof(float));
+    for (; k < columns; ++k)
+      for (int64_t i = 0; i < kWidth; ++i) out[k * kWidth + i] = first + i < rows ? panel(i, k) : 0.0f;
   }
 }
 
@@ -66,6 +71,9 @@ void pack_b(const Matrix& b, int64_t depth, int64_t columns, float* out) {
 // sums keep the rounding error small.
 FASTGPT_INLINE void multiply_tile(
     const float* a, const float* b, int64_t depth, const float* bias, bool accumulate, float* c, int64_t ldc) {
+  if (accumulate)
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + i * ldc + v * kLanes, 1);
   Vec tile[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k, a += kRows, b += kColumns) {
     Vec row[kVectors];
@@ -114,10 +122,10 @@ void multiply(const Product& p) {
     for (int64_t k = 0; k == 0 || k < p.K; k += kDepth) {  // once without depth too: C is then the bias, or zero
       const int64_t depth = std::min(kDepth, p.K - k);
       const bool accumulate = p.accumulate || k > 0;
-      pack_b(p.b.at(k, column), depth, columns, packed_b.get());
+      pack<kColumns>(p.b.at(k, column).transposed(), columns, depth, packed_b.get());
       for (int64_t row = 0; row < p.M; row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, p.M - row);
-        pack_a(p.a.at(row, k), rows, depth, packed_a.get());
+        pack<kRows>(p.a.at(row, k), rows, depth, packed_a.get());
         for (int64_t j = 0; j < columns; j += kColumns)
           for (int64_t i = 0; i < rows; i += kRows) {
             const float *a = packed_a.get() + i * depth, *b = packed_b.get() + j * depth;
