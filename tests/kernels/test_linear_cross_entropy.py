@@ -61,7 +61,8 @@ def test_several_chunks_equal_one(device, rule, monkeypatch):
 
 def test_a_chunk_is_as_many_rows_as_fit_in_chunk_bytes(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
-    assert module.chunk_rows(torch.empty(10_000, 4), 1000) == 256  # 1 MiB / 4000 bytes = 262, less the rest of 16
+    assert module.chunk_rows(torch.empty(2560, 4), 1000) == 256  # 1 MiB / 4000 bytes = 262, less the rest of 16
+    assert module.chunk_rows(torch.empty(300, 4), 1000) == 160  # two chunks, as even as steps of 16 rows allow
     assert module.chunk_rows(torch.empty(100, 4), 1000) == 100
     assert module.chunk_rows(torch.empty(10_000, 4), 10**6) == 16
 
