@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t kQueryBlock = 48;  // rows of a block; a multiple of the GEMM's tile height
 constexpr int64_t kKeyBlock = 64;    // columns of a block; a multiple of every vector width
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // One (batch, head)'s rows of a tensor: `rows` of D contiguous elements, `stride` elements apart.
 template <class T>
 struct Rows {

@@ -1,14 +1,15 @@
-// C = A B + bias, or C += A B, in fp32 with any strides of A and B.
+// C = A B + bias, or C += A B, with C in fp32, A and B in fp32 or bf16, and any strides of A and B.
 //
-// PyTorch's matrix products on x86 come from MKL, which uses AVX-512 on Intel's CPUs alone; on AMD's it stops at
-// AVX2, half the arithmetic that Zen 4 and 5 offer. There this product runs instead, blocked after Goto and van
-// de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008; elsewhere PyTorch's does.
-#include <algorithm>
+// PyTorch's fp32 products on x86 come from MKL, which uses AVX-512 on Intel's CPUs alone; on AMD's it stops at
+// AVX2, half the arithmetic that Zen 4 and 5 offer. Its products of bf16 come from oneDNN and are fast, but end in
+// bf16: to add one to an fp32 gradient takes a temporary and two more passes. In both cases this product runs
+// instead, blocked after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 #include "tensor.h"
@@ -21,80 +22,145 @@ constexpr int64_t kRows = kLanes == 16 ? 12 : 4;
 constexpr int64_t kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
 
-// Packed blocks: kDepth x kColumns of B stay in the first-level cache, kRowBlock x kDepth of A in the second.
-// A deeper block would be a little faster and its longer sums less exact.
+// Packed blocks, in words of four bytes: kDepth x kColumns of B stay in the first-level cache, kRowBlock x kDepth
+// of A in the second. A deeper block would be a little faster and its longer sums less exact.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kRowBlock = 16 * kRows;
-constexpr int64_t kColumnBlock = 1536;
+constexpr int64_t kColumnBlock = 48 * kColumns;
 
+// What packed operands are made of: an fp32 element, or two of bf16 that follow each other along the depth.
+using Pair = uint32_t;
+template <class Word>
+constexpr int64_t kElements = std::is_same_v<Word, Pair> ? 2 : 1;
+
+template <class T>
 struct Matrix {
-  const float* base;
+  const T* base;
   int64_t row, column;  // strides
 
   Matrix at(int64_t i, int64_t j) const { return {base + i * row + j * column, row, column}; }
   Matrix transposed() const { return {base, column, row}; }
-  float operator()(int64_t i, int64_t j) const { return base[i * row + j * column]; }
+  T operator()(int64_t i, int64_t j) const { return base[i * row + j * column]; }
 };
 
-// out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns.
-FASTGPT_INLINE void transpose_4x4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-#if defined(__SSE__)
+FASTGPT_INLINE Pair pair(BFloat16 first, BFloat16 second) { return first.x | static_cast<Pair>(second.x) << 16; }
+
+// out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns of four bytes each.
+FASTGPT_INLINE void transpose_4x4(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
+  const auto* from = static_cast<const char*>(in);
+  auto* to = static_cast<char*>(out);
+#if defined(__x86_64__)
   __m128 row[4];
-  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from + 4 * i * in_stride));
   _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
-  for (int j = 0; j < 4; ++j) _mm_storeu_ps(out + j * out_stride, row[j]);
+  for (int j = 0; j < 4; ++j) _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * j * out_stride), row[j]);
 #else
   for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 4; ++i) out[j * out_stride + i] = in[i * in_stride + j];
+    for (int i = 0; i < 4; ++i) std::memcpy(to + 4 * (j * out_stride + i), from + 4 * (i * in_stride + j), 4);
 #endif
 }
 
-// Rows of `from` in panels of kWidth, each stored column by column; missing rows are zero.
-template <int64_t kWidth>
-void pack(const Matrix& from, int64_t rows, int64_t columns, float* out) {
+// Rows of `from` in panels of kWidth, each stored word by word along the columns; what is missing is zero.
+template <int64_t kWidth, class Word, class T>
+void pack(const Matrix<T>& from, int64_t rows, int64_t columns, Word* out) {
   static_assert(kWidth % 4 == 0);
-  for (int64_t first = 0; first < rows; first += kWidth, out += kWidth * columns) {
-    const Matrix panel = from.at(first, 0);
+  constexpr int64_t n = kElements<Word>;
+  constexpr bool kSameBytes = sizeof(Word) == n * sizeof(T);  // words lie in memory already
+  const int64_t words = (columns + n - 1) / n, whole_words = columns / n;
+  for (int64_t first = 0; first < rows; first += kWidth, out += kWidth * words) {
+    const Matrix<T> panel = from.at(first, 0);
+    const bool whole = first + kWidth <= rows;
     int64_t k = 0;
-    if (first + kWidth <= rows && panel.column == 1)
-      for (; k + 4 <= columns; k += 4)
+    if (kSameBytes && whole && panel.column == 1 && panel.row % n == 0) {
+      for (; k + 4 <= whole_words; k += 4)
         for (int64_t i = 0; i < kWidth; i += 4)
-          transpose_4x4(panel.base + i * panel.row + k, panel.row, out + k * kWidth + i, kWidth);
-    else if (first + kWidth <= rows && panel.row == 1)
-      for (; k < columns; ++k) std::memcpy(out + k * kWidth, panel.base + k * panel.column, kWidth * sizeof(float));
-    for (; k < columns; ++k)
-      for (int64_t i = 0; i < kWidth; ++i) out[k * kWidth + i] = first + i < rows ? panel(i, k) : 0.0f;
+          transpose_4x4(panel.base + i * panel.row + n * k, panel.row / n, out + k * kWidth + i, kWidth);
+    } else if (whole && panel.row == 1) {
+      for (; k < whole_words; ++k) {
+        const T* column = panel.base + n * k * panel.column;
+        for (int64_t i = 0; i < kWidth; ++i) {
+          if constexpr (n == 2)
+            out[k * kWidth + i] = pair(column[i], column[i + panel.column]);
+          else
+            out[k * kWidth + i] = static_cast<float>(column[i]);
+        }
+      }
+    }
+    for (; k < words; ++k)
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const auto at = [&](int64_t j) { return first + i < rows && j < columns ? panel(i, j) : T{}; };
+        if constexpr (n == 2)
+          out[k * kWidth + i] = pair(at(2 * k), at(2 * k + 1));
+        else
+          out[k * kWidth + i] = static_cast<float>(at(k));
+      }
   }
 }
 
-// One tile over one stretch of depth, summed from zero and then added to what C holds, or to the bias: short
-// sums keep the rounding error small.
-FASTGPT_INLINE void multiply_tile(
-    const float* a, const float* b, int64_t depth, const float* bias, bool accumulate, float* c, int64_t ldc) {
-  if (accumulate)
+// Where a tile goes: added to what C holds, or to the bias if there is one.
+struct Target {
+  float* c;
+  int64_t ldc;
+  const float* bias;
+  bool accumulate;
+
+  FASTGPT_INLINE void fetch() const {
+    if (!accumulate) return;
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + i * ldc + v * kLanes, 1);
+  }
+  FASTGPT_INLINE void add(Vec (&tile)[kRows][kVectors]) const {
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = c + i * ldc + v * kLanes;
+        if (accumulate)
+          tile[i][v] += load(at);
+        else if (bias)
+          tile[i][v] += load(bias + v * kLanes);
+        store(at, tile[i][v]);
+      }
+  }
+};
+
+// One tile over one stretch of depth, summed from zero and only then added: short sums keep the rounding error small.
+void multiply_tile(const float* a, const float* b, int64_t words, const Target& target) {
+  target.fetch();
   Vec tile[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k, a += kRows, b += kColumns) {
+  for (int64_t k = 0; k < words; ++k, a += kRows, b += kColumns) {
     Vec row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kLanes);
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVectors; ++v) tile[i][v] += a[i] * row[v];
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) {
-      float* at = c + i * ldc + v * kLanes;
-      if (accumulate)
-        tile[i][v] += load(at);
-      else if (bias)
-        tile[i][v] += load(bias + v * kLanes);
-      store(at, tile[i][v]);
-    }
+  target.add(tile);
 }
 
+#if defined(__AVX512F__)
+// The same in AVX512_BF16, which multiplies pairs and adds both products in fp32.
+__attribute__((target("avx512bf16"))) void multiply_tile(
+    const Pair* a, const Pair* b, int64_t words, const Target& target) {
+  target.fetch();
+  Vec tile[kRows][kVectors] = {};
+  for (int64_t k = 0; k < words; ++k, a += kRows, b += kColumns) {
+    __m512bh row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + v * kLanes);
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        tile[i][v] = _mm512_dpbf16_ps(tile[i][v], (__m512bh)_mm512_set1_epi32(a[i]), row[v]);
+  }
+  target.add(tile);
+}
+
+bool has_bf16_products() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+template <class T>
 struct Product {
   int64_t M, N, K;
-  Matrix a, b;
+  Matrix<T> a, b;
   const float* bias;
   bool accumulate;
   float* c;
@@ -102,25 +168,29 @@ struct Product {
 };
 
 // A tile that hangs over the edge of C goes through a buffer of its own.
-void multiply_edge(
-    const Product& p, const float* a, const float* b, int64_t depth, const float* bias, bool accumulate, int64_t i,
-    int64_t j) {
-  const int64_t rows = std::min(kRows, p.M - i), columns = std::min(kColumns, p.N - j);
-  float tile[kRows * kColumns] = {}, tile_bias[kColumns] = {};
-  for (int64_t r = 0; accumulate && r < rows; ++r) std::copy_n(p.c + (i + r) * p.ldc + j, columns, tile + r * kColumns);
-  if (bias) std::copy_n(bias, columns, tile_bias);
-  multiply_tile(a, b, depth, bias ? tile_bias : nullptr, accumulate, tile, kColumns);
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(tile + r * kColumns, columns, p.c + (i + r) * p.ldc + j);
+template <class Word>
+void multiply_edge(const Word* a, const Word* b, int64_t words, const Target& target, int64_t rows, int64_t columns) {
+  float tile[kRows * kColumns] = {}, bias[kColumns] = {};
+  for (int64_t r = 0; target.accumulate && r < rows; ++r)
+    std::copy_n(target.c + r * target.ldc, columns, tile + r * kColumns);
+  if (target.bias) std::copy_n(target.bias, columns, bias);
+  multiply_tile(a, b, words, {tile, kColumns, target.bias ? bias : nullptr, target.accumulate});
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(tile + r * kColumns, columns, target.c + r * target.ldc);
 }
 
 // One thread's share.
-void multiply(const Product& p) {
-  thread_local const std::unique_ptr<float[]> packed_a(new float[kRowBlock * kDepth]);
-  thread_local const std::unique_ptr<float[]> packed_b(new float[(kColumnBlock + kColumns) * kDepth]);
+template <class Word, class T>
+void multiply(const Product<T>& p) {
+  thread_local const std::unique_ptr<Word[]> packed_a(new Word[kRowBlock * kDepth]);
+  thread_local const std::unique_ptr<Word[]> packed_b(new Word[kColumnBlock * kDepth]);
+  constexpr int64_t n = kElements<Word>, kDeepest = kDepth * n;
+  const int64_t K = std::max<int64_t>(1, p.K);  // without depth there is a stretch too: C is then the bias, or zero
+  const int64_t stretches = (K + kDeepest - 1) / kDeepest;
+  const int64_t deep = round_up((K + stretches - 1) / stretches, 4 * n);  // all alike, and words in fours
   for (int64_t column = 0; column < p.N; column += kColumnBlock) {
     const int64_t columns = std::min(kColumnBlock, p.N - column);
-    for (int64_t k = 0; k == 0 || k < p.K; k += kDepth) {  // once without depth too: C is then the bias, or zero
-      const int64_t depth = std::min(kDepth, p.K - k);
+    for (int64_t k = 0; k < K; k += deep) {
+      const int64_t depth = std::min(deep, p.K - k), words = (depth + n - 1) / n;
       const bool accumulate = p.accumulate || k > 0;
       pack<kColumns>(p.b.at(k, column).transposed(), columns, depth, packed_b.get());
       for (int64_t row = 0; row < p.M; row += kRowBlock) {
@@ -128,13 +198,13 @@ void multiply(const Product& p) {
         pack<kRows>(p.a.at(row, k), rows, depth, packed_a.get());
         for (int64_t j = 0; j < columns; j += kColumns)
           for (int64_t i = 0; i < rows; i += kRows) {
-            const float *a = packed_a.get() + i * depth, *b = packed_b.get() + j * depth;
-            const float* bias = p.bias ? p.bias + column + j : nullptr;
-            const bool whole = i + kRows <= rows && j + kColumns <= columns;
-            if (whole)
-              multiply_tile(a, b, depth, bias, accumulate, p.c + (row + i) * p.ldc + column + j, p.ldc);
+            const Word *a = packed_a.get() + i * words, *b = packed_b.get() + j * words;
+            const Target target{
+                p.c + (row + i) * p.ldc + column + j, p.ldc, p.bias ? p.bias + column + j : nullptr, accumulate};
+            if (i + kRows <= rows && j + kColumns <= columns)
+              multiply_tile(a, b, words, target);
             else
-              multiply_edge(p, a, b, depth, bias, accumulate, row + i, column + j);
+              multiply_edge(a, b, words, target, std::min(kRows, rows - i), std::min(kColumns, columns - j));
           }
       }
     }
@@ -142,7 +212,8 @@ void multiply(const Product& p) {
 }
 
 // Splits C among threads as a grid: every share packs its own operands, so the squarer the shares the better.
-void multiply_parallel(const Product& p) {
+template <class Word, class T>
+void multiply_parallel(const Product<T>& p) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t down = 1, least = INT64_MAX;
   for (int64_t d = 1; d <= threads; ++d) {
@@ -151,17 +222,15 @@ void multiply_parallel(const Product& p) {
     if (packed < least) least = packed, down = d;
   }
   const int64_t across = threads / down;
-  const auto share = [](int64_t size, int64_t parts, int64_t unit) {
-    return ((size + parts - 1) / parts + unit - 1) / unit * unit;
-  };
-  const int64_t rows = share(p.M, down, kRows), columns = share(p.N, across, kColumns);
+  const int64_t rows = round_up((p.M + down - 1) / down, kRows);
+  const int64_t columns = round_up((p.N + across - 1) / across, kColumns);
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
     for (int64_t cell = begin; cell < end; ++cell) {
       const int64_t i = cell / across * rows, j = cell % across * columns;
       const int64_t M = std::min(rows, p.M - i), N = std::min(columns, p.N - j);
       if (M <= 0 || N <= 0) continue;
-      multiply({M, N, p.K, p.a.at(i, 0), p.b.at(0, j), p.bias ? p.bias + j : nullptr, p.accumulate,
-                p.c + i * p.ldc + j, p.ldc});
+      multiply<Word, T>({M, N, p.K, p.a.at(i, 0), p.b.at(0, j), p.bias ? p.bias + j : nullptr,
+                        p.accumulate, p.c + i * p.ldc + j, p.ldc});
     }
   });
 }
@@ -171,18 +240,25 @@ void matmul_(
   const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
   STD_TORCH_CHECK(a.size(0) == M && b.size(0) == K && b.size(1) == N, "matmul_: shapes do not fit");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), "bias: expected ", N, " elements");
-  for (const Tensor& t : {out, a, b, bias ? *bias : out})
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu(), "matmul_: takes float32 on the CPU");
+  for (const Tensor& t : {a, b, bias ? *bias : a})
+    STD_TORCH_CHECK(t.scalar_type() == a.scalar_type() && t.is_cpu(), "matmul_: takes operands of one dtype on the CPU");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_cpu(), "out: expected float32 on the CPU");
   STD_TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "out: rows must be contiguous");
   const std::vector<float> bias_values = to_floats(bias);
-  multiply_parallel({
-      M, N, K, {data<float>(a), a.stride(0), a.stride(1)},
-      {data<float>(b), b.stride(0), b.stride(1)}, bias ? bias_values.data() : nullptr, accumulate,
-      data<float>(out), out.stride(0),
+  dispatch(a.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Product<T> product{
+        M, N, K, {data<T>(a), a.stride(0), a.stride(1)}, {data<T>(b), b.stride(0), b.stride(1)},
+        bias ? bias_values.data() : nullptr, accumulate, data<float>(out), out.stride(0)};
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (has_bf16_products()) return multiply_parallel<Pair>(product);
+#endif
+    multiply_parallel<float>(product);
   });
 }
 
-// Whether matmul_ is worth calling on this CPU.
+// Whether matmul_ is worth calling on this CPU. Not on Intel's: MKL has AVX-512 there, and oneDNN perhaps AMX.
 bool matmul_beats_torch() {
 #if defined(__AVX512F__)
   __builtin_cpu_init();

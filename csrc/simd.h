@@ -31,6 +31,8 @@ typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfwordVec __attribute__((vector_size(kLanes * 2)));
 typedef uint64_t WideVec __attribute__((vector_size(kLanes * 8)));
 
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 FASTGPT_INLINE Vec broadcast(float value) { return Vec{} + value; }
 
 FASTGPT_INLINE IntVec lane_index() {

@@ -19,7 +19,8 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *
         bias: ``(N,)`` or ``None``.
         accumulate: add to what ``out`` holds; excludes ``bias``.
     """
-    packable = min(out.shape) >= SMALLEST_PACKED and a.dtype == out.dtype == torch.float32
+    # with a result of bf16 PyTorch's has nothing to lose
+    packable = min(out.shape) >= SMALLEST_PACKED and out.dtype == torch.float32 and a.dtype != torch.float16
     multiply = ops.resolve("matmul_", a) if packable else reference.matmul_
     multiply(out, a, b, bias, accumulate)
     return out

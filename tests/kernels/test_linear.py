@@ -185,12 +185,16 @@ def test_a_nan_spoils_its_own_row_only(device, dtype):
     assert linear(x, weight, bias).isnan().sum() == 20
 
 
+def need_products_of_ours():
+    if not hasattr(torch.ops.fastgpt, "matmul_beats_torch") or not torch.ops.fastgpt.matmul_beats_torch():
+        pytest.skip("products are PyTorch's on this CPU")
+
+
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_the_number_of_threads_changes_no_bit_of_a_weight_gradient(device, rule, on_threads):
     inputs = operands(130, 65, C_out=70, device=device)
     dy = torch.randn(130, 70, device=device)
-    if not hasattr(torch.ops.fastgpt, "matmul_beats_torch") or not torch.ops.fastgpt.matmul_beats_torch():
-        pytest.skip("products are PyTorch's on this CPU")
+    need_products_of_ours()
     one, two = (on_threads(n, lambda: rule.run(linear, inputs, [dy])) for n in (1, 2))
     assert torch.equal(one[0][0], two[0][0])
     assert all(map(torch.equal, one[1], two[1]))
@@ -233,6 +237,21 @@ def test_matmul_into_accumulates_bf16_products_in_fp32(device):
     out = torch.ones(40, 50, device=device)
     matmul_into(out, a, b, accumulate=True)
     torch.testing.assert_close(out, 1 + (a.float() @ b.float()), rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize(("M", "K", "N"), [(16, 1, 16), (17, 321, 33), (130, 2, 70), (63, 127, 513), (200, 640, 40)])
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_bf16_product_of_ours_is_rounded_to_fp32_alone(device, rule, M, K, N, transposed):
+    need_products_of_ours()
+    a, b = (
+        torch.randn(*reversed(shape)).bfloat16().T if across else torch.randn(shape).bfloat16()
+        for shape, across in zip(((M, K), (K, N)), transposed, strict=True)
+    )
+    held = torch.randn(M, N)
+    out = matmul_into(held.clone(), a, b, accumulate=True)
+    exact = held.double() + a.double() @ b.double()
+    rule.error("out", out, [held + a.float() @ b.float()], exact, torch.float32, rule.output)
 
 
 @pytest.mark.parametrize(
