@@ -66,7 +66,7 @@ class _AttentionQKV(Function):
         return (dqkv,)
 
 
-def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """A 0-dim int64 seed on ``device``; a tensor, because reading it back would stop a GPU's queue."""
     return torch.randint(2**62, (), device=device) if dropout_p > 0.0 else None
 
@@ -122,7 +122,7 @@ def attention(
     scale = _scale(scale, D)
     k = distinct(k, q)
     v = distinct(v, q, k)
-    return apply(_Attention, q, k, v, causal, scale, float(dropout_p), _draw_seed(dropout_p, q.device))[0]
+    return apply(_Attention, q, k, v, causal, scale, float(dropout_p), draw_seed(dropout_p, q.device))[0]
 
 
 def attention_qkv(
@@ -158,5 +158,5 @@ def attention_qkv(
     checks.boolean("causal", causal)
     checks.probability("dropout_p", dropout_p)
     scale = _scale(scale, C // n_head)
-    seed = _draw_seed(dropout_p, qkv.device)
+    seed = draw_seed(dropout_p, qkv.device)
     return apply(_AttentionQKV, qkv, n_head, causal, scale, float(dropout_p), seed)[0]

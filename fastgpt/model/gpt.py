@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import kernels
+from fastgpt.model import branches
 from fastgpt.model.config import GPTConfig
 
 
@@ -104,6 +105,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """Takes and returns (what the last branch adds, the sum before it)."""
+        if cache is None and branches.available(x):
+            x, residual = branches.attention(x, residual, self.ln_1, self.attn)
+            return branches.mlp(x, residual, self.ln_2, self.mlp)
         x, residual = self.ln_1(x, residual)
         x, residual = self.ln_2(self.attn(x, cache), residual)
         return self.mlp(x), residual

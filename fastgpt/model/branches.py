@@ -1,0 +1,184 @@
+"""The two branches of a block, each one autograd function: ``branch(norm(x + residual))`` and the sum itself.
+
+The same kernels as one by one, with the same results; but autograd walks one node where there were four or five,
+and what the backward can make again in one pass is not kept. Floats that the backward finds per token and channel:
+
+              kept                                                one by one
+    attention sum, q, k, v, attended                5             and norm(sum)          6
+    MLP       sum, hidden (4)                       5             norm(sum), gelu (4)   10
+
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastgpt.kernels import autocast, ops
+from fastgpt.kernels.attention import draw_seed
+from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.matmul import matmul_into
+
+if TYPE_CHECKING:
+    from fastgpt.model.gpt import MLP, Attention, LayerNorm
+
+
+def available(x: Tensor) -> bool:
+    """Whether the branches can stand in for their parts: a compiler has to see these, and so has autocast."""
+    return not torch.compiler.is_compiling() and not autocast.enabled(x.device.type)
+
+
+def attention(x: Tensor, residual: Tensor | None, norm: "LayerNorm", layer: "Attention") -> tuple[Tensor, Tensor]:
+    """Causal self-attention on the norm of ``x + residual``.
+
+    Args:
+        x: ``(B, T, C)``.
+        residual: ``(B, T, C)`` or ``None``.
+        norm: its parameters are read.
+        layer: its parameters are read, its number of heads and its dropout.
+
+    Returns:
+        What the branch adds, ``(B, T, C)``, and ``x + residual``.
+    """
+    qkv, projection = layer.c_attn, layer.c_proj
+    dropout_p = layer.dropout if layer.training else 0.0
+    out, total = apply(
+        _Attention, x, residual, norm.weight, norm.bias, qkv.weight, qkv.bias, projection.weight, projection.bias,
+        main_grad_of(qkv.weight), main_grad_of(projection.weight), norm.eps, layer.n_head, dropout_p,
+        draw_seed(dropout_p, x.device),
+    )  # fmt: skip
+    return F.dropout(out, layer.dropout, layer.training), x if residual is None else total
+
+
+def mlp(x: Tensor, residual: Tensor | None, norm: "LayerNorm", layer: "MLP") -> tuple[Tensor, Tensor]:
+    """Two linear layers with a GELU between them, on the norm of ``x + residual``.
+
+    Args:
+        x: ``(B, T, C)``.
+        residual: ``(B, T, C)`` or ``None``.
+        norm: its parameters are read.
+        layer: its parameters are read, and its dropout.
+
+    Returns:
+        What the branch adds, ``(B, T, C)``, and ``x + residual``.
+    """
+    wide, narrow = layer.c_fc, layer.c_proj
+    out, total = apply(
+        _MLP, x, residual, norm.weight, norm.bias, wide.weight, wide.bias, narrow.weight, narrow.bias,
+        main_grad_of(wide.weight), main_grad_of(narrow.weight), norm.eps,
+    )  # fmt: skip
+    return F.dropout(out, layer.dropout, layer.training), x if residual is None else total
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, qkv_weight: Tensor,
+        qkv_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
+        qkv_main_grad: Tensor | None, proj_main_grad: Tensor | None, eps: float, n_head: int, dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
+        qkv = _product(y, qkv_weight.T, qkv_bias)
+        scale = (x.shape[-1] // n_head) ** -0.5
+        attended, lse = ops.resolve("attention_qkv", x)(qkv, n_head, True, scale, dropout_p, seed)
+        ctx.save_for_backward(
+            total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight
+        )
+        ctx.options = n_head, True, scale, dropout_p
+        ctx.eps, ctx.main_grads = eps, (qkv_main_grad, proj_main_grad)
+        ctx.set_materialize_grads(False)
+        return _product(attended, proj_weight.T, proj_bias), None if residual is None else total
+
+    @staticmethod
+    @first_order("attention")
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
+        if dout is None:
+            return dtotal, dtotal
+        total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        dproj = _weight_gradient(dout, attended, proj_weight, ctx.main_grads[1], needed[6])
+        dproj_bias = _bias_gradient(dout, needed[7])
+        dqkv = ops.resolve("attention_qkv_backward", qkv)(
+            _product(dout, proj_weight), qkv, attended, lse, *ctx.options, seed
+        )
+        y, *_ = _normalise(total, None, norm_weight, norm_bias, ctx.eps)
+        dqkv_weight = _weight_gradient(dqkv, y, qkv_weight, ctx.main_grads[0], needed[4])
+        dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
+            _product(dqkv, qkv_weight, into=y), dtotal, total, norm_weight, mean, rstd, needed[3]
+        )
+        return (
+            dx, dx, dnorm_weight, dnorm_bias, dqkv_weight, _bias_gradient(dqkv, needed[5]), dproj,
+            dproj_bias,
+        )  # fmt: skip
+
+
+class _MLP(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, fc_weight: Tensor,
+        fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, fc_main_grad: Tensor | None,
+        proj_main_grad: Tensor | None, eps: float,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
+        hidden = _product(y, fc_weight.T)
+        activated = ops.resolve("gelu", x)(hidden, fc_bias, True)
+        ctx.save_for_backward(total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight)
+        ctx.eps, ctx.main_grads = eps, (fc_main_grad, proj_main_grad)
+        ctx.set_materialize_grads(False)
+        return _product(activated, proj_weight.T, proj_bias), None if residual is None else total
+
+    @staticmethod
+    @first_order("mlp")
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
+        if dout is None:
+            return dtotal, dtotal
+        total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        activated = ops.resolve("gelu", hidden)(hidden, fc_bias, True)
+        dproj = _weight_gradient(dout, activated, proj_weight, ctx.main_grads[1], needed[6])
+        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(
+            _product(dout, proj_weight, into=activated), hidden, fc_bias, True
+        )
+        y, *_ = _normalise(total, None, norm_weight, norm_bias, ctx.eps)
+        dfc = _weight_gradient(dhidden, y, fc_weight, ctx.main_grads[0], needed[4])
+        dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
+            _product(dhidden, fc_weight, into=y), dtotal, total, norm_weight, mean, rstd, needed[3]
+        )
+        return dx, dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, _bias_gradient(dout, needed[7])
+
+
+def _normalise(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norm of the sum, the sum, and the norm's mean and reciprocal standard deviation."""
+    if residual is not None:
+        return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
+    y, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, eps)
+    return y, x, mean, rstd
+
+
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+    """``x @ matrix + bias``, in memory that is no longer needed if there is some."""
+    out = x.new_empty((*x.shape[:-1], matrix.shape[1])) if into is None else into
+    matmul_into(out.flatten(0, -2), x.flatten(0, -2), matrix, bias)
+    return out
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, main_grad: Tensor | None, needed: bool) -> Tensor | None:
+    """``dy.T @ x``, into ``main_grad`` if there is one."""
+    if not needed:
+        return None
+    rows, x_rows = dy.flatten(0, -2).T, x.flatten(0, -2)
+    if main_grad is None:
+        return matmul_into(weight.new_empty(weight.shape), rows, x_rows)
+    matmul_into(main_grad, rows, x_rows, accumulate=True)
+    return None
+
+
+def _bias_gradient(dy: Tensor, needed: bool) -> Tensor | None:
+    return dy.flatten(0, -2).sum(0) if needed else None
