@@ -99,8 +99,14 @@ void pack(Rows<T> rows, int64_t first, int64_t n, const Problem& p, float factor
 // The same transposed: out[d * kKeyBlock + i], columns past n zeroed.
 template <class T>
 void pack_transposed(Rows<T> rows, int64_t first, int64_t n, const Problem& p, float* out) {
+  int64_t done = 0;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (n == kKeyBlock)
+      for (; done + 4 <= p.head_dim; done += 4)
+        for (int64_t i = 0; i < kKeyBlock; i += 4)
+          transpose_4x4(rows[first + i] + done, rows.stride, out + done * kKeyBlock + i, kKeyBlock);
   for (int64_t i = 0; i < kKeyBlock; ++i)
-    for (int64_t d = 0; d < p.head_dim; ++d)
+    for (int64_t d = done; d < p.head_dim; ++d)
       out[d * kKeyBlock + i] = i < n ? static_cast<float>(rows[first + i][d]) : 0.0f;
 }
 

@@ -8,10 +8,6 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "tensor.h"
 
 namespace fastgpt {
@@ -44,21 +40,6 @@ struct Matrix {
 };
 
 FASTGPT_INLINE Pair pair(BFloat16 first, BFloat16 second) { return first.x | static_cast<Pair>(second.x) << 16; }
-
-// out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns of four bytes each.
-FASTGPT_INLINE void transpose_4x4(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
-  const auto* from = static_cast<const char*>(in);
-  auto* to = static_cast<char*>(out);
-#if defined(__x86_64__)
-  __m128 row[4];
-  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from + 4 * i * in_stride));
-  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
-  for (int j = 0; j < 4; ++j) _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * j * out_stride), row[j]);
-#else
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 4; ++i) std::memcpy(to + 4 * (j * out_stride + i), from + 4 * (i * in_stride + j), 4);
-#endif
-}
 
 // Rows of `from` in panels of kWidth, each stored word by word along the columns; what is missing is zero.
 template <int64_t kWidth, class Word, class T>

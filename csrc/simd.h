@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <torch/headeronly/util/BFloat16.h>
 
 namespace fastgpt {
@@ -98,6 +102,21 @@ FASTGPT_INLINE void store(T* p, Vec value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns of four bytes each.
+FASTGPT_INLINE void transpose_4x4(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
+  const auto* from = static_cast<const char*>(in);
+  auto* to = static_cast<char*>(out);
+#if defined(__x86_64__)
+  __m128 row[4];
+  for (int i = 0; i < 4; ++i) row[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from + 4 * i * in_stride));
+  _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+  for (int j = 0; j < 4; ++j) _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * j * out_stride), row[j]);
+#else
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) std::memcpy(to + 4 * (j * out_stride + i), from + 4 * (i * in_stride + j), 4);
+#endif
+}
+
 // body(offset, lanes) over [0, n) a vector at a time. In the main loop `lanes` is the constant kLanes,
 // so that load and store above fold to the whole-vector forms.
 template <class Body>
@@ -110,11 +129,11 @@ FASTGPT_INLINE void for_each_vector(int64_t n, Body&& body) {
 // ---- reductions across lanes ----
 
 FASTGPT_INLINE float sum(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad quads[kLanes / 4];
+  std::memcpy(quads, &value, sizeof(Vec));
+  for (int i = 1; i < kLanes / 4; ++i) quads[0] += quads[i];
+  return (quads[0][0] + quads[0][1]) + (quads[0][2] + quads[0][3]);
 }
 FASTGPT_INLINE float max(Vec value) {
   float lanes[kLanes];
