@@ -59,7 +59,11 @@ def examine() -> dict[str, Any]:
     devices = {
         "CPU": f"{hardware.device_name(cpu)}, {torch.get_num_threads()} threads, "
         + torch.backends.cpu.get_cpu_capability(),
-        "CPU fp32 GEMM": f"{hardware.measure_gemm_peak(cpu, torch.float32) / 1e9:.0f} GFLOP/s measured",
+        "CPU GEMM": ", ".join(
+            f"{name} {hardware.measure_gemm_peak(cpu, dtype) / 1e9:.0f} GFLOP/s"
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        )
+        + " measured",
         "CPU memory": f"{hardware.measure_bandwidth(cpu) / 1e9:.0f} GB/s measured (copy)",
         "GPU": _gpu(),
     }

@@ -67,6 +67,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return gpu.bf16_tflops * 1e12 if gpu is not None and dtype == torch.bfloat16 else None
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What ``--dtype auto`` means: bf16 on a GPU and on a CPU that multiplies it natively, fp32 elsewhere.
+
+    Measured on two Zen 5 cores (AVX512_BF16): products of bf16 run at 2.2 times the rate of fp32. A CPU without the
+    instructions widens every operand first, and is slower with bf16 than without.
+    """
+    native = device.type == "cuda" or any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return torch.bfloat16 if native else torch.float32
+
+
 def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of a square matrix product on ``device``: the median over about ``seconds``."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -116,3 +116,14 @@ def test_a_device_is_taken_by_its_number_if_it_is_there(monkeypatch):
 def test_a_device_that_is_none_is_a_wrong_request(name):
     with pytest.raises(RequestError, match="--device"):
         hardware.find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [(None, torch.float32), ("_is_avx512_bf16_supported", torch.bfloat16), ("_is_amx_tile_supported", torch.bfloat16)],
+)
+def test_a_cpu_trains_in_bf16_only_if_it_multiplies_it_natively(monkeypatch, instructions, expected):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions, raising=False)
+    assert hardware.training_dtype(torch.device("cpu")) == expected
+    assert hardware.training_dtype(torch.device("cuda")) == torch.bfloat16

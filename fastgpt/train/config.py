@@ -85,7 +85,9 @@ class TrainConfig:
 
     # machine
     device: str = _option("auto", "cpu, cuda, cuda:N; auto for a GPU if there is one")
-    dtype: str = _option("auto", "auto: bfloat16 on a GPU, float32 on a CPU", ("auto", "float32", "bfloat16"))
+    dtype: str = _option(
+        "auto", "auto: bfloat16 where the device multiplies it natively, else float32", ("auto", "float32", "bfloat16")
+    )
     compile: bool = _option(False, "also run the model through torch.compile")
     backend: str = _option("auto", "what runs the kernels", BACKENDS)
 

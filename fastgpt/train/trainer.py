@@ -288,5 +288,5 @@ def _open_or_prepare(config: TrainConfig) -> Dataset:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return hardware.training_dtype(device)
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

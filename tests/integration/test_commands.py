@@ -154,7 +154,7 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_ways_on(capsys, trained):
 
 
 def test_a_backend_that_cannot_run_here_is_refused(capsys, words):
-    line = refusal(capsys, train_main, "--dataset", words, "--device=cpu", "--backend=triton")
+    line = refusal(capsys, train_main, "--dataset", words, "--device=cpu", "--backend=triton", "--dtype=float32")
     assert "backend 'triton' cannot run torch.float32 on cpu" in line
 
 
@@ -303,7 +303,7 @@ def test_doctor_as_json_holds_its_findings(capsys, quick_doctor):
     findings = json.loads(capsys.readouterr().out)
     assert findings.keys() == {"software", "devices", "kernels", "advice"}
     assert {"Python", "torch", "Triton", "C++ compiler"} <= findings["software"].keys()
-    assert findings["devices"]["CPU fp32 GEMM"] == "123 GFLOP/s measured"
+    assert findings["devices"]["CPU GEMM"] == "fp32 123 GFLOP/s, bf16 123 GFLOP/s measured"
     assert findings["devices"]["CPU memory"] == "45 GB/s measured (copy)"
     assert {"layer_norm", "attention_qkv", "linear_cross_entropy", "adamw_"} <= findings["kernels"]["cpu"].keys()
     assert all(choice.split(" ")[0] in ("cpp", "reference") for choice in findings["kernels"]["cpu"].values())
