@@ -217,21 +217,40 @@ def cross_entropy(s: Setting) -> Op:
     return against_eager(kernel, eager, [s.leaf(s.B * s.T, s.V)], [None], 1, 2)
 
 
-def linear_cross_entropy(s: Setting) -> Op:
-    targets = s.targets()
-    main_grad = torch.zeros(s.V, s.C, device=s.device)
+def in_place(kernel: Function, main_grad: Tensor) -> Contender:
+    """The kernel with its weight gradient, the second input's, added into ``main_grad``."""
 
-    def in_place(x: Tensor, weight: Tensor) -> Tensor:
+    def function(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
         weight = weight.detach().requires_grad_()
         weight.main_grad = main_grad  # type: ignore[attr-defined]
-        return ours.linear_cross_entropy(x, weight, targets)
+        return kernel(x, weight, *others)
+
+    return Contender("fastgpt main_grad", function, main_grad=main_grad)
+
+
+def linear(s: Setting) -> Op:
+    """The first linear layer of GPT-2's MLP; nothing for torch.compile to fuse."""
+    B, T, C = s.B, s.T, s.C
+    contenders = [
+        Contender("fastgpt", ours.linear),
+        in_place(ours.linear, torch.zeros(4 * C, C, device=s.device)),
+        Contender("eager", F.linear),
+    ]
+    inputs = [s.leaf(B, T, C), s.leaf(4 * C, C, scale=0.02), s.leaf(4 * C)]
+    forward = 2.0 * B * T * C * 4 * C
+    return Op(inputs, [s.draw(B, T, 4 * C)], contenders, "eager", {"fwd": forward, "fwd+bwd": 3 * forward}, "TFLOP/s")
+
+
+def linear_cross_entropy(s: Setting) -> Op:
+    targets = s.targets()
+    kernel = partial(ours.linear_cross_entropy, targets=targets)
 
     def eager(x: Tensor, weight: Tensor) -> Tensor:
         return mean_loss(F.linear(x, weight), targets)
 
     contenders = [
-        Contender("fastgpt", partial(ours.linear_cross_entropy, targets=targets)),
-        Contender("fastgpt main_grad", in_place, main_grad=main_grad),
+        Contender("fastgpt", kernel),
+        in_place(kernel, torch.zeros(s.V, s.C, device=s.device)),
         Contender("eager", eager),
         Contender("torch.compile", torch.compile(eager, dynamic=False)),
     ]
@@ -252,16 +271,17 @@ def gpt2_shapes(L: int, V: int, T: int, C: int) -> list[tuple[int, ...]]:
     return sorted([(V, C), (T, C), *block * L, (C,), (C,)], key=len, reverse=True)
 
 
-def adamw(s: Setting, flat: bool) -> Op:
-    """Clip to norm 1, update fp32 parameters, copy them to bf16, zero the gradients."""
+def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) -> Op:
+    """Clip to norm 1, update the parameters, copy them to bf16 if they are fp32, zero the gradients."""
     shapes = gpt2_shapes(s.adamw_L, s.adamw_V, s.T, s.C)
     n_decayed = sum(len(shape) > 1 for shape in shapes)
     if flat:
         shapes = [(sum(map(math.prod, part)),) for part in (shapes[:n_decayed], shapes[n_decayed:])]
         n_decayed = 1
-    first, drawn = ([0.02 * torch.randn(shape, device=s.device) for shape in shapes] for _ in range(2))
+    first, drawn = ([0.02 * torch.randn(shape, device=s.device, dtype=dtype) for shape in shapes] for _ in range(2))
     params, grads = ([torch.zeros_like(p) for p in first] for _ in range(2))
-    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+    copied = params if dtype == torch.float32 else []
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in copied]
     for p, g in zip(params, grads, strict=True):
         p.grad = g
 
@@ -270,7 +290,7 @@ def adamw(s: Setting, flat: bool) -> Op:
         parameters = [{"params": part, "weight_decay": decay} for decay, part in groups.items()]
         return kind(parameters, lr=1e-3, betas=(0.9, 0.95), **options)
 
-    fused = optimizer(ours.FusedAdamW, max_grad_norm=1.0, copies=dict(zip(params, copies, strict=True)))
+    fused = optimizer(ours.FusedAdamW, max_grad_norm=1.0, copies=dict(zip(copied, copies, strict=True)))
     plain = optimizer(torch.optim.AdamW, fused=True)
     fused.step()  # makes the state, which the two share
     plain.state.update({p: fused.state[p] for p in params})
@@ -291,17 +311,18 @@ def adamw(s: Setting, flat: bool) -> Op:
     def peer() -> list[Tensor]:
         torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
         plain.step()
-        torch._foreach_copy_(copies, params)
+        if copies:
+            torch._foreach_copy_(copies, params)
         torch._foreach_zero_(grads)
         return params + copies + grads
 
     contenders = [
         Contender("fastgpt", kernel),
-        Contender("torch fused, clip, copy, zero", peer),
+        Contender(f"torch fused, clip, {'copy, ' * bool(copies)}zero", peer),
         Contender("torch fused, step only", plain.step, whole=False),
     ]
-    # a parameter: 4 for the norm; 16 read and 12 written by the update; 2 for the copy; 4 for the zero
-    work = {"step": 38.0 * sum(p.numel() for p in params)}
+    # numbers a parameter: 1 for the norm; 4 read and 3 written by the update; 1 for the zero. And 2 bytes for the copy
+    work = {"step": (9.0 * dtype.itemsize + 2.0 * bool(copies)) * sum(p.numel() for p in params)}
     return Op([], [], contenders, contenders[1].name, work, "GB/s", before=before)
 
 
@@ -317,9 +338,11 @@ OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
     "gelu": (gelu, 100),
     "gelu_bias": (partial(gelu, with_bias=True), 100),
     "cross_entropy": (cross_entropy, 100),
+    "linear": (linear, 100),
     "linear_cross_entropy": (linear_cross_entropy, 100),
     "adamw_flat": (partial(adamw, flat=True), 50),
-    "adamw_list": (partial(adamw, flat=False), 50),
+    "adamw_list": (adamw, 50),
+    "adamw_bf16": (partial(adamw, dtype=torch.bfloat16), 50),
 }
 
 

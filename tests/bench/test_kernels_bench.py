@@ -266,7 +266,11 @@ def test_work_is_counted_as_stated():
     assert kernels.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
     assert kernels.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
     assert kernels.cross_entropy(s).work == {"fwd": N * V * 2, "fwd+bwd": 3 * N * V * 2}
+    assert kernels.linear(s).work == {"fwd": 2 * N * C * 4 * C, "fwd+bwd": 6 * N * C * 4 * C}
     assert kernels.linear_cross_entropy(s).work == {"fwd": 2 * N * C * V, "fwd+bwd": 6 * N * C * V}
+    n_params = sum(map(math.prod, kernels.gpt2_shapes(1, V, T, C)))
+    assert kernels.adamw(s).work == {"step": 38 * n_params}
+    assert kernels.adamw(s, dtype=torch.bfloat16).work == {"step": 18 * n_params}
 
 
 def test_a_rate_is_work_by_the_median_time():

@@ -1,8 +1,14 @@
 """The whole of fastgpt's training step against plain PyTorch's, update by update."""
 
+import argparse
+import math
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from bench import cpu
 from fastgpt.kernels import FusedAdamW, ops, use_backend
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.model.reference import ReferenceGPT
@@ -93,3 +99,53 @@ def test_fifty_updates_have_the_losses_of_plain_pytorch(config, backend):
         if parameter.dim() >= 2:  # a key's bias has no gradient but rounding, and AdamW blows that up
             error = (parameter.detach() - state[name]).norm() / state[name].norm()
             assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+# ---- text, at the shape of bench.cpu's smallest model ----
+
+TEXT_STEPS, ORACLE_STEPS = 200, 25
+
+
+class Oracle(ReferenceGPT):
+    """The reference in float64, from the same initial weights."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.double()
+
+    def forward(self, idx, targets):
+        logits = F.linear(self.transformer(idx), self.transformer.wte.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def losses_on_text(make_step, n_steps):
+    """Losses of so many updates on Python source, its bytes numbered by how frequent they are, the rarest alike."""
+    config, batch_size, _ = cpu.MODELS["char"]
+    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).int()
+    ranks = text.bincount().argsort(descending=True).argsort()
+    tokens = ranks.clamp(max=config.vocab_size - 1)[text]
+    torch.manual_seed(0)
+    step, losses = make_step(config), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(n_steps):
+        starts = torch.randint(len(tokens) - config.block_size, (batch_size, 1), generator=generator)
+        crops = tokens[starts + torch.arange(config.block_size + 1)]
+        losses.append(step(crops[:, :-1], crops[:, 1:].contiguous()).double())
+    return torch.stack(losses)
+
+
+def test_two_hundred_updates_on_text_have_the_losses_of_plain_pytorch_within_rounding(monkeypatch):
+    ours = losses_on_text(cpu.fastgpt_step, TEXT_STEPS)
+    reference = losses_on_text(cpu.plain_step, TEXT_STEPS)
+    monkeypatch.setattr(cpu, "ReferenceGPT", Oracle)
+    truth = losses_on_text(cpu.plain_step, ORACLE_STEPS)  # float64 takes as long as three of fastgpt's updates
+
+    def error(losses):
+        return (losses[:ORACLE_STEPS] - truth).abs().max().item()
+
+    rounding = torch.finfo(torch.float32).eps * truth.max().item()  # of a loss itself, were all else exact
+    allowed = 3 * error(reference) + rounding
+    assert error(ours) <= allowed
+    # roundings go either way, so errors grow as the square root of the updates; the two may be off to either side
+    assert (ours - reference).abs().max() <= (allowed + error(reference)) * math.sqrt(TEXT_STEPS / ORACLE_STEPS)
+    assert ours[-10:].mean() < math.log(65) - 1  # from ln 65, that of guessing

@@ -337,6 +337,20 @@ from fastgpt.train.__main__ import main
 print(*fastgpt.__path__, backends()["cpu"]["layer_norm"], sep="\\n")
 sys.exit(main(sys.argv[1:]))
 """
+SAY_MEMORY_AND_TRAIN = """
+import sys
+from pathlib import Path
+from fastgpt.train.__main__ import main
+from fastgpt.train.trainer import Trainer
+update = Trainer._update
+def watched(trainer):
+    loss = update(trainer)
+    if trainer.step + 1 in (100, 2000):
+        print("resident kB:", Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0], file=sys.stderr)
+    return loss
+Trainer._update = watched
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_training_needs_no_cpp_library(words, workplace):
@@ -357,6 +371,15 @@ def test_the_environment_chooses_the_reference_without_a_warning(words):
     assert trained.stdout.splitlines()[1] == "reference (FASTGPT_BACKEND=reference)"
     assert "step 3/3" in trained.stdout
     assert "slower" not in trained.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells the resident size")
+def test_the_memory_of_a_long_run_is_flat(words):
+    length = ["--max_iters=2000", "--lr_decay_iters=2000", "--eval_interval=50"]
+    trained = process("-c", SAY_MEMORY_AND_TRAIN, *TRAIN_WORDS, *length)
+    assert trained.returncode == 0, trained.stderr
+    early, late = map(int, re.findall(r"resident kB: (\d+)", trained.stderr))
+    assert late == pytest.approx(early, rel=0.02)
 
 
 def test_a_backend_of_the_environment_that_cannot_run_here_is_refused(words):
