@@ -57,10 +57,10 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def fastgpt_step(config: GPTConfig) -> Step:
-    keep_freed_memory()
     model = GPT(config)
     store = ParameterStore(model)
     optimizer = FusedAdamW(store.groups(0.1), lr=3e-4, betas=(0.9, 0.95), max_grad_norm=1.0)
+    keep_freed_memory()  # as in the trainer once the model is in its store, so that the parameters' first home is gone
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         loss = model(x, y)

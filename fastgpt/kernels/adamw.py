@@ -4,6 +4,7 @@ Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019. Moments of
 "8-bit Optimizers via Block-wise Quantization", 2021; the code itself is another (see reference.py).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -159,7 +160,8 @@ class FusedAdamW(Optimizer):
             TypeError: as in ``__init__``.
             ValueError: as in ``__init__``; under ``copies`` these must have the new parameters already.
         """
-        super().add_param_group(param_group)
+        # without its decorator, which keeps Dynamo out by importing it: a second, and 140 MiB
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
         group = self.param_groups.pop()  # back once it has been found right
         _check_hyperparameters(group)
         for param in group["params"]:

@@ -337,6 +337,13 @@ from fastgpt.train.__main__ import main
 print(*fastgpt.__path__, backends()["cpu"]["layer_norm"], sep="\\n")
 sys.exit(main(sys.argv[1:]))
 """
+TRAIN_AND_SAY_DYNAMO = """
+import sys
+from fastgpt.train.__main__ import main
+status = main(sys.argv[1:])
+print("torch._dynamo" in sys.modules)
+sys.exit(status)
+"""
 SAY_MEMORY_AND_TRAIN = """
 import sys
 from pathlib import Path
@@ -371,6 +378,12 @@ def test_the_environment_chooses_the_reference_without_a_warning(words):
     assert trained.stdout.splitlines()[1] == "reference (FASTGPT_BACKEND=reference)"
     assert "step 3/3" in trained.stdout
     assert "slower" not in trained.stderr
+
+
+def test_training_does_not_import_the_compiler(words):
+    trained = process("-c", TRAIN_AND_SAY_DYNAMO, *TRAIN_WORDS)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells the resident size")
