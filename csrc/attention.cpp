@@ -227,7 +227,7 @@ void backward_head(
   }
 
   for (int64_t key = 0; key < p.n_key; key += kKeyBlock) {
-    const int64_t n_keys = std::min(kKeyBlock, p.n_key - key), columns = round_up(n_keys, kLanes);
+    const int64_t n_keys = std::min(kKeyBlock, p.n_key - key);
     pack(k, key, n_keys, p, 1.0f, keys.get());
     pack_transposed(k, key, n_keys, p, keys_transposed.get());
     pack_transposed(v, key, n_keys, p, values_transposed.get());
@@ -236,13 +236,14 @@ void backward_head(
 
     for (int64_t first = p.causal ? key : 0; first < p.n_query; first += kQueryBlock) {
       const int64_t n = std::min(kQueryBlock, p.n_query - first);
+      const int64_t in_use = std::min(n_keys, p.visible(first + n - 1) - key), columns = round_up(in_use, kLanes);
       gemm({n, columns, p.head_dim, queries.get() + first * D, D, 1, keys_transposed.get(), kKeyBlock, weights,
             kKeyBlock, false});
       gemm({n, columns, p.head_dim, douts.get() + first * D, D, 1, values_transposed.get(), kKeyBlock, dweights,
             kKeyBlock, false});
       for (int64_t i = 0; i < n; ++i) {
         float *weight = weights + i * kKeyBlock, *dweight = dweights + i * kKeyBlock;
-        const int64_t visible = std::max<int64_t>(0, std::min(n_keys, p.visible(first + i) - key));
+        const int64_t visible = std::max<int64_t>(0, std::min(in_use, p.visible(first + i) - key));
         const float row_lse = lse[first + i], row_delta = delta[first + i];
         if (p.dropout) p.dropout.factors(head, first + i, key, keep);
         for_each_vector(columns, [&](int64_t j, int64_t) {
@@ -252,9 +253,9 @@ void backward_head(
           store(dweight + j, w * (z * load(dweight + j) - row_delta));
         });
       }
-      gemm({n_keys, D, n, weights, 1, kKeyBlock, douts.get() + first * D, D, dvalues.get(), D, true});
-      gemm({n_keys, D, n, dweights, 1, kKeyBlock, queries.get() + first * D, D, dkeys.get(), D, true});
-      gemm({n, D, n_keys, dweights, kKeyBlock, 1, keys.get(), D, dqueries.get() + first * D, D, true});
+      gemm({in_use, D, n, weights, 1, kKeyBlock, douts.get() + first * D, D, dvalues.get(), D, true});
+      gemm({in_use, D, n, dweights, 1, kKeyBlock, queries.get() + first * D, D, dkeys.get(), D, true});
+      gemm({n, D, in_use, dweights, kKeyBlock, 1, keys.get(), D, dqueries.get() + first * D, D, true});
     }
     unpack(dkeys.get(), key, n_keys, p, dk);
     unpack(dvalues.get(), key, n_keys, p, dv);

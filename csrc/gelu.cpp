@@ -15,42 +15,44 @@ int64_t rows_per_task(int64_t columns) {
   return std::clamp<int64_t>(8 * kGrain / std::max<int64_t>(1, columns), 1, 64);
 }
 
+struct Gelu {
+  Vec value, derivative;
+};
+
 struct Exact {
-  static FASTGPT_INLINE Vec value(Vec x) { return x * normal(x).cdf; }
-  static FASTGPT_INLINE Vec derivative(Vec x) {
+  static FASTGPT_INLINE Gelu at(Vec x) {
     const Normal n = normal(x);
-    return n.cdf + x * n.pdf;
+    return {x * n.cdf, n.cdf + x * n.pdf};
   }
 };
 
 struct Tanh {
-  static FASTGPT_INLINE Vec value(Vec x) { return x * sigmoid(two_u(x)).value; }
-  static FASTGPT_INLINE Vec derivative(Vec x) {
-    const Sigmoid s = sigmoid(two_u(x));
-    const Vec slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);  // d(2u)/dx
+  static FASTGPT_INLINE Gelu at(Vec x) {
+    const Sigmoid s = sigmoid(kTwoSqrt2OverPi * x * (1.0f + kCubic * x * x));
+    const Vec slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);  // of the sigmoid's argument
     // far out the sigmoid's slope is 0 while x times this one grows without bound: 0 * inf would be NaN
-    return s.value + (s.derivative == Vec{} ? Vec{} : x * slope * s.derivative);
+    return {x * s.value, s.value + (s.derivative == Vec{} ? Vec{} : x * slope * s.derivative)};
   }
-
- private:
-  static FASTGPT_INLINE Vec two_u(Vec x) { return kTwoSqrt2OverPi * x * (1.0f + kCubic * x * x); }
 };
 
 template <class T, class Kind>
 void forward(const T* x, T* y, int64_t n) {
   torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
     for_each_vector(end - begin, [&](int64_t i, int64_t lanes) {
-      store(y + begin + i, Kind::value(load(x + begin + i, lanes)), lanes);
+      store(y + begin + i, Kind::at(load(x + begin + i, lanes)).value, lanes);
     });
   });
 }
 
+// The value too, if there is a y.
 template <class T, class Kind>
-void backward(const T* dy, const T* x, T* dx, int64_t n) {
+void backward(const T* dy, const T* x, T* dx, T* y, int64_t n) {
   torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
     for_each_vector(end - begin, [&](int64_t i, int64_t lanes) {
       const int64_t at = begin + i;
-      store(dx + at, load(dy + at, lanes) * Kind::derivative(load(x + at, lanes)), lanes);
+      const Gelu gelu = Kind::at(load(x + at, lanes));
+      store(dx + at, load(dy + at, lanes) * gelu.derivative, lanes);
+      if (y) store(y + at, gelu.value, lanes);
     });
   });
 }
@@ -60,7 +62,7 @@ void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t co
   torch::stable::parallel_for(0, rows, rows_per_task(columns), [=](int64_t begin, int64_t end) {
     for (int64_t at = begin * columns; at < end * columns; at += columns)
       for_each_vector(columns, [&](int64_t i, int64_t lanes) {
-        store(y + at + i, Kind::value(load(x + at + i, lanes) + load(bias + i, lanes)), lanes);
+        store(y + at + i, Kind::at(load(x + at + i, lanes) + load(bias + i, lanes)).value, lanes);
       });
   });
 }
@@ -69,7 +71,7 @@ void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t co
 // added in order: the sum does not depend on the number of threads.
 template <class T, class Kind>
 void backward_with_bias(
-    const T* dy, const T* x, const T* bias, T* dx, T* dbias, int64_t rows, int64_t columns) {
+    const T* dy, const T* x, const T* bias, T* dx, T* dbias, T* y, int64_t rows, int64_t columns) {
   const int64_t per_share = rows_per_task(columns), shares = (rows + per_share - 1) / per_share;
   std::vector<float> partial(shares * columns, 0.0f);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
@@ -78,9 +80,10 @@ void backward_with_bias(
       for (int64_t row = share * per_share; row < std::min(rows, (share + 1) * per_share); ++row) {
         const int64_t at = row * columns;
         for_each_vector(columns, [&](int64_t i, int64_t lanes) {
-          const Vec z = load(x + at + i, lanes) + load(bias + i, lanes);
-          const Vec gradient = load(dy + at + i, lanes) * Kind::derivative(z);
+          const Gelu gelu = Kind::at(load(x + at + i, lanes) + load(bias + i, lanes));
+          const Vec gradient = load(dy + at + i, lanes) * gelu.derivative;
           store(dx + at + i, gradient, lanes);
+          if (y) store(y + at + i, gelu.value, lanes);
           store(sum + i, load(sum + i, lanes) + gradient, lanes);
         });
       }
@@ -107,21 +110,34 @@ Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh)
   return y;
 }
 
-std::tuple<Tensor, Tensor> gelu_backward(
-    const Tensor& dy_in, const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh) {
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& dy_in, const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh, const Tensor* y) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   Tensor dx = empty(sizes_of(x), x.scalar_type());
   Tensor dbias = empty({bias_in ? bias_in->numel() : 0}, x.scalar_type());
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
+    T* value = y ? data<T>(*y) : nullptr;
     if (!bias_in)
-      return (tanh ? backward<T, Tanh> : backward<T, Exact>)(data<T>(dy), data<T>(x), data<T>(dx), x.numel());
+      return (tanh ? backward<T, Tanh> : backward<T, Exact>)(data<T>(dy), data<T>(x), data<T>(dx), value, x.numel());
     const Tensor bias = dense(*bias_in);
     const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
     (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(
-        data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), rows, columns);
+        data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), value, rows, columns);
   });
   return {dx, dbias};
+}
+
+std::tuple<Tensor, Tensor> gelu_backward(
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+  return backward(dy, x, bias, tanh, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gelu_again_backward(
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+  const Tensor y = empty(sizes_of(x), x.scalar_type());
+  const auto [dx, dbias] = backward(dy, x, bias, tanh, &y);
+  return {y, dx, dbias};
 }
 
 }  // namespace
@@ -129,6 +145,7 @@ std::tuple<Tensor, Tensor> gelu_backward(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+  m.impl("gelu_again_backward", TORCH_BOX(&gelu_again_backward));
 }
 
 }  // namespace fastgpt

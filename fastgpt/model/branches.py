@@ -82,9 +82,10 @@ class _Attention(Function):
         qkv_main_grad: Tensor | None, proj_main_grad: Tensor | None, eps: float, n_head: int, dropout_p: float,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        B, T, C = x.shape
         y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
-        qkv = _product(y, qkv_weight.T, qkv_bias)
-        scale = (x.shape[-1] // n_head) ** -0.5
+        qkv = _product(y.view(B * T, C), qkv_weight.T, qkv_bias).view(B, T, 3 * C)
+        scale = (C // n_head) ** -0.5
         attended, lse = ops.resolve("attention_qkv", x)(qkv, n_head, True, scale, dropout_p, seed)
         ctx.save_for_backward(
             total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight
@@ -92,7 +93,8 @@ class _Attention(Function):
         ctx.options = n_head, True, scale, dropout_p
         ctx.eps, ctx.main_grads = eps, (qkv_main_grad, proj_main_grad)
         ctx.set_materialize_grads(False)
-        return _product(attended, proj_weight.T, proj_bias), None if residual is None else total
+        out = _product(attended.view(B * T, C), proj_weight.T, proj_bias).view(B, T, C)
+        return out, None if residual is None else total
 
     @staticmethod
     @first_order("attention")
@@ -100,21 +102,19 @@ class _Attention(Function):
         if dout is None:
             return dtotal, dtotal
         total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        dproj = _weight_gradient(dout, attended, proj_weight, ctx.main_grads[1], needed[6])
-        dproj_bias = _bias_gradient(dout, needed[7])
-        dqkv = ops.resolve("attention_qkv_backward", qkv)(
-            _product(dout, proj_weight), qkv, attended, lse, *ctx.options, seed
-        )
-        y, *_ = _normalise(total, None, norm_weight, norm_bias, ctx.eps)
+        needed, (B, T, C) = ctx.needs_input_grad, total.shape
+        dout = dout.reshape(B * T, C)
+        dproj = _weight_gradient(dout, attended.view(B * T, C), proj_weight, ctx.main_grads[1], needed[6])
+        dattended = _product(dout, proj_weight).view(B, T, C)
+        dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *ctx.options, seed)
+        dqkv = dqkv.view(B * T, 3 * C)
+        y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
         dqkv_weight = _weight_gradient(dqkv, y, qkv_weight, ctx.main_grads[0], needed[4])
         dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
-            _product(dqkv, qkv_weight, into=y), dtotal, total, norm_weight, mean, rstd, needed[3]
+            _product(dqkv, qkv_weight, into=y).view(B, T, C), dtotal, total, norm_weight, mean, rstd, needed[3]
         )
-        return (
-            dx, dx, dnorm_weight, dnorm_bias, dqkv_weight, _bias_gradient(dqkv, needed[5]), dproj,
-            dproj_bias,
-        )  # fmt: skip
+        dqkv_bias, dproj_bias = _bias_gradient(dqkv, needed[5]), _bias_gradient(dout, needed[7])
+        return dx, dx, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dproj, dproj_bias
 
 
 class _MLP(Function):
@@ -124,13 +124,14 @@ class _MLP(Function):
         fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, fc_main_grad: Tensor | None,
         proj_main_grad: Tensor | None, eps: float,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        B, T, C = x.shape
         y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
-        hidden = _product(y, fc_weight.T)
+        hidden = _product(y.view(B * T, C), fc_weight.T)
         activated = ops.resolve("gelu", x)(hidden, fc_bias, True)
         ctx.save_for_backward(total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight)
         ctx.eps, ctx.main_grads = eps, (fc_main_grad, proj_main_grad)
         ctx.set_materialize_grads(False)
-        return _product(activated, proj_weight.T, proj_bias), None if residual is None else total
+        return _product(activated, proj_weight.T, proj_bias).view(B, T, C), None if residual is None else total
 
     @staticmethod
     @first_order("mlp")
@@ -138,16 +139,16 @@ class _MLP(Function):
         if dout is None:
             return dtotal, dtotal
         total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        activated = ops.resolve("gelu", hidden)(hidden, fc_bias, True)
-        dproj = _weight_gradient(dout, activated, proj_weight, ctx.main_grads[1], needed[6])
-        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(
-            _product(dout, proj_weight, into=activated), hidden, fc_bias, True
+        needed, (B, T, C) = ctx.needs_input_grad, total.shape
+        dout = dout.reshape(B * T, C)
+        activated, dhidden, dfc_bias = ops.resolve("gelu_again_backward", hidden)(
+            _product(dout, proj_weight), hidden, fc_bias, True
         )
-        y, *_ = _normalise(total, None, norm_weight, norm_bias, ctx.eps)
+        dproj = _weight_gradient(dout, activated, proj_weight, ctx.main_grads[1], needed[6])
+        y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
         dfc = _weight_gradient(dhidden, y, fc_weight, ctx.main_grads[0], needed[4])
         dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
-            _product(dhidden, fc_weight, into=y), dtotal, total, norm_weight, mean, rstd, needed[3]
+            _product(dhidden, fc_weight, into=y).view(B, T, C), dtotal, total, norm_weight, mean, rstd, needed[3]
         )
         return dx, dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, _bias_gradient(dout, needed[7])
 
@@ -164,21 +165,18 @@ def _normalise(
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> Tensor:
     """``x @ matrix + bias``, in memory that is no longer needed if there is some."""
-    out = x.new_empty((*x.shape[:-1], matrix.shape[1])) if into is None else into
-    matmul_into(out.flatten(0, -2), x.flatten(0, -2), matrix, bias)
-    return out
+    return matmul_into(x.new_empty(x.shape[0], matrix.shape[1]) if into is None else into, x, matrix, bias)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, main_grad: Tensor | None, needed: bool) -> Tensor | None:
     """``dy.T @ x``, into ``main_grad`` if there is one."""
     if not needed:
         return None
-    rows, x_rows = dy.flatten(0, -2).T, x.flatten(0, -2)
     if main_grad is None:
-        return matmul_into(weight.new_empty(weight.shape), rows, x_rows)
-    matmul_into(main_grad, rows, x_rows, accumulate=True)
+        return matmul_into(weight.new_empty(weight.shape), dy.T, x)
+    matmul_into(main_grad, dy.T, x, accumulate=True)
     return None
 
 
 def _bias_gradient(dy: Tensor, needed: bool) -> Tensor | None:
-    return dy.flatten(0, -2).sum(0) if needed else None
+    return dy.sum(0) if needed else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import gelu
+from fastgpt.kernels import gelu, ops
 
 KINDS = ["tanh", "none"]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -46,6 +46,16 @@ def test_gelu_takes_any_strides(device, dtype, rule, strided, kind, incoming):
         rule.accuracy(*both(kind), [x], dout_layout=strided)
     else:
         rule.accuracy(*both(kind), [strided(x)])
+
+
+@kinds
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_forward_made_again_in_the_backward_has_the_same_bits(device, dtype, kind, with_bias):
+    x, dy = (torch.randn(65, 257, device=device).to(dtype) for _ in range(2))
+    bias = torch.randn(257, device=device).to(dtype) if with_bias else None
+    y, *gradients = ops.resolve("gelu_again_backward", x)(dy, x, bias, kind == "tanh")
+    assert torch.equal(y, gelu(x, kind, bias))
+    assert all(map(torch.equal, gradients, ops.resolve("gelu_backward", x)(dy, x, bias, kind == "tanh")))
 
 
 def both_with_bias(kind):

@@ -85,6 +85,8 @@ def cases(dtype):
     yield "gelu", (r(3, 4), r(4), False)
     yield "gelu_backward", (turned, r(3, 4, 7), r(7), True)
     yield "gelu_backward", (r(3, 4), r(3, 4), None, False)
+    yield "gelu_again_backward", (turned, r(3, 4, 7), r(7), True)
+    yield "gelu_again_backward", (r(3, 4), r(3, 4), None, False)
     yield "attention", (heads, heads, heads, True, 0.5, 0.0, None)
     yield "attention", (heads.transpose(1, 2), heads.transpose(1, 2), heads.transpose(1, 2), True, 0.5, 0.2, seed)
     yield "attention_backward", (heads, heads, heads, heads, heads, lse, True, 0.5, 0.2, seed)

@@ -145,3 +145,7 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tup
         TANH=tanh, **config,
     )  # fmt: skip
     return dx, sum_of_shares(shares, bias.dtype)[0]
+
+
+def gelu_again_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return gelu(x, bias, tanh), *gelu_backward(dy, x, bias, tanh)
