@@ -1,16 +1,19 @@
 """``python -m bench.cpu``: a whole training step on the CPU, against the same GPT in plain PyTorch.
 
-    python -m bench.cpu                       # all three models, under ten minutes on two cores
+    python -m bench.cpu                       # all three models in fp32, under ten minutes on two cores
+    python -m bench.cpu --dtype bfloat16      # fp32 weights and sums, products in bf16
     python -m bench.cpu --models char --threads 1
 
-Contenders are fastgpt's step (GPT, flat store, FusedAdamW) and plain PyTorch's (``model/reference.py``,
-``torch.optim.AdamW``, ``clip_grad_norm_``): eager, under torch.compile, and each of these with malloc kept from
-returning memory, which is the one thing that a user could do from outside. Each has a process of its own, as memory
-is at stake; they train on the same tokens from the same weights and take turns, a few steps each; medians count.
-Beside fastgpt's step its matrix products alone are timed, the outputs allocated before, and the GEMM peak.
+Contenders are fastgpt's step (GPT, flat store, FusedAdamW, and that again with moments of 8 bits) and plain PyTorch's
+(``model/reference.py``, ``torch.optim.AdamW``, ``clip_grad_norm_``; bf16 by autocast): eager, under torch.compile,
+and each of these with malloc kept from returning memory, which is the one thing that a user could do from outside.
+Each has a process of its own, as memory is at stake; they train on the same tokens from the same weights and take
+turns, a few steps each; medians count. Beside fastgpt's step its matrix products alone are timed, the outputs
+allocated before, the same products by PyTorch, and the GEMM peak: the better of both at 2048 x 2048.
 
-Writes step.json, step.md and step.png into bench/results/DEVICE. Exit status: 0 done; 1 a contender failed or the
-losses disagree; 2 the request was wrong.
+Writes step.json, step.md and step.png (with the dtype and the number of threads in their names, if these are not the
+usual ones) into bench/results/DEVICE. Exit status: 0 done; 1 a contender failed or the losses disagree; 2 the request
+was wrong.
 """
 
 import json
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
@@ -31,7 +35,7 @@ from bench.timing import commit, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
-from fastgpt.kernels import FusedAdamW
+from fastgpt.kernels import FusedAdamW, use_backend
 from fastgpt.kernels.linear_cross_entropy import chunk_rows
 from fastgpt.kernels.matmul import matmul_into
 from fastgpt.model import GPT
@@ -41,7 +45,8 @@ from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.parameters import ParameterStore
 
 CPU = torch.device("cpu")
-AGREE = 1e-4  # largest relative difference of two losses
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}  # largest relative difference of two losses
 
 # Each model's shape, its batch size, and the steps that a contender takes in one turn.
 MODELS: dict[str, tuple[GPTConfig, int, int]] = {
@@ -53,13 +58,16 @@ MODELS: dict[str, tuple[GPTConfig, int, int]] = {
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-# ---- the contenders: one update, fp32, clipped to norm 1; returns the loss ----
+# ---- the contenders: one update, clipped to norm 1; returns the loss ----
 
 
-def fastgpt_step(config: GPTConfig) -> Step:
+def fastgpt_step(config: GPTConfig, dtype: torch.dtype = torch.float32, state_bits: int = 32) -> Step:
     model = GPT(config)
-    store = ParameterStore(model)
-    optimizer = FusedAdamW(store.groups(0.1), lr=3e-4, betas=(0.9, 0.95), max_grad_norm=1.0)
+    store = ParameterStore(model, dtype)
+    groups = store.groups(0.1)
+    optimizer = FusedAdamW(
+        groups, lr=3e-4, betas=(0.9, 0.95), max_grad_norm=1.0, copies=store.copies(groups), state_bits=state_bits
+    )
     keep_freed_memory()  # as in the trainer once the model is in its store, so that the parameters' first home is gone
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -71,7 +79,9 @@ def fastgpt_step(config: GPTConfig) -> Step:
     return step
 
 
-def plain_step(config: GPTConfig, compiled: bool = False, keep_memory: bool = False) -> Step:
+def plain_step(
+    config: GPTConfig, dtype: torch.dtype = torch.float32, compiled: bool = False, keep_memory: bool = False
+) -> Step:
     if keep_memory:
         keep_freed_memory()
     model = ReferenceGPT(config)
@@ -81,7 +91,8 @@ def plain_step(config: GPTConfig, compiled: bool = False, keep_memory: bool = Fa
     forward = torch.compile(model) if compiled else model
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        loss = forward(x, y)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -91,30 +102,36 @@ def plain_step(config: GPTConfig, compiled: bool = False, keep_memory: bool = Fa
     return step
 
 
-CONTENDERS: dict[str, Callable[[GPTConfig], Step]] = {
+CONTENDERS: dict[str, Callable[..., Step]] = {
     "fastgpt": fastgpt_step,
     "eager": plain_step,
-    "compile": lambda config: plain_step(config, compiled=True),
-    "eager, memory kept": lambda config: plain_step(config, keep_memory=True),
-    "compile, memory kept": lambda config: plain_step(config, compiled=True, keep_memory=True),
+    "compile": partial(plain_step, compiled=True),
+    "eager, memory kept": partial(plain_step, keep_memory=True),
+    "compile, memory kept": partial(plain_step, compiled=True, keep_memory=True),
+    "fastgpt, 8-bit moments": partial(fastgpt_step, state_bits=8),
 }
-PRODUCTS = "products alone"
+INEXACT = {"fastgpt, 8-bit moments"}  # another arithmetic: its losses are recorded and need not agree
+PRODUCTS, TORCH_PRODUCTS = "products alone", "products alone, PyTorch's"
 
 
-def products(config: GPTConfig, batch_size: int) -> Callable[[], None]:
+def products(config: GPTConfig, batch_size: int, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
     """The matrix products of a step's layers and loss, attention's left out, into memory that is there already."""
     N, C, V = batch_size * config.block_size, config.n_embd, config.vocab_size
 
     def small(*shape: int) -> Tensor:
-        return torch.randn(shape) * 0.02
+        return (torch.randn(shape) * 0.02).to(dtype)
 
     calls: list[tuple[Tensor, Tensor, Tensor, bool]] = []
     for n_in, n_out in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)) * config.n_layer:
         x, y, weight = small(N, n_in), small(N, n_out), small(n_out, n_in)
-        calls += [(y, x, weight.T, False), (torch.empty_like(x), y, weight, False), (small(n_out, n_in), y.T, x, True)]
-    x, weight, dweight = small(N, C), small(V, C), small(V, C)
+        calls += [
+            (y, x, weight.T, False),
+            (torch.empty_like(x), y, weight, False),
+            (torch.zeros(n_out, n_in), y.T, x, True),
+        ]
+    x, weight, dweight = small(N, C), small(V, C), torch.zeros(V, C)
     rows = chunk_rows(x, V)
-    logits, dx = small(rows, V), torch.empty(rows, C)
+    logits, dx = small(rows, V), small(rows, C)
     for start in range(0, N, rows):
         chunk = x[start : start + rows]
         n = len(chunk)
@@ -146,17 +163,19 @@ class Turn:
     peak_mib: float
 
 
-def contend(connection: Connection, contender: str, config: GPTConfig, batch_size: int, threads: int) -> None:
+def contend(
+    connection: Connection, contender: str, config: GPTConfig, batch_size: int, dtype: torch.dtype, threads: int
+) -> None:
     """Take as many steps as each message asks for, until the pipe closes. 0 forgets the peak of memory."""
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     tokens = torch.Generator().manual_seed(2)
-    if contender == PRODUCTS:
-        multiply = products(config, batch_size)
-        work: Step = lambda x, y: multiply() or torch.tensor(torch.nan)  # noqa: E731
+    if contender in CONTENDERS:
+        work = CONTENDERS[contender](config, dtype)
     else:
-        work = CONTENDERS[contender](config)
-    try:
+        multiply = products(config, batch_size, dtype)
+        work = lambda x, y: multiply() or torch.tensor(torch.nan)  # noqa: E731
+    with use_backend("reference" if contender == TORCH_PRODUCTS else "auto"), suppress(EOFError):
         while True:
             steps = connection.recv()
             ms, losses = [], []
@@ -169,8 +188,6 @@ def contend(connection: Connection, contender: str, config: GPTConfig, batch_siz
             if steps == 0:
                 forget_peak()
             connection.send(Turn(ms, losses, peak_mib()))
-    except EOFError:
-        return
 
 
 def peak_mib() -> float:
@@ -221,15 +238,26 @@ class Pool:
         return self.pipes[contender].recv()
 
 
-def measure(name: str, threads: int, seconds: float) -> dict[str, Any]:
+def gemm_peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square product, PyTorch's or ours, whichever is faster."""
+    a, b, out = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype), torch.zeros(size, size)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        matmul_into(out, a, b, accumulate=True)
+        times.append(time.perf_counter() - start)
+    return max(2 * size**3 / median(times), hardware.measure_gemm_peak(CPU, dtype, size))
+
+
+def measure(name: str, dtype: torch.dtype, threads: int, seconds: float) -> dict[str, Any]:
     """One model: every contender's times and losses, in turns for about so many seconds."""
     config, batch_size, steps = MODELS[name]
-    everyone = [*CONTENDERS, PRODUCTS]
+    everyone = [*CONTENDERS, PRODUCTS, TORCH_PRODUCTS]
     times: dict[str, list[float]] = {contender: [] for contender in everyone}
     losses: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     peaks: dict[str, float] = {}
-    gemm_peaks = [hardware.measure_gemm_peak(CPU, torch.float32)]
-    with Pool(everyone, config, batch_size, threads) as pool:
+    gemm_peaks = [gemm_peak(dtype)]
+    with Pool(everyone, config, batch_size, dtype, threads) as pool:
         for contender in everyone:  # compile, and let memory settle
             pool.turn(contender, 2)
             pool.turn(contender, 0)
@@ -241,8 +269,9 @@ def measure(name: str, threads: int, seconds: float) -> dict[str, Any]:
                 peaks[contender] = turn.peak_mib
                 if contender in losses:
                     losses[contender] += turn.losses
-    gemm_peaks.append(hardware.measure_gemm_peak(CPU, torch.float32))
-    products_ms = median(times[PRODUCTS])
+    gemm_peaks.append(gemm_peak(dtype))
+    rate = product_flops(config, batch_size) / (median(times[PRODUCTS]) * 1e-3)
+    exact = [losses[contender] for contender in CONTENDERS if contender not in INEXACT]
     return {
         "model": name,
         "config": asdict(config),
@@ -257,18 +286,17 @@ def measure(name: str, threads: int, seconds: float) -> dict[str, Any]:
             }
             for contender in CONTENDERS
         },
-        "products_ms": products_ms,
-        "products_share_of_peak": product_flops(config, batch_size) / (products_ms * 1e-3) / max(gemm_peaks),
+        "products_ms": median(times[PRODUCTS]),
+        "torch_products_ms": median(times[TORCH_PRODUCTS]),
+        "products_share_of_peak": rate / max(gemm_peaks),
         "gemm_peak_gflops": max(gemm_peaks) / 1e9,
-        "loss_difference": max(
-            abs(a - b) / b for other in losses.values() for a, b in zip(losses["fastgpt"], other, strict=True)
-        ),
+        "loss_difference": max(abs(a - b) / b for other in exact for a, b in zip(exact[0], other, strict=True)),
     }
 
 
 # ---- the records ----
 
-COLUMNS = ("model", "contender", "ms", "quartiles", "/ fastgpt", "/ products", "peak MiB", "last loss")
+COLUMNS = ("model", "contender", "ms", "quartiles", "/ fastgpt", "/ products", "peak MiB", "/ eager's", "last loss")
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -281,11 +309,16 @@ def table(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
                 (
                     r["model"], contender, f"{c['median_ms']:.1f}", " to ".join(f"{q:.1f}" for q in c["quartiles_ms"]),
                     f"{c['median_ms'] / ours:.2f}", f"{c['median_ms'] / r['products_ms']:.2f}",
-                    f"{c['peak_mib']:.0f}", f"{c['losses'][-1]:.5f}",
+                    f"{c['peak_mib']:.0f}", f"{c['peak_mib'] / r['contenders']['eager']['peak_mib']:.0%}",
+                    f"{c['losses'][-1]:.5f}",
                 )
             )  # fmt: skip
         share = f"{r['products_share_of_peak']:.0%} of {r['gemm_peak_gflops']:.0f} GFLOP/s"
-        rows.append((r["model"], PRODUCTS, f"{r['products_ms']:.1f}", share, "", "1.00", "", ""))
+        for products_alone, ms, note in (
+            (PRODUCTS, r["products_ms"], share), (TORCH_PRODUCTS, r["torch_products_ms"], "")
+        ):  # fmt: skip
+            ratios = f"{ms / ours:.2f}", f"{ms / r['products_ms']:.2f}"
+            rows.append((r["model"], products_alone, f"{ms:.1f}", note, *ratios, "", "", ""))
     return rows
 
 
@@ -297,7 +330,8 @@ def markdown(record: dict[str, Any]) -> str:
             f"# A training step on {e['device']}",
             "",
             f"`{record['command']}`, {record['date']}, {commit(e)};",
-            f"torch {e['torch']}, Python {e['python']}, {e['cpu_capability']}, {record['threads']} threads, fp32.",
+            f"torch {e['torch']}, Python {e['python']}, {e['cpu_capability']}, {record['threads']} threads, "
+            f"{record['dtype']}.",
             "Medians of contenders in turns; peak memory is a whole process's. Models: "
             + "; ".join(
                 f"{r['model']}: {r['config']['n_layer']} layers of {r['config']['n_embd']}, vocabulary "
@@ -322,7 +356,7 @@ def plot(record: dict[str, Any], image: Path) -> None:
     figure = Figure(figsize=(7.5, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = dict(zip(CONTENDERS, ("#c0392b", "#7f8c8d", "#34495e", "#bdc3c7", "#9bb7d4"), strict=False))
+    colours = dict(zip(CONTENDERS, ("#c0392b", "#7f8c8d", "#34495e", "#bdc3c7", "#9bb7d4", "#e6b0aa"), strict=False))
     width = 0.8 / len(CONTENDERS)
     for i, r in enumerate(record["models"]):
         ours = r["contenders"]["fastgpt"]["median_ms"]
@@ -347,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the records, print the table."""
     parser = Parser(prog="python -m bench.cpu", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default all")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default torch's own choice")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each model, its start and end not counted")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
@@ -359,10 +394,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         **provenance("bench.cpu", argv, CPU),
+        "dtype": flags.dtype,
         "threads": flags.threads,
-        "models": [measure(name, flags.threads, flags.seconds) for name in flags.models],
+        "models": [measure(name, DTYPES[flags.dtype], flags.threads, flags.seconds) for name in flags.models],
     }
-    stem = "step" if flags.threads == usual else f"step-{flags.threads}-threads"
+    stem = "-".join(
+        ["step"]
+        + ([flags.dtype] if flags.dtype != "float32" else [])
+        + ([f"{flags.threads}-threads"] if flags.threads != usual else [])
+    )
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(markdown(record))
     plot(record, folder / f"{stem}.png")
@@ -376,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     apart = max(r["loss_difference"] for r in record["models"])
     print(f"losses differ by at most {apart:.1e}")
-    return int(apart > AGREE)
+    return int(apart > AGREE[DTYPES[flags.dtype]])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from bench import cpu
 from fastgpt.errors import RequestError
@@ -18,16 +19,19 @@ def tiny(monkeypatch):
     monkeypatch.setattr(cpu, "CONTENDERS", {name: cpu.CONTENDERS[name] for name in ("fastgpt", "eager")})
 
 
-def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys):
-    assert cpu.main(["--threads", "1", "--seconds", "0", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("dtype", list(cpu.DTYPES))
+def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys, dtype):
+    assert cpu.main(["--dtype", dtype, "--threads", "1", "--seconds", "0", "--out", str(tmp_path)]) == 0
     (json_file,) = tmp_path.glob("step*.json")
     record = json.loads(json_file.read_text())
     (model,) = record["models"]
     ours, eager = (model["contenders"][name] for name in ("fastgpt", "eager"))
     assert len(ours["losses"]) == ours["steps"] == 3
-    assert ours["losses"] == pytest.approx(eager["losses"], rel=cpu.AGREE)
+    assert ours["losses"] == pytest.approx(eager["losses"], rel=cpu.AGREE[cpu.DTYPES[dtype]])
     assert len(set(ours["losses"])) == 3
+    assert ("bfloat16" in json_file.name) == (dtype == "bfloat16")
     assert 0 < model["products_ms"] < ours["median_ms"]
+    assert model["torch_products_ms"] > 0
     page = json_file.with_suffix(".md").read_text()
     assert f"| tiny | eager | {eager['median_ms']:.1f} |" in page
     assert json_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -35,7 +39,7 @@ def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys):
 
 
 def test_losses_that_disagree_are_a_failure(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "AGREE", -1.0)
+    monkeypatch.setitem(cpu.AGREE, torch.float32, -1.0)
     assert cpu.main(["--threads", "1", "--seconds", "0", "--out", str(tmp_path)]) == 1
 
 
