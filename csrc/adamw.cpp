@@ -1,6 +1,10 @@
 // AdamW over a list of tensors, which may be one flat buffer, in one pass: gradient scale, decoupled weight
-// decay, moments, update, and optionally a low-precision copy of the new parameter and a zeroed gradient.
+// decay, moments, update, and optionally a low-precision copy of the new parameter and a zeroed gradient. Moments
+// may have 8 bits, and what is bf16 may be rounded stochastically; reference.py explains the codes.
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+#include <algorithm>
+
+#include "philox.h"
 #include "tensor.h"
 
 namespace fastgpt {
@@ -9,6 +13,10 @@ namespace {
 // Elements a task handles: small enough to share out a list of small tensors, and a constant, so that
 // the norm is summed in the same order for any number of threads.
 constexpr int64_t kChunk = 1 << 15;
+
+// Elements that share a scale, and that an update holds in the cache: a scale depends on all its moments.
+constexpr int64_t kBlock = 256;
+static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0);
 
 struct Chunk {
   size_t tensor;
@@ -56,36 +64,131 @@ Tensor grad_norm(const std::vector<Tensor>& grads) {
   return norm;
 }
 
+// ---- random numbers ----
+
+// Philox's words for a block of elements; reference.py tells what each word is for.
+struct Words {
+  alignas(64) uint32_t words[kBlock];
+
+  void draw(uint64_t key, int64_t first, size_t tensor, uint32_t purpose) {
+    for (int64_t i = 0; i < kBlock; i += 4 * kLanes) philox(key, first + i, tensor, purpose, words + i);
+  }
+  FASTGPT_INLINE IntVec upper_halves(int64_t i) const { return (IntVec)(load(words + i) >> 16); }
+  FASTGPT_INLINE IntVec lower_halves(int64_t i) const { return (IntVec)(load(words + i) & 0xffff); }
+};
+
+template <class T>
+constexpr bool is_bf16 = std::is_same_v<T, BFloat16>;
+
+// fp32 that bf16 can hold; a NaN stays one, though the carry would run through all its bits.
+FASTGPT_INLINE Vec round_stochastically(Vec x, IntVec random) {
+  return x == x ? (Vec)(((UintVec)x + (UintVec)random) & 0xffff0000u) : x;
+}
+
+// ---- moments: a block is opened, each of its vectors loaded and stored once, and closed ----
+
+// random(i) gives numbers in [0, 2**16) for the vector at i.
+
+template <class T>
+class PlainMoment {
+ public:
+  PlainMoment(T* values, bool stochastic) : values_(values), stochastic_(stochastic && is_bf16<T>) {}
+
+  bool needs_random() const { return stochastic_; }
+  void open_block(int64_t first, int64_t) { block_ = values_ + first; }
+  FASTGPT_INLINE Vec load(int64_t i, int64_t lanes) const { return fastgpt::load(block_ + i, lanes); }
+  template <class Random>
+  FASTGPT_INLINE void store(int64_t i, Vec value, int64_t lanes, const Random& random) {
+    fastgpt::store(block_ + i, stochastic_ ? round_stochastically(value, random(i)) : value, lanes);
+  }
+  template <class Random>
+  void close_block(const Random&) {}
+
+ private:
+  T *values_, *block_ = nullptr;
+  bool stochastic_;
+};
+
+constexpr int kCodeShift = 20;  // bits of an fp32 below three bits of fraction
+
+// Biased exponents: under the least the smallest of 255 codes would be no normal fp32, above the largest is infinity.
+constexpr int32_t kLeastScale = 33, kLargestScale = 254;
+
+template <int32_t kLargest>  // 127 for exp_avg, whose sign is the highest bit; 255 for exp_avg_sq, which has none
+class CodedMoment {
+ public:
+  CodedMoment(uint8_t* codes, float* scales) : codes_(codes), scales_(scales) {}
+
+  bool needs_random() const { return true; }
+
+  void open_block(int64_t first, int64_t n) {
+    first_ = first;
+    n_ = n;
+    alignas(64) uint32_t codes[kBlock];  // widened in a loop, because GCC takes a vector of bytes apart
+    for (int64_t i = 0; i < n; ++i) codes[i] = codes_[first + i];
+    const IntVec zero = zero_of(as_int(broadcast(scales_[first / kBlock])));
+    for_each_vector(n, [&](int64_t i, int64_t) {
+      const IntVec code = (IntVec)fastgpt::load(codes + i), magnitude = code & kLargest;
+      const Vec value = magnitude > 0 ? as_float((zero + magnitude) << kCodeShift) : Vec{};
+      fastgpt::store(block_ + i, code > kLargest ? -value : value);
+    });
+  }
+
+  FASTGPT_INLINE Vec load(int64_t i, int64_t lanes) const { return keep_first(fastgpt::load(block_ + i), lanes); }
+  template <class Random>
+  FASTGPT_INLINE void store(int64_t i, Vec value, int64_t lanes, const Random&) {
+    fastgpt::store(block_ + i, value);
+    largest_ = max(largest_, magnitude_bits(keep_first(value, lanes)));
+  }
+
+  template <class Random>
+  void close_block(const Random& random) {
+    const int32_t exponent = std::clamp((max(largest_) >> 23) + 1, kLeastScale, kLargestScale);
+    const IntVec scale = IntVec{} + (exponent << 23);
+    const IntVec zero = zero_of(scale), smallest = (zero + 1) << kCodeShift;
+    const Vec unit = as_float(smallest) * 0x1p-16f;
+    alignas(64) uint32_t codes[kBlock];
+    for_each_vector(n_, [&](int64_t i, int64_t) {
+      const Vec value = fastgpt::load(block_ + i);
+      const IntVec bits = min(magnitude_bits(value), scale), up = random(i);
+      IntVec code = ((bits + (up << 4)) >> kCodeShift) - zero;
+      if constexpr (kLargest == 127) {
+        const IntVec is_up = __builtin_convertvector(up, Vec) * unit < as_float(bits);
+        code = bits < smallest ? is_up & 1 : code;
+        code = (value < Vec{}) & (code > 0) ? code + 128 : code;
+      } else {
+        code = bits > 0 ? max(code, IntVec{} + 1) : IntVec{};
+      }
+      fastgpt::store(codes + i, (UintVec)code);
+    });
+    for (int64_t i = 0; i < n_; ++i) codes_[first_ + i] = static_cast<uint8_t>(codes[i]);
+    scales_[first_ / kBlock] = as_float(scale)[0];
+    largest_ = IntVec{};
+  }
+
+ private:
+  FASTGPT_INLINE static IntVec magnitude_bits(Vec x) { return as_int(x) & 0x7fffffff; }
+  FASTGPT_INLINE static IntVec zero_of(IntVec scale) { return (scale >> kCodeShift) - kLargest; }
+
+  uint8_t* codes_;
+  float* scales_;
+  int64_t first_ = 0, n_ = 0;
+  alignas(64) float block_[kBlock];
+  IntVec largest_{};
+};
+
+// ---- the update ----
+
 // Each computed in double and rounded once: 1 - beta2 taken in fp32 would be off by 1e-4 of itself.
 struct Coefficients {
   float grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_correction2, eps;
-  bool zero_grad;
 };
 
-template <class P, class G>
-void update(P* param, G* grad, P* exp_avg, P* exp_avg_sq, BFloat16* copy, int64_t n, const Coefficients& c) {
-  for_each_vector(n, [&](int64_t i, int64_t lanes) {
-    const Vec g = load(grad + i, lanes) * c.grad_scale;
-    const Vec old_m = load(exp_avg + i, lanes);
-    const Vec m = old_m + (g - old_m) * c.one_minus_beta1;
-    const Vec v = load(exp_avg_sq + i, lanes) * c.beta2 + g * g * c.one_minus_beta2;
-    Vec p = load(param + i, lanes) * c.decay;
-    p -= c.step_size * m / (sqrt(v) * c.inverse_sqrt_correction2 + c.eps);
-    store(exp_avg + i, m, lanes);
-    store(exp_avg_sq + i, v, lanes);
-    store(param + i, p, lanes);
-    if (copy) store(copy + i, p, lanes);
-    if (c.zero_grad) store(grad + i, Vec{}, lanes);
-  });
-}
-
-void adamw_(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
-    const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& copies, const Tensor& step, const Tensor& lr_,
-    const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay,
-    bool zero_grad) {
+Coefficients coefficients(
+    const Tensor& step, const Tensor& lr_, const std::optional<Tensor>& grad_scale, double beta1, double beta2,
+    double eps, double weight_decay) {
   const double t = *data<float>(step), lr = *data<double>(lr_);
-  const Coefficients coefficients{
+  return {
       grad_scale ? *data<float>(*grad_scale) : 1.0f,
       static_cast<float>(1.0 - lr * weight_decay),
       static_cast<float>(1.0 - beta1),
@@ -94,23 +197,101 @@ void adamw_(
       static_cast<float>(lr / (1.0 - std::pow(beta1, t))),
       static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
       static_cast<float>(eps),
-      zero_grad,
   };
+}
+
+struct Options {
+  bool zero_grad, stochastic;
+  uint64_t key;  // of the random numbers, if there are any
+};
+
+template <class P, class G, class ExpAvg, class ExpAvgSq>
+void update(
+    const Chunk& chunk, P* param, G* grad, ExpAvg exp_avg, ExpAvgSq exp_avg_sq, BFloat16* copy, const Coefficients& c,
+    const Options& options) {
+  const bool stochastic = options.stochastic && is_bf16<P>;
+  Words for_moments, for_param;
+  const auto for_exp_avg = [&](int64_t i) { return for_moments.upper_halves(i); };
+  const auto for_exp_avg_sq = [&](int64_t i) { return for_moments.lower_halves(i); };
+  for (int64_t first = chunk.begin; first < chunk.end; first += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.end - first);
+    if (exp_avg.needs_random()) for_moments.draw(options.key, first, chunk.tensor, 0);
+    if (stochastic) for_param.draw(options.key, first, chunk.tensor, 1);
+    exp_avg.open_block(first, n);
+    exp_avg_sq.open_block(first, n);
+    for_each_vector(n, [&](int64_t k, int64_t lanes) {
+      const int64_t i = first + k;
+      const Vec g = load(grad + i, lanes) * c.grad_scale;
+      const Vec old_m = exp_avg.load(k, lanes);
+      const Vec m = old_m + (g - old_m) * c.one_minus_beta1;
+      const Vec v = exp_avg_sq.load(k, lanes) * c.beta2 + g * g * c.one_minus_beta2;
+      Vec p = load(param + i, lanes) * c.decay;
+      p -= c.step_size * m / (sqrt(v) * c.inverse_sqrt_correction2 + c.eps);
+      if (stochastic) p = round_stochastically(p, for_param.lower_halves(k));
+      exp_avg.store(k, m, lanes, for_exp_avg);
+      exp_avg_sq.store(k, v, lanes, for_exp_avg_sq);
+      store(param + i, p, lanes);
+      if (copy) store(copy + i, p, lanes);
+      if (options.zero_grad) store(grad + i, Vec{}, lanes);
+    });
+    exp_avg.close_block(for_exp_avg);
+    exp_avg_sq.close_block(for_exp_avg_sq);
+  }
+}
+
+// moments_of(T{}, i): both of tensor i, whose elements are of type T.
+template <class MomentsOf>
+void update_all(
+    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& copies,
+    const Coefficients& c, const Options& options, const MomentsOf& moments_of) {
   const auto chunks = chunks_of(params);
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      const auto [tensor, begin, end] = chunks[c];
-      dispatch(params[tensor].scalar_type(), [&, i = tensor, begin = begin, end = end](auto element) {
-        using P = decltype(element);
+    for (int64_t k = first; k < last; ++k) {
+      const size_t i = chunks[k].tensor;
+      dispatch(params[i].scalar_type(), [&](auto element) {
         dispatch(grads[i].scalar_type(), [&](auto grad_element) {
-          using G = decltype(grad_element);
+          const auto [exp_avg, exp_avg_sq] = moments_of(element, i);
           update(
-              data<P>(params[i]) + begin, data<G>(grads[i]) + begin, data<P>(exp_avgs[i]) + begin,
-              data<P>(exp_avg_sqs[i]) + begin, copies.empty() ? nullptr : data<BFloat16>(copies[i]) + begin,
-              end - begin, coefficients);
+              chunks[k], data<decltype(element)>(params[i]), data<decltype(grad_element)>(grads[i]), exp_avg,
+              exp_avg_sq, copies.empty() ? nullptr : data<BFloat16>(copies[i]), c, options);
         });
       });
     }
+  });
+}
+
+auto plain_moments(const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs, bool stochastic) {
+  return [&, stochastic](auto element, size_t i) {
+    using T = decltype(element);
+    const auto of = [&](const Tensor& moment) { return PlainMoment<T>(data<T>(moment), stochastic); };
+    return std::pair(of(exp_avgs[i]), of(exp_avg_sqs[i]));
+  };
+}
+
+void adamw_(
+    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+    const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& copies, const Tensor& step, const Tensor& lr,
+    const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay,
+    bool zero_grad) {
+  const auto c = coefficients(step, lr, grad_scale, beta1, beta2, eps, weight_decay);
+  update_all(params, grads, copies, c, {zero_grad, false, 0}, plain_moments(exp_avgs, exp_avg_sqs, false));
+}
+
+void adamw_compact_(
+    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+    const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_scales,
+    const std::vector<Tensor>& exp_avg_sq_scales, const std::vector<Tensor>& copies, const Tensor& step,
+    const Tensor& lr, const std::optional<Tensor>& grad_scale, const Tensor& seed, double beta1, double beta2,
+    double eps, double weight_decay, bool zero_grad, bool stochastic_rounding) {
+  const auto c = coefficients(step, lr, grad_scale, beta1, beta2, eps, weight_decay);
+  const auto key = static_cast<uint64_t>(*data<int64_t>(seed) + static_cast<int64_t>(*data<float>(step)));
+  const Options options{zero_grad, stochastic_rounding, key};
+  if (exp_avg_scales.empty())
+    return update_all(params, grads, copies, c, options, plain_moments(exp_avgs, exp_avg_sqs, stochastic_rounding));
+  update_all(params, grads, copies, c, options, [&](auto, size_t i) {
+    return std::pair(
+        CodedMoment<127>(data<uint8_t>(exp_avgs[i]), data<float>(exp_avg_scales[i])),
+        CodedMoment<255>(data<uint8_t>(exp_avg_sqs[i]), data<float>(exp_avg_sq_scales[i])));
   });
 }
 
@@ -119,6 +300,7 @@ void adamw_(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
   m.impl("adamw_", TORCH_BOX(&adamw_));
+  m.impl("adamw_compact_", TORCH_BOX(&adamw_compact_));
 }
 
 }  // namespace fastgpt

@@ -1,18 +1,34 @@
 // Philox-4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 // 2011. Dropout draws one 32-bit number per attention weight from it, the same on every backend:
 // key = seed; counter = (column / 4, row, batch * n_head + head, 0); output word column % 4.
+// AdamW draws from it too; its rows are tensors, and its columns their elements.
 #pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "simd.h"
 
 namespace fastgpt {
 
-struct Products {
-  UintVec high, low;
-};
-FASTGPT_INLINE Products multiply(UintVec a, uint32_t b) {
-  const WideVec product = __builtin_convertvector(a, WideVec) * static_cast<uint64_t>(b);
-  return {__builtin_convertvector(product >> 32, UintVec), __builtin_convertvector(product, UintVec)};
+// The upper halves of the products. On x86 the even lanes and then the odd ones, because GCC makes a product of
+// 64-bit lanes, whose upper halves it does not know to be zero, of up to three of these instructions.
+FASTGPT_INLINE UintVec multiply_high(UintVec a, uint32_t b) {
+#if defined(__AVX2__)
+  typedef uint64_t PairVec __attribute__((vector_size(sizeof(UintVec))));
+  const auto even_products = [factor = UintVec{} + b](PairVec pairs) {
+#if defined(__AVX512F__)
+    return (PairVec)_mm512_maskz_mul_epu32(0xff, (__m512i)pairs, (__m512i)factor);  // unmasked, GCC 12 warns of it
+#else
+    return (PairVec)_mm256_mul_epu32((__m256i)pairs, (__m256i)factor);
+#endif
+  };
+  const PairVec even = even_products((PairVec)a), odd = even_products((PairVec)a >> 32);
+  return (UintVec)((even >> 32) | (odd & ~0xffffffffull));
+#else
+  return __builtin_convertvector((__builtin_convertvector(a, WideVec) * uint64_t{b}) >> 32, UintVec);
+#endif
 }
 
 // words[i] for i in [0, 4 * kLanes): the numbers of columns first_column + i; first_column a multiple of 4.
@@ -21,8 +37,8 @@ FASTGPT_INLINE void philox(uint64_t seed, int64_t first_column, uint32_t row, ui
   UintVec c1 = UintVec{} + row, c2 = UintVec{} + head, c3{};
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const auto [high0, low0] = multiply(c0, 0xD2511F53u);
-    const auto [high1, low1] = multiply(c2, 0xCD9E8D57u);
+    const UintVec high0 = multiply_high(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
+    const UintVec high1 = multiply_high(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
     c0 = high1 ^ c1 ^ key0;
     c2 = high0 ^ c3 ^ key1;
     c1 = low1;
@@ -30,12 +46,11 @@ FASTGPT_INLINE void philox(uint64_t seed, int64_t first_column, uint32_t row, ui
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    words[4 * lane + 0] = c0[lane];
-    words[4 * lane + 1] = c1[lane];
-    words[4 * lane + 2] = c2[lane];
-    words[4 * lane + 3] = c3[lane];
-  }
+  const UintVec counter[4] = {c0, c1, c2, c3};
+  uint32_t lanes[4][kLanes];  // GCC interleaves arrays by shuffles, vectors lane by lane
+  std::memcpy(lanes, counter, sizeof(lanes));
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) words[4 * lane + i] = lanes[i][lane];
 }
 
 }  // namespace fastgpt

@@ -50,6 +50,8 @@ FASTGPT_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 FASTGPT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+FASTGPT_INLINE IntVec max(IntVec a, IntVec b) { return a > b ? a : b; }
+FASTGPT_INLINE IntVec min(IntVec a, IntVec b) { return a < b ? a : b; }
 
 // The first n lanes of `value`, `fill` in the others.
 FASTGPT_INLINE Vec keep_first(Vec value, int64_t n, float fill = 0.0f) {
@@ -57,7 +59,7 @@ FASTGPT_INLINE Vec keep_first(Vec value, int64_t n, float fill = 0.0f) {
   return lane_index() < static_cast<int32_t>(n) ? value : broadcast(fill);
 }
 
-// ---- memory: fp32 and bf16, whole vectors or the first n lanes (missing lanes read as zero) ----
+// ---- memory: fp32, bf16 and 32-bit words, whole vectors or the first n lanes (missing lanes read as zero) ----
 
 FASTGPT_INLINE Vec widen(HalfwordVec bits) {
   return as_float(__builtin_convertvector(bits, IntVec) << 16);
@@ -81,6 +83,12 @@ FASTGPT_INLINE Vec load(const BFloat16* p) {
   std::memcpy(&bits, p, sizeof(HalfwordVec));
   return widen(bits);
 }
+FASTGPT_INLINE UintVec load(const uint32_t* p) {
+  UintVec words;
+  std::memcpy(&words, p, sizeof(UintVec));
+  return words;
+}
+FASTGPT_INLINE void store(uint32_t* p, UintVec words) { std::memcpy(p, &words, sizeof(UintVec)); }
 FASTGPT_INLINE void store(float* p, Vec value) { std::memcpy(p, &value, sizeof(Vec)); }
 FASTGPT_INLINE void store(BFloat16* p, Vec value) {
   const HalfwordVec bits = narrow(value);
@@ -141,6 +149,12 @@ FASTGPT_INLINE float max(Vec value) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
+}
+
+FASTGPT_INLINE int32_t max(IntVec value) {
+  int32_t largest = value[0];
+  for (int i = 1; i < kLanes; ++i) largest = largest > value[i] ? largest : value[i];
+  return largest;
 }
 
 // ---- maths ----

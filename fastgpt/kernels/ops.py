@@ -244,7 +244,7 @@ _cpp = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTG
 # What a compiled backend leaves to plain PyTorch, and why.
 _left_to_torch: dict[str, dict[str, str]] = {
     "triton": {"matmul_": "cuBLAS"},
-    "cpp": dict.fromkeys(_cpp.left_to_torch, "PyTorch's is faster on this CPU") | {"adamw_compact_": "not in C++"},
+    "cpp": dict.fromkeys(_cpp.left_to_torch, "PyTorch's is faster on this CPU"),
     "reference": {},
 }
 

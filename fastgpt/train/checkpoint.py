@@ -5,7 +5,7 @@ A checkpoint is written beside its final place and renamed into it, so a folder 
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class State:
     best_step: int | None
     loader: dict[str, Any]
     model: dict[str, Any]
+    state_bits: int = 32  # of the moments
+    optimizer_seeds: list[int] = field(default_factory=list)  # for each parameter group that rounds at random
 
 
 def steps(run: Path) -> list[int]:
@@ -61,7 +63,7 @@ def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[s
         run: the run's folder.
         state: the rest of the run's state.
         parameters: fp32, by name.
-        moments: ``exp_avg`` and ``exp_avg_sq``, each by parameter name.
+        moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
     """
     target = folder(run, state.step)
     partial = target.with_name(target.name + ".partial")

@@ -31,7 +31,7 @@ _NOT_NEGATIVE = (
 )
 
 
-def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+def _option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -76,6 +76,7 @@ class TrainConfig:
     beta2: float = _option(0.95, "AdamW's decay rate of the second moment")
     weight_decay: float = _option(0.1, "on matrices; vectors have none")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 for no clipping")
+    state_bits: int = _option(32, "of each of AdamW's two moments; 8 take 2 bytes a parameter instead of 8", (8, 32))
 
     # evaluation, logging, checkpoints
     eval_interval: int = _option(2000, "updates between evaluations")

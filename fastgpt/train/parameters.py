@@ -11,7 +11,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-ALIGNMENT = 16  # elements; a parameter starts on a cache line, the gap stays zero
+from fastgpt.kernels.reference import MOMENT_BLOCK
+
+# Elements. A parameter starts on a cache line, and no block of moments that share a scale belongs to two parameters;
+# the gap stays zero.
+ALIGNMENT = MOMENT_BLOCK
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class Slot:
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of a flat buffer."""
         return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
+
+    def blocks(self, flat: Tensor) -> Tensor:
+        """This parameter's part of a buffer that has one element for each block."""
+        first = self.offset // ALIGNMENT
+        return flat[first : first + -(-self.shape.numel() // ALIGNMENT)]
 
 
 class ParameterStore:
@@ -65,9 +74,23 @@ class ParameterStore:
             else:
                 parameter.register_post_accumulate_grad_hook(_fold_into_main_grad)
 
+    def moments(self, state_bits: int) -> dict[str, Tensor]:
+        """FusedAdamW's state as flat buffers of zeros; with 8 bits there are also scales, one for each block."""
+        kinds = ("exp_avg", "exp_avg_sq")
+        if state_bits == 32:
+            return {kind: torch.zeros_like(self.master) for kind in kinds}
+        codes = {kind: torch.zeros_like(self.master, dtype=torch.uint8) for kind in kinds}
+        n_blocks, device = self.master.numel() // ALIGNMENT, self.master.device
+        return codes | {f"{kind}_scale": torch.zeros(n_blocks, device=device) for kind in kinds}
+
     def parts(self, flat: Tensor) -> list[Tensor]:
         """A flat buffer's decayed and undecayed part, as views; an empty one is left out."""
-        return [part for part in flat.tensor_split([self.n_decayed]) if part.numel()]
+        n_decayed = self.n_decayed if self._has_all_elements(flat) else self.n_decayed // ALIGNMENT
+        return [part for part in flat.tensor_split([n_decayed]) if part.numel()]
+
+    def _has_all_elements(self, flat: Tensor) -> bool:
+        """Whether a flat buffer has an element for each of ``master``, rather than for each block."""
+        return flat.numel() == self.master.numel()
 
     def groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups for an optimizer: the parts of ``master``, each with its part of ``grad``."""
@@ -85,7 +108,9 @@ class ParameterStore:
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The views of a flat buffer by parameter name."""
-        return {slot.name: slot.view(flat) for slot in self.slots}
+        if self._has_all_elements(flat):
+            return {slot.name: slot.view(flat) for slot in self.slots}
+        return {slot.name: slot.blocks(flat) for slot in self.slots}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -76,9 +76,10 @@ class Trainer:
             (config.beta1, config.beta2),
             max_grad_norm=config.grad_clip or None,
             copies=self.store.copies(groups),
+            state_bits=config.state_bits,
         )
         # AdamW's moments in one buffer each, like the parameters.
-        self.moments = {kind: torch.zeros_like(self.store.master) for kind in ("exp_avg", "exp_avg_sq")}
+        self.moments = self.store.moments(config.state_bits)
         for i, group in enumerate(groups):
             parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
             self.optimizer.state[group["params"][0]] = {"step": torch.zeros((), device=self.device), **parts}
@@ -219,18 +220,25 @@ class Trainer:
             tokens=self.tokens,
             loader=self.loaders["train"].state_dict(),
             model=asdict(self.model_config),
+            state_bits=self.config.state_bits,
+            optimizer_seeds=[group["seed"] for group in self.optimizer.param_groups if "seed" in group],
         )
         moments = {kind: self.store.named(flat) for kind, flat in self.moments.items()}
         return checkpoint.save(self.run, state, self.store.named(self.store.master), moments)
 
     def _find_checkpoint(self) -> Path:
-        """The checkpoint to resume from, its architecture checked."""
+        """The checkpoint to resume from, its architecture and its moments checked."""
         path = checkpoint.newest(self.run)
-        saved, wanted = checkpoint.load_state(path).model, asdict(self.model_config)
+        state = checkpoint.load_state(path)
+        saved, wanted = state.model, asdict(self.model_config)
         free = {"dropout"}  # may change from one part of a run to the next
         if any(saved[name] != wanted[name] for name in saved if name not in free):
             raise RequestError(
                 f"cannot resume: {path} holds a model of {_shape(saved)}, the request is {_shape(wanted)}"
+            )
+        if state.state_bits != self.config.state_bits:
+            raise RequestError(
+                f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
             )
         return path
 
@@ -242,6 +250,8 @@ class Trainer:
                 view.copy_(named[name])
         for optimizer_state in self.optimizer.state.values():
             optimizer_state["step"].fill_(state.step)
+        for group, seed in zip(self.optimizer.param_groups, state.optimizer_seeds, strict=False):
+            group["seed"] = seed
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
         self.loaders["train"].load_state_dict(state.loader)

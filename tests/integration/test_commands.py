@@ -146,6 +146,13 @@ def test_a_resume_with_another_architecture_is_refused_with_both(capsys, trained
     assert "n_embd=32" in line
 
 
+def test_a_resume_with_moments_of_other_bits_is_refused_with_the_flag_to_pass(capsys, trained):
+    argv = ["--dataset=words", "--out_dir", trained, "--init_from=resume", *MODEL, *LENGTH, "--state_bits=8"]
+    line = refusal(capsys, train_main, *argv)
+    assert "cannot resume: " in line
+    assert "moments of 32 bits; pass --state_bits 32" in line
+
+
 def test_a_folder_that_holds_a_run_is_refused_with_the_ways_on(capsys, trained):
     line = refusal(capsys, train_main, "--dataset=words", "--out_dir", trained, *MODEL, *LENGTH)
     assert "run already holds a run" in line

@@ -137,6 +137,15 @@ def test_a_run_without_a_checkpoint_is_a_wrong_request(tmp_path):
         checkpoint.newest(tmp_path)
 
 
+def test_a_state_that_names_no_bits_is_of_moments_of_32(tmp_path):
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    content = json.loads((path / "state.json").read_text())
+    del content["state_bits"], content["optimizer_seeds"]
+    (path / "state.json").write_text(json.dumps(content))
+    assert checkpoint.load_state(path) == RUN_STATE
+    assert RUN_STATE.state_bits == 32
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step": 1, "unheard_of": 2}', None])
 def test_a_damaged_state_is_a_wrong_request_that_names_the_file(tmp_path, content):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())

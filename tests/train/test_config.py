@@ -171,6 +171,7 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["--learning_rate", "fast"], "learning_rate"),
         (["--bias", "perhaps"], "expected True or False, not 'perhaps'"),
         (["--dtype", "float8"], "float8"),
+        (["--state_bits", "16"], "choose from 8, 32"),
         (["--init_from", "gpt3"], "resume"),
         (["--backend", "cuda"], "reference"),
         (["--max_iters"], "max_iters"),

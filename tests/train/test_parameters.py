@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from fastgpt.kernels import FusedAdamW
+from fastgpt.kernels.reference import MOMENT_BLOCK
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.model.reference import ReferenceGPT
-from fastgpt.train.parameters import ALIGNMENT, ParameterStore
+from fastgpt.train.parameters import ParameterStore
 
 # 18 and 13 are no multiples of the alignment, so that there are gaps.
 CONFIG = GPTConfig(block_size=13, vocab_size=35, n_layer=2, n_head=2, n_embd=18)
@@ -102,9 +103,10 @@ def test_matrices_come_first():
     assert {slot.offset >= store.n_decayed for slot in store.slots if len(slot.shape) < 2} == {True}
 
 
-def test_every_parameter_starts_on_a_cache_line():
+def test_every_parameter_starts_on_a_cache_line_and_on_a_block_of_moments():
     _, store = build()
-    assert {slot.offset % ALIGNMENT for slot in store.slots} == {0}
+    assert {slot.offset % MOMENT_BLOCK for slot in store.slots} == {0}
+    assert store.n_decayed % MOMENT_BLOCK == 0
     assert gaps(store).any()  # so that the tests of gaps have some to look at
 
 
@@ -133,10 +135,11 @@ def test_a_model_of_matrices_alone_decays_whole():
     assert [group["weight_decay"] for group in store.groups(0.1)] == [0.1]
 
 
+@pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gaps_between_parameters_stay_zero(dtype):
+def test_the_gaps_between_parameters_stay_zero(dtype, state_bits):
     model, store = build(dtype)
-    optimizer = optimizer_of(store, max_grad_norm=1.0)
+    optimizer = optimizer_of(store, max_grad_norm=1.0, state_bits=state_bits)
     empty = gaps(store)
     for x, y in batches(5):
         model(x, y).backward()
@@ -145,6 +148,21 @@ def test_the_gaps_between_parameters_stay_zero(dtype):
         assert store.master[empty].count_nonzero() == 0
         assert store.working[empty].count_nonzero() == 0
         assert store.grad.count_nonzero() == 0
+
+
+def test_every_parameter_has_its_own_codes_and_scales():
+    model, store = build()
+    optimizer = optimizer_of(store, state_bits=8)
+    moments = store.moments(8)
+    for i, group in enumerate(optimizer.param_groups):
+        parts = {kind: store.parts(flat)[i] for kind, flat in moments.items()}
+        optimizer.state[group["params"][0]] = {"step": torch.zeros(()), **parts}
+    name = "transformer.h.1.ln_1.weight"
+    dict(model.named_parameters())[name].grad.fill_(1.0)
+    optimizer.step()
+    for kind, flat in moments.items():
+        untouched = flat.amin()  # a scale of zeros is the least there is
+        assert [other for other, view in store.named(flat).items() if (view != untouched).any()] == [name], kind
 
 
 def test_load_puts_every_tensor_in_its_place():

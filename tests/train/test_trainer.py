@@ -194,12 +194,14 @@ def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, c
 # ---- resuming ----
 
 
+@pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("flags", [{}, {"dropout": 0.2, "gradient_accumulation_steps": 2, "dtype": "bfloat16"}])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, flags):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, flags, state_bits):
+    flags = {**flags, "state_bits": state_bits}
     trainer(out_dir=tmp_path / "whole", **flags).train()
     trainer(out_dir=tmp_path / "parts", max_iters=3, **flags).train()
     torch.rand(7)  # whatever the process did in between
-    trainer(out_dir=tmp_path / "parts", init_from="resume", **flags).train()
+    trainer(out_dir=tmp_path / "parts", init_from="resume", seed=99, **flags).train()  # every seed comes with the state
     whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
@@ -232,6 +234,39 @@ def test_a_resume_with_another_architecture_names_both_shapes(trainer, tmp_path)
     with pytest.raises(RequestError, match=r"cannot resume.*n_layer=1, n_head=2.*the request is n_layer=2, n_head=4"):
         trainer(init_from="resume", n_layer=2, n_head=4)
     assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_resume_with_moments_of_other_bits_says_which_to_pass(trainer, tmp_path, bits):
+    trainer(max_iters=1, state_bits=bits).train()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match=rf"cannot resume: .* moments of {bits} bits; pass --state_bits {bits}$"):
+        trainer(init_from="resume", state_bits=40 - bits)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_eight_bits_has_codes_and_scales_by_parameter(trainer, tmp_path):
+    one = trainer(state_bits=8, max_iters=2)
+    one.train()
+    moments = checkpoint.load_moments(checkpoint.newest(tmp_path / "run"))
+    assert moments.keys() == {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"}
+    for kind, named in moments.items():
+        assert named.keys() == weights(tmp_path / "run").keys()
+        for name, parameter in weights(tmp_path / "run").items():
+            scale = kind.endswith("_scale")
+            assert named[name].dtype == (torch.float32 if scale else torch.uint8)
+            assert named[name].shape == ((-(-parameter.numel() // 256),) if scale else parameter.shape)
+            assert named[name].count_nonzero() > 0, (kind, name)
+
+
+def test_a_run_with_moments_of_eight_bits_learns_as_one_with_fp32_moments_does(trainer, tmp_path):
+    for bits in (32, 8):
+        trainer(
+            out_dir=tmp_path / str(bits), state_bits=bits, max_iters=30, lr_decay_iters=30, eval_interval=30
+        ).train()
+    full, compact = (evaluations(tmp_path / str(bits)) for bits in (32, 8))
+    assert compact[30] < compact[0] - 0.3
+    assert compact[30] == pytest.approx(full[30], rel=0.05)
 
 
 def test_a_resume_may_change_dropout_and_the_learning_rate(trainer, tmp_path):
