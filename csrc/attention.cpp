@@ -129,9 +129,9 @@ void forward_block(
     const float* values, Rows<T> out, float* lse) {
   const Scratch queries = scratch(kQueryBlock * p.padded_dim), result = scratch(kQueryBlock * p.padded_dim);
   float weights[kQueryBlock * kKeyBlock], keep[kKeyBlock];
-  float row_max[kQueryBlock], row_sum[kQueryBlock];
+  float row_max[kQueryBlock];
+  Vec row_sum[kQueryBlock] = {};  // across lanes at the end only
   std::fill_n(row_max, n, -INFINITY);
-  std::fill_n(row_sum, n, 0.0f);
   std::fill_n(result.get(), n * p.padded_dim, 0.0f);
   pack(q, first, n, p, p.scale, queries.get());
 
@@ -153,8 +153,8 @@ void forward_block(
         store(row + j, weight);
       });
       for (int64_t j = round_up(visible, kLanes); j < columns; j += kLanes) store(row + j, Vec{});
-      const float shrink = std::exp(row_max[i] - new_max);
-      row_sum[i] = row_sum[i] * shrink + sum(total);
+      const float shrink = row_max[i] == new_max ? 1.0f : std::exp(row_max[i] - new_max);
+      row_sum[i] = row_sum[i] * shrink + total;
       row_max[i] = new_max;
       if (shrink != 1.0f)
         for_each_vector(p.padded_dim, [&](int64_t d, int64_t) {
@@ -170,8 +170,9 @@ void forward_block(
           p.padded_dim, result.get(), p.padded_dim, true});
   }
   for (int64_t i = 0; i < n; ++i) {
-    lse[first + i] = row_max[i] + std::log(row_sum[i]);
-    const float inverse = 1.0f / row_sum[i];
+    const float total = sum(row_sum[i]);
+    lse[first + i] = row_max[i] + std::log(total);
+    const float inverse = 1.0f / total;
     for_each_vector(p.padded_dim, [&](int64_t d, int64_t) {
       float* at = result.get() + i * p.padded_dim + d;
       store(at, load(at) * inverse);

@@ -136,19 +136,24 @@ FASTGPT_INLINE void for_each_vector(int64_t n, Body&& body) {
 
 // ---- reductions across lanes ----
 
+typedef float Quad __attribute__((vector_size(16)));
+struct Quads {
+  Quad at[kLanes / 4];
+  explicit FASTGPT_INLINE Quads(Vec value) { std::memcpy(at, &value, sizeof(Vec)); }
+};
+
 FASTGPT_INLINE float sum(Vec value) {
-  typedef float Quad __attribute__((vector_size(16)));
-  Quad quads[kLanes / 4];
-  std::memcpy(quads, &value, sizeof(Vec));
-  for (int i = 1; i < kLanes / 4; ++i) quads[0] += quads[i];
-  return (quads[0][0] + quads[0][1]) + (quads[0][2] + quads[0][3]);
+  Quads quads(value);
+  for (int i = 1; i < kLanes / 4; ++i) quads.at[0] += quads.at[i];
+  const Quad q = quads.at[0];
+  return (q[0] + q[1]) + (q[2] + q[3]);
 }
 FASTGPT_INLINE float max(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  Quads quads(value);
+  for (int i = 1; i < kLanes / 4; ++i) quads.at[0] = quads.at[0] > quads.at[i] ? quads.at[0] : quads.at[i];
+  const Quad q = quads.at[0];
+  const float a = q[0] > q[1] ? q[0] : q[1], b = q[2] > q[3] ? q[2] : q[3];
+  return a > b ? a : b;
 }
 
 FASTGPT_INLINE int32_t max(IntVec value) {
