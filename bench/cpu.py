@@ -50,7 +50,7 @@ AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}  # largest relative differen
 
 # Each model's shape, its batch size, and the steps that a contender takes in one turn.
 MODELS: dict[str, tuple[GPTConfig, int, int]] = {
-    "char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 10),
+    "char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 30),
     "30m": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=50304), 2, 1),
     "124m": (GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304), 1, 1),
 }

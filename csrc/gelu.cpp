@@ -110,10 +110,10 @@ Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh)
   return y;
 }
 
-std::tuple<Tensor, Tensor> backward(
-    const Tensor& dy_in, const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh, const Tensor* y) {
-  const Tensor dy = dense(dy_in), x = dense(x_in);
-  Tensor dx = empty(sizes_of(x), x.scalar_type());
+// Writes dx, which may be dy, and the value into y if there is one; returns the bias's gradient.
+Tensor backward(
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias_in, bool tanh, const Tensor& dx,
+    const Tensor* y) {
   Tensor dbias = empty({bias_in ? bias_in->numel() : 0}, x.scalar_type());
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -125,19 +125,20 @@ std::tuple<Tensor, Tensor> backward(
     (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(
         data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), value, rows, columns);
   });
-  return {dx, dbias};
+  return dbias;
 }
 
 std::tuple<Tensor, Tensor> gelu_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
-  return backward(dy, x, bias, tanh, nullptr);
+  const Tensor dx = empty(sizes_of(x), x.scalar_type());
+  return {dx, backward(dense(dy), dense(x), bias, tanh, dx, nullptr)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gelu_again_backward(
-    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+std::tuple<Tensor, Tensor> gelu_again_backward_(
+    Tensor dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+  STD_TORCH_CHECK(dy.is_contiguous(), "dy: expected to be contiguous");
   const Tensor y = empty(sizes_of(x), x.scalar_type());
-  const auto [dx, dbias] = backward(dy, x, bias, tanh, &y);
-  return {y, dx, dbias};
+  return {y, backward(dy, dense(x), bias, tanh, dy, &y)};
 }
 
 }  // namespace
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_again_backward(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
-  m.impl("gelu_again_backward", TORCH_BOX(&gelu_again_backward));
+  m.impl("gelu_again_backward_", TORCH_BOX(&gelu_again_backward_));
 }
 
 }  // namespace fastgpt

@@ -130,14 +130,10 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
         lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty((0,) if bias is None else bias.shape)),
     ),
-    # the forward's result too, for a backward that was not given it
-    "gelu_again_backward": Operator(
-        "(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor y, Tensor dx, Tensor dbias)",
-        lambda dy, x, bias, tanh: (
-            x.new_empty(x.shape),
-            x.new_empty(x.shape),
-            x.new_empty((0,) if bias is None else bias.shape),
-        ),
+    # Turns a contiguous dy into dx, in place; returns the forward's result too, which need not have been kept.
+    "gelu_again_backward_": Operator(
+        "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor y, Tensor dbias)",
+        lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty((0,) if bias is None else bias.shape)),
     ),
     "attention": Operator(
         "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"

@@ -92,8 +92,10 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tup
     return _result(dx, x.dtype), _result(dx.reshape(-1, x.shape[-1]).sum(0), bias.dtype)
 
 
-def gelu_again_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return gelu(x, bias, tanh), *gelu_backward(dy, x, bias, tanh)
+def gelu_again_backward_(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    dx, dbias = gelu_backward(dy, x, bias, tanh)
+    dy.copy_(dx)
+    return gelu(x, bias, tanh), dbias
 
 
 # ---- attention ----

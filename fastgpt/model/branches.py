@@ -141,9 +141,8 @@ class _MLP(Function):
         total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight = ctx.saved_tensors
         needed, (B, T, C) = ctx.needs_input_grad, total.shape
         dout = dout.reshape(B * T, C)
-        activated, dhidden, dfc_bias = ops.resolve("gelu_again_backward", hidden)(
-            _product(dout, proj_weight), hidden, fc_bias, True
-        )
+        dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next line
+        activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True)
         dproj = _weight_gradient(dout, activated, proj_weight, ctx.main_grads[1], needed[6])
         y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
         dfc = _weight_gradient(dhidden, y, fc_weight, ctx.main_grads[0], needed[4])

@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         """(B, T) int64 to (B, T, C)."""
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
-        x = self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
+        x = self.wte(idx) + self.wpe.weight[start:end]
         x, residual = F.dropout(x, self.dropout, self.training), None
         for block in self.h:
             x, residual = block(x, residual, cache)

@@ -135,7 +135,7 @@ def cases():
     yield "layer_norm_backward", (x, x, x, weight, rows, rows, False)
     yield "gelu", (x, None, True)
     yield "gelu_backward", (x, x, None, False)
-    yield "gelu_again_backward", (x, x, None, True)
+    yield "gelu_again_backward_", (x, x, None, True)
     yield "attention", (heads, heads, heads, True, 0.5, 0.2, seed)
     yield "attention", (heads, keys, keys, False, 0.5, 0.0, None)
     yield "attention_backward", (heads, heads, keys, keys, heads, lse, False, 0.5, 0.0, None)

@@ -14,7 +14,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm_backward": layer_norm.layer_norm_backward,
     "gelu": gelu.gelu,
     "gelu_backward": gelu.gelu_backward,
-    "gelu_again_backward": gelu.gelu_again_backward,
+    "gelu_again_backward_": gelu.gelu_again_backward_,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
     "attention_qkv": attention.attention_qkv,

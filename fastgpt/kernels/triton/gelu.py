@@ -123,14 +123,19 @@ def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape)
+    return dx, _backward(dy, x, bias, tanh, dx)
+
+
+def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dx: Tensor) -> Tensor:
+    """Writes ``dx``, contiguous, which may be ``dy``; returns the bias's gradient."""
     if x.numel() == 0:
-        return dx, x.new_zeros(0 if bias is None else bias.shape)
+        return x.new_zeros(0 if bias is None else bias.shape)
     if bias is None:
         config = configuration(device_of(x), "gelu", "any")
         n = x.numel()
         grid = (triton.cdiv(n, config["BLOCK"]),)
         launch(_backward_kernel, grid, dy.contiguous(), x.contiguous(), dx, n, TANH=tanh, **config)
-        return dx, x.new_empty(0)
+        return x.new_empty(0)
     dy_rows, x_rows = rows_of(dy), rows_of(x)
     n_rows, n_columns = x_rows.shape
     device = device_of(x)
@@ -144,8 +149,8 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tup
         dy_rows, x_rows, bias.contiguous(), dx, shares, dy_rows.stride(0), x_rows.stride(0), n_rows, n_columns,
         TANH=tanh, **config,
     )  # fmt: skip
-    return dx, sum_of_shares(shares, bias.dtype)[0]
+    return sum_of_shares(shares, bias.dtype)[0]
 
 
-def gelu_again_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return gelu(x, bias, tanh), *gelu_backward(dy, x, bias, tanh)
+def gelu_again_backward_(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    return gelu(x, bias, tanh), _backward(dy, x, bias, tanh, dx=dy)
