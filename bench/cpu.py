@@ -1,6 +1,6 @@
 """``python -m bench.cpu``: a whole training step on the CPU, against the same GPT in plain PyTorch.
 
-    python -m bench.cpu                       # all three models in fp32, under ten minutes on two cores
+    python -m bench.cpu                       # three models in fp32, under ten minutes on two cores
     python -m bench.cpu --dtype bfloat16      # fp32 weights and sums, products in bf16
     python -m bench.cpu --models char --threads 1
 
@@ -11,13 +11,14 @@ Each has a process of its own, as memory is at stake; they train on the same tok
 turns, a few steps each; medians count. Beside fastgpt's step its matrix products alone are timed, the outputs
 allocated before, the same products by PyTorch, and the GEMM peak: the better of both at 2048 x 2048.
 
-Writes step.json, step.md and step.png (with the dtype and the number of threads in their names, if these are not the
-usual ones) into bench/results/DEVICE. Exit status: 0 done; 1 a contender failed or the losses disagree; 2 the request
-was wrong.
+Writes step.json, step.md and step.png (what is not as usual is part of their names; ATEN_CPU_CAPABILITY=avx2 is how
+PyTorch and fastgpt are held to AVX2) into bench/results/DEVICE. Exit status: 0 done; 1 a contender failed or the
+losses disagree; 2 the request was wrong.
 """
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -53,7 +54,15 @@ MODELS: dict[str, tuple[GPTConfig, int, int]] = {
     "char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 30),
     "30m": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=50304), 2, 1),
     "124m": (GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304), 1, 1),
+    # two presets; their dropout, if they have any, would make the losses incomparable
+    "quickstart": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=256, bias=False), 16, 10),
+    "shakespeare-char": (
+        GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False),
+        64,
+        1,
+    ),
 }
+USUAL = ("char", "30m", "124m")
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -380,7 +389,7 @@ def plot(record: dict[str, Any], image: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the records, print the table."""
     parser = Parser(prog="python -m bench.cpu", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default all")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=USUAL, help=f"default {' '.join(USUAL)}")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default torch's own choice")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each model, its start and end not counted")
@@ -398,11 +407,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": flags.threads,
         "models": [measure(name, DTYPES[flags.dtype], flags.threads, flags.seconds) for name in flags.models],
     }
-    stem = "-".join(
-        ["step"]
-        + ([flags.dtype] if flags.dtype != "float32" else [])
-        + ([f"{flags.threads}-threads"] if flags.threads != usual else [])
+    unusual = (
+        *(flags.models if tuple(flags.models) != USUAL else ()),
+        flags.dtype if flags.dtype != "float32" else "",
+        f"{flags.threads}-threads" if flags.threads != usual else "",
+        os.environ.get("ATEN_CPU_CAPABILITY", ""),
     )
+    stem = "-".join(["step", *filter(None, unusual)])
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(markdown(record))
     plot(record, folder / f"{stem}.png")

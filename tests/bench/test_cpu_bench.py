@@ -16,6 +16,7 @@ TINY = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=50)
 def tiny(monkeypatch):
     """One small model, and contenders that need no compiler."""
     monkeypatch.setattr(cpu, "MODELS", {"tiny": (TINY, 2, 3)})
+    monkeypatch.setattr(cpu, "USUAL", ("tiny",))
     monkeypatch.setattr(cpu, "CONTENDERS", {name: cpu.CONTENDERS[name] for name in ("fastgpt", "eager")})
 
 
@@ -36,6 +37,15 @@ def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys, dtype):
     assert f"| tiny | eager | {eager['median_ms']:.1f} |" in page
     assert json_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert f"{ours['median_ms']:.1f}" in capsys.readouterr().out
+
+
+def test_a_record_is_named_after_what_is_not_as_usual(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "USUAL", ())
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    flags = ["--models", "tiny", "--dtype", "bfloat16", "--threads", "1", "--seconds", "0", "--out", str(tmp_path)]
+    torch.set_num_threads(2)
+    assert cpu.main(flags) == 0
+    assert (tmp_path / "step-tiny-bfloat16-1-threads-avx2.json").exists()
 
 
 def test_losses_that_disagree_are_a_failure(tiny, tmp_path, monkeypatch):
