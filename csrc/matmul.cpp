@@ -1,4 +1,5 @@
-// C = A B + bias, or C += A B, with C in fp32, A and B in fp32 or bf16, and any strides of A and B.
+// C = A B + bias, or C += A B, with C in fp32, A and B in fp32 or bf16, and any strides of A and B. Each row of A can
+// be summed on the way: where A is a transposed gradient, that is the bias's.
 //
 // PyTorch's fp32 products on x86 come from MKL, which uses AVX-512 on Intel's CPUs alone; on AMD's it stops at
 // AVX2, half the arithmetic that Zen 4 and 5 offer. Its products of bf16 come from oneDNN and are fast, but end in
@@ -40,6 +41,8 @@ struct Matrix {
 };
 
 FASTGPT_INLINE Pair pair(BFloat16 first, BFloat16 second) { return first.x | static_cast<Pair>(second.x) << 16; }
+FASTGPT_INLINE float first_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair), BFloat16::from_bits()); }
+FASTGPT_INLINE float second_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair >> 16), BFloat16::from_bits()); }
 
 // Rows of `from` in panels of kWidth, each stored word by word along the columns; what is missing is zero.
 template <int64_t kWidth, class Word, class T>
@@ -75,6 +78,22 @@ void pack(const Matrix<T>& from, int64_t rows, int64_t columns, Word* out) {
         else
           out[k * kWidth + i] = static_cast<float>(at(k));
       }
+  }
+}
+
+// Adds up each row of packed panels.
+template <class Word>
+void add_row_sums(const Word* packed, int64_t rows, int64_t words, float* sums) {
+  for (int64_t first = 0; first < rows; first += kRows) {
+    float panel[kRows] = {};
+    for (int64_t k = 0; k < words; ++k, packed += kRows)
+      for (int64_t i = 0; i < kRows; ++i) {
+        if constexpr (kElements<Word> == 2)
+          panel[i] += first_of(packed[i]) + second_of(packed[i]);
+        else
+          panel[i] += packed[i];
+      }
+    for (int64_t i = 0; i < std::min(kRows, rows - first); ++i) sums[first + i] += panel[i];
   }
 }
 
@@ -146,6 +165,7 @@ struct Product {
   bool accumulate;
   float* c;
   int64_t ldc;
+  float* row_sums;  // of A, added to what is there; or null
 };
 
 // A tile that hangs over the edge of C goes through a buffer of its own.
@@ -177,6 +197,7 @@ void multiply(const Product<T>& p) {
       for (int64_t row = 0; row < p.M; row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, p.M - row);
         pack<kRows>(p.a.at(row, k), rows, depth, packed_a.get());
+        if (p.row_sums && column == 0) add_row_sums(packed_a.get(), rows, words, p.row_sums + row);
         for (int64_t j = 0; j < columns; j += kColumns)
           for (int64_t i = 0; i < rows; i += kRows) {
             const Word *a = packed_a.get() + i * words, *b = packed_b.get() + j * words;
@@ -211,13 +232,14 @@ void multiply_parallel(const Product<T>& p) {
       const int64_t M = std::min(rows, p.M - i), N = std::min(columns, p.N - j);
       if (M <= 0 || N <= 0) continue;
       multiply<Word, T>({M, N, p.K, p.a.at(i, 0), p.b.at(0, j), p.bias ? p.bias + j : nullptr,
-                        p.accumulate, p.c + i * p.ldc + j, p.ldc});
+                        p.accumulate, p.c + i * p.ldc + j, p.ldc, p.row_sums && j == 0 ? p.row_sums + i : nullptr});
     }
   });
 }
 
 void matmul_(
-    Tensor out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool accumulate) {
+    Tensor out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool accumulate,
+    std::optional<Tensor> row_sums) {
   const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
   STD_TORCH_CHECK(a.size(0) == M && b.size(0) == K && b.size(1) == N, "matmul_: shapes do not fit");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), "bias: expected ", N, " elements");
@@ -225,17 +247,28 @@ void matmul_(
     STD_TORCH_CHECK(t.scalar_type() == a.scalar_type() && t.is_cpu(), "matmul_: takes operands of one dtype on the CPU");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_cpu(), "out: expected float32 on the CPU");
   STD_TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "out: rows must be contiguous");
+  STD_TORCH_CHECK(
+      !row_sums || (row_sums->dim() == 1 && row_sums->size(0) == M && row_sums->scalar_type() == a.scalar_type() &&
+                    row_sums->is_contiguous()),
+      "row_sums: expected ", M, " elements of the operands' dtype");
   const std::vector<float> bias_values = to_floats(bias);
+  std::vector<float> sums(row_sums ? M : 0);
   dispatch(a.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Product<T> product{
         M, N, K, {data<T>(a), a.stride(0), a.stride(1)}, {data<T>(b), b.stride(0), b.stride(1)},
-        bias ? bias_values.data() : nullptr, accumulate, data<float>(out), out.stride(0)};
+        bias ? bias_values.data() : nullptr, accumulate, data<float>(out), out.stride(0),
+        row_sums ? sums.data() : nullptr};
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<T, BFloat16>)
       if (has_bf16_products()) return multiply_parallel<Pair>(product);
 #endif
     multiply_parallel<float>(product);
+  });
+  if (!row_sums) return;
+  dispatch(a.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    for (int64_t i = 0; i < M; ++i) data<T>(*row_sums)[i] = static_cast<T>(sums[i]);
   });
 }
 

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from fastgpt.kernels import autocast, checks
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
-from fastgpt.kernels.matmul import matmul_into
+from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
 
 class _Linear(Function):
@@ -30,23 +30,10 @@ class _Linear(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = dweight = dbias = None
+        dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_into(x.new_empty(x_rows.shape), rows, weight).view(x.shape)
-        if ctx.main_grad is not None:
-            matmul_into(ctx.main_grad, rows.T, x_rows, accumulate=True)
-        elif ctx.needs_input_grad[1]:
-            dweight = _product_laid_out_as(weight, rows.T, x_rows)
-        if ctx.needs_input_grad[2]:
-            dbias = rows.sum(0)
-        return dx, dweight, dbias
-
-
-def _product_laid_out_as(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, in memory column by column if ``weight`` is, as autograd would otherwise copy it to be."""
-    if weight.T.is_contiguous():
-        return matmul_into(weight.new_empty(weight.T.shape), b.T, a.T).T
-    return matmul_into(weight.new_empty(weight.shape), a, b)
+        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grad, *ctx.needs_input_grad[1:3])
 
 
 class _Embedding(Function):

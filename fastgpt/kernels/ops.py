@@ -106,10 +106,10 @@ def _linear_cross_entropy(
 
 
 OPERATORS: dict[str, Operator] = {
-    # out = a @ b + bias, or out += a @ b
+    # out = a @ b + bias, or out += a @ b; row_sums = a.sum(1)
     "matmul_": Operator(
-        "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool accumulate) -> ()",
-        lambda out, a, b, bias, accumulate: None,
+        "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool accumulate, Tensor(b!)? row_sums) -> ()",
+        lambda out, a, b, bias, accumulate, row_sums: None,
     ),
     "layer_norm": Operator(
         "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",

@@ -26,7 +26,9 @@ def _result(x: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- matrix product ----
 
 
-def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool, row_sums: Tensor | None) -> None:
+    if row_sums is not None:
+        torch.sum(a, 1, out=row_sums)
     if accumulate and a.dtype == out.dtype:
         out.addmm_(a, b)
     elif accumulate and out.is_cuda:  # half-precision operands, summed in fp32 inside the product

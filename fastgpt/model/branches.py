@@ -21,7 +21,7 @@ from fastgpt.kernels import autocast, ops
 from fastgpt.kernels.attention import draw_seed
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
-from fastgpt.kernels.matmul import matmul_into
+from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
 if TYPE_CHECKING:
     from fastgpt.model.gpt import MLP, Attention, LayerNorm
@@ -104,17 +104,18 @@ class _Attention(Function):
         total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight = ctx.saved_tensors
         needed, (B, T, C) = ctx.needs_input_grad, total.shape
         dout = dout.reshape(B * T, C)
-        dproj = _weight_gradient(dout, attended.view(B * T, C), proj_weight, ctx.main_grads[1], needed[6])
+        dproj_weight, dproj_bias = weight_and_bias_gradient(
+            dout, attended.view(B * T, C), proj_weight, ctx.main_grads[1], needed[6], needed[7]
+        )
         dattended = _product(dout, proj_weight).view(B, T, C)
         dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *ctx.options, seed)
         dqkv = dqkv.view(B * T, 3 * C)
         y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
-        dqkv_weight = _weight_gradient(dqkv, y, qkv_weight, ctx.main_grads[0], needed[4])
+        dqkv_weight, dqkv_bias = weight_and_bias_gradient(dqkv, y, qkv_weight, ctx.main_grads[0], needed[4], needed[5])
         dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
             _product(dqkv, qkv_weight, into=y).view(B, T, C), dtotal, total, norm_weight, mean, rstd, needed[3]
         )
-        dqkv_bias, dproj_bias = _bias_gradient(dqkv, needed[5]), _bias_gradient(dout, needed[7])
-        return dx, dx, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dproj, dproj_bias
+        return dx, dx, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dproj_weight, dproj_bias
 
 
 class _MLP(Function):
@@ -143,13 +144,15 @@ class _MLP(Function):
         dout = dout.reshape(B * T, C)
         dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next line
         activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True)
-        dproj = _weight_gradient(dout, activated, proj_weight, ctx.main_grads[1], needed[6])
+        dproj_weight, dproj_bias = weight_and_bias_gradient(
+            dout, activated, proj_weight, ctx.main_grads[1], needed[6], needed[7]
+        )
         y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
-        dfc = _weight_gradient(dhidden, y, fc_weight, ctx.main_grads[0], needed[4])
+        dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, ctx.main_grads[0], needed[4], False)
         dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
             _product(dhidden, fc_weight, into=y).view(B, T, C), dtotal, total, norm_weight, mean, rstd, needed[3]
         )
-        return dx, dx, dnorm_weight, dnorm_bias, dfc, dfc_bias, dproj, _bias_gradient(dout, needed[7])
+        return dx, dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight, dproj_bias
 
 
 def _normalise(
@@ -165,17 +168,3 @@ def _normalise(
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> Tensor:
     """``x @ matrix + bias``, in memory that is no longer needed if there is some."""
     return matmul_into(x.new_empty(x.shape[0], matrix.shape[1]) if into is None else into, x, matrix, bias)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, main_grad: Tensor | None, needed: bool) -> Tensor | None:
-    """``dy.T @ x``, into ``main_grad`` if there is one."""
-    if not needed:
-        return None
-    if main_grad is None:
-        return matmul_into(weight.new_empty(weight.shape), dy.T, x)
-    matmul_into(main_grad, dy.T, x, accumulate=True)
-    return None
-
-
-def _bias_gradient(dy: Tensor, needed: bool) -> Tensor | None:
-    return dy.sum(0) if needed else None

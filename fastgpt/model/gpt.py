@@ -4,6 +4,10 @@ Learned positions, pre-norm, tanh GELU, token embedding tied to the output layer
 shapes are nanoGPT's. Every residual add is fused with the layer norm that reads it next, so the residual
 stream is carried as two tensors: what has been summed, and what the last branch adds to it.
 
+A block's attention and MLP run as one autograd function each (``branches.py``): the same kernels with the same
+results. Their modules are called with a KV cache, under torch.compile and under autocast; forward hooks on them see
+no other call.
+
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
 

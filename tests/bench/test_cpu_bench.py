@@ -48,6 +48,11 @@ def test_a_record_is_named_after_what_is_not_as_usual(tiny, tmp_path, monkeypatc
     assert (tmp_path / "step-tiny-bfloat16-1-threads-avx2.json").exists()
 
 
+def test_a_loss_that_is_no_number_agrees_with_none():
+    assert cpu.difference([2.0, 4.0], [2.0, 3.2]) == pytest.approx(0.25)
+    assert cpu.difference([2.0, 4.0], [2.0, float("nan")]) == float("inf")
+
+
 def test_losses_that_disagree_are_a_failure(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(cpu.AGREE, torch.float32, -1.0)
     assert cpu.main(["--threads", "1", "--seconds", "0", "--out", str(tmp_path)]) == 1

@@ -239,6 +239,16 @@ def test_matmul_into_accumulates_bf16_products_in_fp32(device):
     torch.testing.assert_close(out, 1 + (a.float() @ b.float()), rtol=0.01, atol=0.1)
 
 
+@pytest.mark.parametrize(("M", "K", "N"), [(16, 1, 16), (17, 321, 33), (130, 2, 2000), (200, 1023, 40)])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_matmul_into_sums_the_rows_of_its_first_operand(device, dtype, rule, M, K, N, transposed):
+    a = (torch.randn(K, M, device=device).T if transposed else torch.randn(M, K, device=device)).to(dtype)
+    b, out = torch.randn(K, N, device=device).to(dtype), torch.zeros(M, N, device=device)
+    sums = torch.full((M,), torch.nan, device=device, dtype=dtype)
+    matmul_into(out, a, b, accumulate=True, row_sums=sums)
+    rule.error("row_sums", sums, [a.sum(1)], a.double().sum(1), dtype, rule.output)
+
+
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 @pytest.mark.parametrize(("M", "K", "N"), [(16, 1, 16), (17, 321, 33), (130, 2, 70), (63, 127, 513), (200, 640, 40)])
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])

@@ -73,8 +73,8 @@ def cases(dtype):
         )  # fmt: skip
 
     f = torch.randn  # this operator is for fp32 alone
-    yield "matmul_", (f(3, 5), f(3, 4), f(5, 4).t(), f(5), False)
-    yield "matmul_", (f(3, 5), f(3, 4), f(4, 5), None, True)
+    yield "matmul_", (f(3, 5), f(3, 4), f(5, 4).t(), f(5), False, None)
+    yield "matmul_", (f(3, 5), f(3, 4), f(4, 5), None, True, f(3))
     yield "layer_norm", (r(3, 4, 7), r(7), r(7), 1e-5)
     yield "layer_norm", (turned, r(7), None, 1e-5)
     yield "add_layer_norm", (r(3, 4, 7), r(3, 4, 7), r(7), r(7), 1e-5)
