@@ -390,10 +390,11 @@ def plot(record: dict[str, Any], image: Path) -> None:
         range(len(record["models"])),
         [f"{r['model']}\n{r['contenders']['fastgpt']['median_ms']:.0f} ms" for r in record["models"]],
     )
-    axes.set(ylabel="time of a step, fastgpt = 1", title=f"Training step, {record['environment']['device']}")
+    threads = f"{record['threads']} thread{'s'[: record['threads'] > 1]}"
+    machine = f"{record['environment']['device']}, {record['environment']['cpu_capability']}"
+    axes.set(ylabel="time of a step, fastgpt = 1", title=f"Training step, {machine}, {threads}, {record['dtype']}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2, fontsize=8)
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.25)
+    figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=8)
     figure.savefig(image)
 
 
