@@ -10,21 +10,18 @@ and what the backward can make again in one pass is not kept. Floats that the ba
 Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from fastgpt import kernels
 from fastgpt.kernels import autocast, ops
 from fastgpt.kernels.attention import draw_seed
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
-
-if TYPE_CHECKING:
-    from fastgpt.model.gpt import MLP, Attention, LayerNorm
 
 
 def available(x: Tensor) -> bool:
@@ -32,46 +29,52 @@ def available(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not autocast.enabled(x.device.type)
 
 
-def attention(x: Tensor, residual: Tensor | None, norm: "LayerNorm", layer: "Attention") -> tuple[Tensor, Tensor]:
+def attention(
+    x: Tensor, residual: Tensor | None, norm: kernels.LayerNorm, qkv: kernels.Linear, projection: kernels.Linear,
+    n_head: int, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal self-attention on the norm of ``x + residual``.
 
     Args:
         x: ``(B, T, C)``.
         residual: ``(B, T, C)`` or ``None``.
-        norm: its parameters are read.
-        layer: its parameters are read, its number of heads and its dropout.
+        norm: over C; of it and the layers the parameters are read.
+        qkv: C to 3C.
+        projection: C to C.
+        n_head: number of heads; divides C.
+        dropout_p: probability of dropping an attention weight.
 
     Returns:
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
-    qkv, projection = layer.c_attn, layer.c_proj
-    dropout_p = layer.dropout if layer.training else 0.0
     out, total = apply(
         _Attention, x, residual, norm.weight, norm.bias, qkv.weight, qkv.bias, projection.weight, projection.bias,
-        main_grad_of(qkv.weight), main_grad_of(projection.weight), norm.eps, layer.n_head, dropout_p,
+        main_grad_of(qkv.weight), main_grad_of(projection.weight), norm.eps, n_head, dropout_p,
         draw_seed(dropout_p, x.device),
     )  # fmt: skip
-    return F.dropout(out, layer.dropout, layer.training), x if residual is None else total
+    return out, x if residual is None else total
 
 
-def mlp(x: Tensor, residual: Tensor | None, norm: "LayerNorm", layer: "MLP") -> tuple[Tensor, Tensor]:
+def mlp(
+    x: Tensor, residual: Tensor | None, norm: kernels.LayerNorm, fc: kernels.Linear, projection: kernels.Linear
+) -> tuple[Tensor, Tensor]:
     """Two linear layers with a GELU between them, on the norm of ``x + residual``.
 
     Args:
         x: ``(B, T, C)``.
         residual: ``(B, T, C)`` or ``None``.
-        norm: its parameters are read.
-        layer: its parameters are read, and its dropout.
+        norm: over C; of it and the layers the parameters are read.
+        fc: C to the hidden width.
+        projection: the hidden width to C.
 
     Returns:
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
-    wide, narrow = layer.c_fc, layer.c_proj
     out, total = apply(
-        _MLP, x, residual, norm.weight, norm.bias, wide.weight, wide.bias, narrow.weight, narrow.bias,
-        main_grad_of(wide.weight), main_grad_of(narrow.weight), norm.eps,
+        _MLP, x, residual, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias,
+        main_grad_of(fc.weight), main_grad_of(projection.weight), norm.eps,
     )  # fmt: skip
-    return F.dropout(out, layer.dropout, layer.training), x if residual is None else total
+    return out, x if residual is None else total
 
 
 class _Attention(Function):

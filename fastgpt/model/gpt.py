@@ -82,6 +82,12 @@ class Attention(nn.Module):
             y = kernels.attention_qkv(qkv, self.n_head, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
+    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+        """``forward`` of the norm of ``x + residual``, and the sum."""
+        dropout = self.dropout if self.training else 0.0
+        x, residual = branches.attention(x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout)
+        return F.dropout(x, self.dropout, self.training), residual
+
 
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, four times as wide inside."""
@@ -95,6 +101,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)
         return F.dropout(self.c_proj(hidden), self.dropout, self.training)
+
+    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+        """``forward`` of the norm of ``x + residual``, and the sum."""
+        x, residual = branches.mlp(x, residual, norm, self.c_fc, self.c_proj)
+        return F.dropout(x, self.dropout, self.training), residual
 
 
 class Block(nn.Module):
@@ -110,8 +121,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """Takes and returns (what the last branch adds, the sum before it)."""
         if cache is None and branches.available(x):
-            x, residual = branches.attention(x, residual, self.ln_1, self.attn)
-            return branches.mlp(x, residual, self.ln_2, self.mlp)
+            x, residual = self.attn.branch(x, residual, self.ln_1)
+            return self.mlp.branch(x, residual, self.ln_2)
         x, residual = self.ln_1(x, residual)
         x, residual = self.ln_2(self.attn(x, cache), residual)
         return self.mlp(x), residual
