@@ -252,12 +252,8 @@ class Pool:
 def gemm_peak(dtype: torch.dtype, size: int = 2048) -> float:
     """FLOP/s of a square product, PyTorch's or ours, whichever is faster."""
     a, b, out = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype), torch.zeros(size, size)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        matmul_into(out, a, b, accumulate=True)
-        times.append(time.perf_counter() - start)
-    return max(2 * size**3 / median(times), hardware.measure_gemm_peak(CPU, dtype, size))
+    seconds = hardware.median_seconds(lambda: matmul_into(out, a, b, accumulate=True), CPU, 0.5)
+    return max(2 * size**3 / seconds, hardware.measure_gemm_peak(CPU, dtype, size))
 
 
 def measure(name: str, dtype: torch.dtype, threads: int, seconds: float) -> dict[str, Any]:

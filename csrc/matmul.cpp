@@ -237,6 +237,15 @@ void multiply_parallel(const Product<T>& p) {
   });
 }
 
+template <class T>
+void multiply_in_words_of_this_cpu(const Product<T>& p) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (has_bf16_products()) return multiply_parallel<Pair>(p);
+#endif
+  multiply_parallel<float>(p);
+}
+
 void matmul_(
     Tensor out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool accumulate,
     std::optional<Tensor> row_sums) {
@@ -255,20 +264,11 @@ void matmul_(
   std::vector<float> sums(row_sums ? M : 0);
   dispatch(a.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const Product<T> product{
+    multiply_in_words_of_this_cpu<T>({
         M, N, K, {data<T>(a), a.stride(0), a.stride(1)}, {data<T>(b), b.stride(0), b.stride(1)},
         bias ? bias_values.data() : nullptr, accumulate, data<float>(out), out.stride(0),
-        row_sums ? sums.data() : nullptr};
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (has_bf16_products()) return multiply_parallel<Pair>(product);
-#endif
-    multiply_parallel<float>(product);
-  });
-  if (!row_sums) return;
-  dispatch(a.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    for (int64_t i = 0; i < M; ++i) data<T>(*row_sums)[i] = static_cast<T>(sums[i]);
+        row_sums ? sums.data() : nullptr});
+    for (size_t i = 0; i < sums.size(); ++i) data<T>(*row_sums)[i] = static_cast<T>(sums[i]);
   });
 }
 

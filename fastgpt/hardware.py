@@ -3,6 +3,7 @@
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,17 +84,19 @@ def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048
     """FLOP/s of a square matrix product on ``device``: the median over about ``seconds``."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device, seconds)
+    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out), device, seconds)
 
 
 def measure_bandwidth(device: torch.device, megabytes: int = 256, seconds: float = 0.5) -> float:
     """Bytes per second of a copy larger than any cache, read and write both counted."""
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _median_seconds(lambda: target.copy_(source), device, seconds)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device, seconds)
 
 
-def _median_seconds(run, device: torch.device, budget: float) -> float:  # type: ignore[no-untyped-def]
+def median_seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
+    """What ``run`` takes on ``device``: the median over about ``budget`` seconds."""
+
     def once() -> float:
         start = time.perf_counter()
         run()

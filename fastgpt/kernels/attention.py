@@ -71,7 +71,8 @@ def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (), device=device) if dropout_p > 0.0 else None
 
 
-def _scale(scale: float | None, D: int) -> float:
+def scale_or_default(scale: float | None, D: int) -> float:
+    """``scale``, or ``1 / sqrt(D)`` if there is none."""
     if scale is None:
         return 1.0 / math.sqrt(D)
     checks.number("scale", scale)
@@ -119,7 +120,7 @@ def attention(
     if causal and k.shape[2] != T:
         raise ValueError(f"k: causal attention needs as many keys as queries, got {k.shape[2]} and {T}")
     checks.probability("dropout_p", dropout_p)
-    scale = _scale(scale, D)
+    scale = scale_or_default(scale, D)
     k = distinct(k, q)
     v = distinct(v, q, k)
     return apply(_Attention, q, k, v, causal, scale, float(dropout_p), draw_seed(dropout_p, q.device))[0]
@@ -157,6 +158,6 @@ def attention_qkv(
     checks.heads("n_head", n_head, "C", C)
     checks.boolean("causal", causal)
     checks.probability("dropout_p", dropout_p)
-    scale = _scale(scale, C // n_head)
+    scale = scale_or_default(scale, C // n_head)
     seed = draw_seed(dropout_p, qkv.device)
     return apply(_AttentionQKV, qkv, n_head, causal, scale, float(dropout_p), seed)[0]

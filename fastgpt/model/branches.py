@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from fastgpt import kernels
 from fastgpt.kernels import autocast, ops
-from fastgpt.kernels.attention import draw_seed
+from fastgpt.kernels.attention import draw_seed, scale_or_default
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
@@ -88,7 +88,7 @@ class _Attention(Function):
         B, T, C = x.shape
         y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
         qkv = _product(y.view(B * T, C), qkv_weight.T, qkv_bias).view(B, T, 3 * C)
-        scale = (C // n_head) ** -0.5
+        scale = scale_or_default(None, C // n_head)
         attended, lse = ops.resolve("attention_qkv", x)(qkv, n_head, True, scale, dropout_p, seed)
         ctx.save_for_backward(
             total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight
