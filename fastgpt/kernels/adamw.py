@@ -191,6 +191,24 @@ class FusedAdamW(Optimizer):
         if copy.device != param.device:
             raise ValueError(f"copies: device {copy.device} differs from the parameter's {param.device}")
 
+    def use_state(self, param: Tensor, moments: dict[str, Tensor]) -> None:
+        """Keep the moments of a parameter that has taken no step in memory that is there already.
+
+        Args:
+            param: a parameter of this optimizer.
+            moments: zeros, by the names and of the shapes and dtypes that the state has otherwise.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        step = torch.zeros((), dtype=torch.float32, device=param.device)
+        for name, expected in self._new_state(torch.empty_like(param, device="meta")).items():
+            given = step if name == "step" else moments.get(name)
+            if given is None or given.shape != expected.shape or given.dtype != expected.dtype:
+                raise ValueError(f"moments: expected {name} of shape {tuple(expected.shape)}, {expected.dtype}")
+        self.state[param] = {"step": step, **moments}
+        self._steps[param] = step, step._version, 0
+
     # ---- loading ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -68,6 +68,16 @@ def indices(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: device {tensor.device} differs from {device}, that of the other tensors")
 
 
+def scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """``tensor`` is one number of ``dtype`` on ``device``."""
+    _dense(name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    shape(name, tensor, ())
+    if tensor.device != device:
+        raise ValueError(f"{name}: device {tensor.device} differs from {device}, that of the other tensors")
+
+
 def integer(name: str, value: Any) -> None:
     """``value`` is a whole number that fits in 64 bits."""
     if isinstance(value, bool) or not isinstance(value, INTEGERS):

@@ -11,6 +11,7 @@ from fastgpt.kernels import autocast, checks
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
+from fastgpt.kernels.rehearsal import on_gpu
 
 
 class _Linear(Function):
@@ -51,7 +52,7 @@ class _Embedding(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1]).to(ctx.main_grad.dtype)
-        if rows.is_cuda:  # sorts, where index_add_ adds in whatever order its threads arrive
+        if on_gpu(rows):  # sorts, where index_add_ adds in whatever order its threads arrive
             ctx.main_grad.index_put_((index.reshape(-1),), rows, accumulate=True)
         else:
             ctx.main_grad.index_add_(0, index.reshape(-1), rows)

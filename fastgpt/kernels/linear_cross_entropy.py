@@ -15,6 +15,7 @@ from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
+from fastgpt.kernels.rehearsal import on_gpu
 
 # Bytes of logits alive at a time on a CPU. Each chunk reads the weight twice and adds to its gradient once; with
 # 160 rows of fp32 instead of 330 a step of GPT-2's vocabulary takes a tenth longer.
@@ -27,15 +28,16 @@ CHUNK_ROWS_GPU = 4096
 
 def chunk_rows(x: Tensor, n_classes: int) -> int:
     """How many rows of ``x`` have their logits in memory at a time: as even a division as steps of 16 rows allow."""
-    most = CHUNK_ROWS_GPU if x.is_cuda else max(16, CHUNK_BYTES // (n_classes * x.element_size()) // 16 * 16)
+    most = CHUNK_ROWS_GPU if on_gpu(x) else max(16, CHUNK_BYTES // (n_classes * x.element_size()) // 16 * 16)
     chunks = max(1, -(-x.shape[0] // most))
     rows = -(-x.shape[0] // chunks)
     return max(1, min(x.shape[0], -(-rows // 16) * 16))
 
 
 def chunked(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dx: Tensor | None, dweight: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, dx: Tensor | None,
+    dweight: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The mean loss; writes the gradient of ``x`` into ``dx`` and adds that of ``weight`` to ``dweight``.
 
     Args:
@@ -43,12 +45,14 @@ def chunked(
         weight: ``(V, C)``.
         targets: ``(N,)`` int64.
         ignore_index: marks rows without a target.
+        gradient_scale: 0-dim fp32 that the gradients are multiplied by, or ``None`` for 1.
         dx: ``(N, C)`` or ``None`` if not needed.
         dweight: ``(V, C)``, any float dtype, or ``None`` if not needed.
     """
     N, V = x.shape[0], weight.shape[0]
     total = x.new_zeros((), dtype=torch.float32)
     inverse_count = torch.count_nonzero(targets != ignore_index).float().reciprocal()
+    scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
     rows = chunk_rows(x, V)
     buffer = x.new_empty((rows, V))
     with_gradient = dx is not None or dweight is not None
@@ -59,7 +63,7 @@ def chunked(
             losses, _ = ops.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
             total += losses.sum()
             continue
-        losses = ops.resolve("cross_entropy_", x)(logits, chunk_targets, inverse_count, ignore_index)
+        losses = ops.resolve("cross_entropy_", x)(logits, chunk_targets, scale, ignore_index)
         total += losses.sum()
         if dx is not None:
             matmul_into(dx[start : start + rows], logits, weight)
@@ -69,14 +73,15 @@ def chunked(
 
 
 def chunked_operator(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`chunked` with the signature of the operator ``linear_cross_entropy``."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     # a GPU's product adds to fp32 as fast; on a CPU it would need a temporary of the weight's size
-    dtype = torch.float32 if weight.is_cuda else weight.dtype
+    dtype = torch.float32 if on_gpu(weight) else weight.dtype
     dweight = weight.new_zeros(weight.shape, dtype=dtype) if needs_dweight else None
-    loss = chunked(x, weight, targets, ignore_index, dx, dweight)
+    loss = chunked(x, weight, targets, ignore_index, gradient_scale, dx, dweight)
     return (
         loss,
         x.new_empty(0) if dx is None else dx,
@@ -91,9 +96,11 @@ ops.implement("linear_cross_entropy", "CUDA", chunked_operator)
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
-    ) -> Any:
-        return ops.resolve("linear_cross_entropy", x)(x, weight, targets, ignore_index, needs_dx, needs_dweight)
+        x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
+        needs_dweight: bool,
+    ) -> Any:  # fmt: skip
+        operator = ops.resolve("linear_cross_entropy", x)
+        return operator(x, weight, targets, ignore_index, gradient_scale, needs_dx, needs_dweight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -114,9 +121,12 @@ class _LinearCrossEntropyInPlace(Function):
     """The weight gradient goes into ``main_grad`` in the forward, for an upstream gradient of exactly 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, main_grad: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None,
+        main_grad: Tensor,
+    ) -> Tensor:  # fmt: skip
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        loss = chunked(x, weight, targets, ignore_index, dx, main_grad)
+        loss = chunked(x, weight, targets, ignore_index, gradient_scale, dx, main_grad)
         ctx.save_for_backward(dx)
         return loss
 
@@ -131,7 +141,9 @@ class _LinearCrossEntropyInPlace(Function):
         return ctx.saved_tensors
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, *, gradient_scale: Tensor | None = None
+) -> Tensor:
     """``cross_entropy(x @ weight.T, targets)`` without ever holding all logits.
 
     Peak memory beyond inputs and gradients: one chunk of logits, 64 MiB on a CPU,
@@ -147,6 +159,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         weight: ``(V, C)``, dtype and device of ``x``.
         targets: ``(N,)`` int64 in ``[0, V)``, or ``ignore_index`` for a row that does not count.
         ignore_index: marks rows without a target.
+        gradient_scale: 0-dim fp32 tensor that both gradients are multiplied by, for loss scaling: those of the
+            logits are rounded to fp16 in this call, so a scale applied to the loss would come too late.
 
     Returns:
         0-dim fp32 tensor: the mean loss in nats; NaN if no row counts, as in PyTorch.
@@ -165,8 +179,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight: expected (V, {x.shape[1]}) with V > 0, got {tuple(weight.shape)}")
     checks.targets(targets, x.shape[0], x.device, ignore_index)
+    if gradient_scale is not None:
+        checks.scalar("gradient_scale", gradient_scale, torch.float32, x.device)
     if main_grad is not None:
-        return apply(_LinearCrossEntropyInPlace, x, weight, targets, ignore_index, main_grad)
+        return apply(_LinearCrossEntropyInPlace, x, weight, targets, ignore_index, gradient_scale, main_grad)
     gradients = torch.is_grad_enabled()
     return apply(
         _LinearCrossEntropy,
@@ -174,6 +190,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         weight,
         targets,
         ignore_index,
+        gradient_scale,
         gradients and x.requires_grad,
         gradients and weight.requires_grad,
     )[0]

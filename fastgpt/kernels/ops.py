@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import autocast, cpp, reference, slow_path
+from fastgpt.kernels.rehearsal import rehearsed
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 
@@ -96,8 +97,9 @@ def _cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, ls
 
 
 def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         x.new_empty((), dtype=torch.float32),
         x.new_empty(x.shape if needs_dx else (0,)),
@@ -167,9 +169,10 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index) -> Tensor losses",
         lambda logits, targets, scale, ignore_index: _row_statistics(logits),
     ),
-    # The gradients of the mean loss come with it; one that is not needed is an empty tensor.
+    # The gradients of the mean loss, times the scale (fp32, 0-dim), come with it; one not needed is an empty tensor.
     "linear_cross_entropy": Operator(
-        "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx, bool needs_dweight)"
+        "(Tensor x, Tensor weight, Tensor targets, int ignore_index, Tensor? gradient_scale, bool needs_dx,"
+        " bool needs_dweight)"
         " -> (Tensor loss, Tensor dx, Tensor dweight)",
         _linear_cross_entropy,
     ),
@@ -265,7 +268,7 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
-def _natural_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+def _natural_backend(device_type: str, dtype: torch.dtype, rehearsing: bool) -> tuple[str, str]:
     """The best backend for such tensors, and the reason in a few words."""
     if device_type == "cpu":
         if _cpp.library is None:
@@ -275,6 +278,8 @@ def _natural_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "cpp", _cpp.reason
     if device_type != "cuda":
         return "reference", f"no compiled kernels for {device_type}"
+    if rehearsing:
+        return "triton", "as on an NVIDIA GPU"
     if not _TRITON_INSTALLED:
         return "reference", "Triton is not installed"
     if dtype not in COMPILED_DTYPES["triton"]:
@@ -287,7 +292,8 @@ def _natural_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that an operator on such tensors runs on, and the reason in a few words."""
-    natural, reason = _natural_backend(device_type, dtype)
+    real, device_type = device_type, rehearsed(device_type)
+    natural, reason = _natural_backend(device_type, dtype, device_type != real)
     if _choice in ("auto", natural):
         return natural, reason
     if _choice == "reference":

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.kernels.rehearsal import on_gpu
+
 
 def _wide(x: Tensor) -> Tensor:
     """``x`` in the dtype the arithmetic runs in."""
@@ -31,7 +33,7 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: 
         torch.sum(a, 1, out=row_sums)
     if accumulate and a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif accumulate and out.is_cuda:  # half-precision operands, summed in fp32 inside the product
+    elif accumulate and on_gpu(out):  # half-precision operands, summed in fp32 inside the product
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif accumulate:
         out.add_(a @ b)
@@ -239,12 +241,14 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool, needs_dweight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits = x @ weight.T
     losses, lse = cross_entropy(logits, targets, ignore_index)
     inverse_count = 1.0 / (targets != ignore_index).sum()
-    dlogits = _dlogits(inverse_count.expand_as(lse), logits, targets, lse, ignore_index)
+    scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
+    dlogits = _dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index)
     dx = dlogits @ weight if needs_dx else x.new_empty(0)
     dweight = dlogits.T @ x if needs_dweight else weight.new_empty(0)
     return losses.sum() * inverse_count, dx, dweight

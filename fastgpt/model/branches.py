@@ -1,16 +1,20 @@
-"""The two branches of a block, each one autograd function: ``branch(norm(x + residual))`` and the sum itself.
+"""A block and its two branches, each one autograd function: ``branch(norm(x + residual))`` and the sum itself.
 
 The same kernels as one by one, with the same results; but autograd walks one node where there were four or five,
-and what the backward can make again in one pass is not kept. Floats that the backward finds per token and channel:
+parameters with a ``main_grad`` get their gradients there without autograd's help, and what the backward can make
+again is not kept. Numbers that the backward finds per token and channel, by what is recomputed:
 
-              kept                                                one by one
-    attention sum, q, k, v, attended                5             and norm(sum)          6
-    MLP       sum, hidden (4)                       5             norm(sum), gelu (4)   10
+             none                                        cheap: norms, GELU         block: all that is not
+    attention sum, norm(sum), q, k, v, attended   6      sum, q, k, v, attended 5   sum                  1
+    MLP       sum, norm(sum), hidden (4), gelu (4) 10    sum, hidden (4)        5   nothing              0
+
+``cheap`` costs a pass over the memory for each norm and GELU, ``block`` the forward but for its last product, a
+quarter of the step. Dropout on a branch's result keeps another byte of each, its mask.
 
 Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +27,33 @@ from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
+RECOMPUTE = ("none", "cheap", "block")
+
 
 def available(x: Tensor) -> bool:
     """Whether the branches can stand in for their parts: a compiler has to see these, and so has autocast."""
     return not torch.compiler.is_compiling() and not autocast.enabled(x.device.type)
 
 
+class Options(NamedTuple):
+    """What a branch needs to know besides tensors.
+
+    Attributes:
+        eps: the norm's.
+        keep: whether what a pass over memory could make again is kept instead.
+        n_head: number of heads.
+        dropout_p: probability of dropping an attention weight.
+    """
+
+    eps: float
+    keep: bool
+    n_head: int = 1
+    dropout_p: float = 0.0
+
+
 def attention(
     x: Tensor, residual: Tensor | None, norm: kernels.LayerNorm, qkv: kernels.Linear, projection: kernels.Linear,
-    n_head: int, dropout_p: float,
+    n_head: int, dropout_p: float, keep: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal self-attention on the norm of ``x + residual``.
 
@@ -43,21 +65,22 @@ def attention(
         projection: C to C.
         n_head: number of heads; divides C.
         dropout_p: probability of dropping an attention weight.
+        keep: keep the norm's result for the backward instead of making it again.
 
     Returns:
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
-    out, total = apply(
-        _Attention, x, residual, norm.weight, norm.bias, qkv.weight, qkv.bias, projection.weight, projection.bias,
-        main_grad_of(qkv.weight), main_grad_of(projection.weight), norm.eps, n_head, dropout_p,
-        draw_seed(dropout_p, x.device),
-    )  # fmt: skip
+    parameters = _parameters(norm, qkv, projection)
+    options = Options(norm.eps, keep, n_head, dropout_p)
+    seed = draw_seed(dropout_p, x.device)
+    out, total = apply(_Attention, x, residual, *parameters, _main_grads(parameters), options, seed)
     return out, x if residual is None else total
 
 
 def mlp(
-    x: Tensor, residual: Tensor | None, norm: kernels.LayerNorm, fc: kernels.Linear, projection: kernels.Linear
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm: kernels.LayerNorm, fc: kernels.Linear, projection: kernels.Linear,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Two linear layers with a GELU between them, on the norm of ``x + residual``.
 
     Args:
@@ -66,100 +89,131 @@ def mlp(
         norm: over C; of it and the layers the parameters are read.
         fc: C to the hidden width.
         projection: the hidden width to C.
+        keep: keep the norm's and GELU's results for the backward instead of making them again.
 
     Returns:
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
-    out, total = apply(
-        _MLP, x, residual, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias,
-        main_grad_of(fc.weight), main_grad_of(projection.weight), norm.eps,
-    )  # fmt: skip
+    parameters = _parameters(norm, fc, projection)
+    out, total = apply(_MLP, x, residual, *parameters, _main_grads(parameters), Options(norm.eps, keep))
     return out, x if residual is None else total
 
 
-class _Attention(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, qkv_weight: Tensor,
-        qkv_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
-        qkv_main_grad: Tensor | None, proj_main_grad: Tensor | None, eps: float, n_head: int, dropout_p: float,
-        seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        B, T, C = x.shape
-        y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
-        qkv = _product(y.view(B * T, C), qkv_weight.T, qkv_bias).view(B, T, 3 * C)
-        scale = scale_or_default(None, C // n_head)
-        attended, lse = ops.resolve("attention_qkv", x)(qkv, n_head, True, scale, dropout_p, seed)
-        ctx.save_for_backward(
-            total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight
-        )
-        ctx.options = n_head, True, scale, dropout_p
-        ctx.eps, ctx.main_grads = eps, (qkv_main_grad, proj_main_grad)
-        ctx.set_materialize_grads(False)
-        out = _product(attended.view(B * T, C), proj_weight.T, proj_bias).view(B, T, C)
-        return out, None if residual is None else total
+def block(
+    x: Tensor, residual: Tensor | None, attention_layers: tuple[kernels.LayerNorm, kernels.Linear, kernels.Linear],
+    mlp_layers: tuple[kernels.LayerNorm, kernels.Linear, kernels.Linear], n_head: int, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both branches one after the other, of which only ``x + residual`` is kept.
 
-    @staticmethod
-    @first_order("attention")
-    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
-        if dout is None:
-            return dtotal, dtotal
-        total, mean, rstd, qkv, attended, lse, seed, norm_weight, norm_bias, qkv_weight, proj_weight = ctx.saved_tensors
-        needed, (B, T, C) = ctx.needs_input_grad, total.shape
-        dout = dout.reshape(B * T, C)
-        dproj_weight, dproj_bias = weight_and_bias_gradient(
-            dout, attended.view(B * T, C), proj_weight, ctx.main_grads[1], needed[6], needed[7]
-        )
-        dattended = _product(dout, proj_weight).view(B, T, C)
-        dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *ctx.options, seed)
-        dqkv = dqkv.view(B * T, 3 * C)
-        y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
-        dqkv_weight, dqkv_bias = weight_and_bias_gradient(dqkv, y, qkv_weight, ctx.main_grads[0], needed[4], needed[5])
-        dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
-            _product(dqkv, qkv_weight, into=y).view(B, T, C), dtotal, total, norm_weight, mean, rstd, needed[3]
-        )
-        return dx, dx, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dproj_weight, dproj_bias
+    Args:
+        x: ``(B, T, C)``.
+        residual: ``(B, T, C)`` or ``None``.
+        attention_layers: as :func:`attention` takes them.
+        mlp_layers: as :func:`mlp` takes them.
+        n_head: number of heads; divides C.
+        dropout_p: probability of dropping an attention weight, and a number that a branch adds.
+
+    Returns:
+        What the MLP adds, ``(B, T, C)``, and the sum before it.
+    """
+    parameters = (*_parameters(*attention_layers), *_parameters(*mlp_layers))
+    options = Options(attention_layers[0].eps, True, n_head, dropout_p), Options(mlp_layers[0].eps, True)
+    seed = draw_seed(dropout_p, x.device)
+    return apply(_Block, x, residual, *parameters, _main_grads(parameters), *options, seed)
 
 
-class _MLP(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, fc_weight: Tensor,
-        fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, fc_main_grad: Tensor | None,
-        proj_main_grad: Tensor | None, eps: float,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        B, T, C = x.shape
-        y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, eps)
-        hidden = _product(y.view(B * T, C), fc_weight.T)
+# ---- what the functions are made of. Six parameters a branch: of the norm, of the layer in and of the one out ----
+
+Parameters = tuple[Any, ...]  # each a tensor or None
+Saved = tuple[Any, ...]
+
+
+def _parameters(norm: kernels.LayerNorm, inner: kernels.Linear, outer: kernels.Linear) -> Parameters:
+    return norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias
+
+
+def _main_grads(parameters: Parameters) -> Parameters:
+    return tuple(None if p is None else main_grad_of(p) for p in parameters)
+
+
+def _attention_forward(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, options: Options, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Saved]:
+    """The branch's result, the sum, and what the backward needs besides parameters and seed."""
+    norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = parameters
+    B, T, C = x.shape
+    y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, options.eps)
+    qkv = _product(y.view(B * T, C), qkv_weight.T, qkv_bias).view(B, T, 3 * C)
+    attended, lse = ops.resolve("attention_qkv", x)(qkv, *_head_options(qkv, options), seed)
+    out = _product(attended.view(B * T, C), proj_weight.T, proj_bias).view(B, T, C)
+    return out, total, (total, mean, rstd, y if options.keep else None, qkv, attended, lse)
+
+
+def _attention_backward(
+    dout: Tensor, dtotal: Tensor | None, saved: Saved, parameters: Parameters, main_grads: Parameters,
+    options: Options, seed: Tensor | None, needed: tuple[bool, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of the sum and of the six parameters."""
+    norm_weight, norm_bias, qkv_weight, _, proj_weight, _ = parameters
+    total, mean, rstd, kept, qkv, attended, lse = saved
+    B, T, C = total.shape
+    dout = dout.reshape(B * T, C)
+    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4], needed[4], needed[5])
+    dattended = _product(dout, proj_weight).view(B, T, C)
+    dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *_head_options(qkv, options), seed)
+    dqkv = dqkv.view(B * T, 3 * C)
+    y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
+    inner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2], needed[2], needed[3])
+    dy = _product(dqkv, qkv_weight, into=spare).view(B, T, C)
+    dx, *norm = ops.resolve("layer_norm_backward", total)(dy, dtotal, total, norm_weight, mean, rstd, needed[1])
+    return dx, *_delivered((*norm, *inner, *dproj), main_grads, needed)
+
+
+def _mlp_forward(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, options: Options, *, with_result: bool = True
+) -> tuple[Any, Tensor, Saved]:
+    """The branch's result if it is asked for, the sum, and what the backward needs besides parameters."""
+    norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias = parameters
+    B, T, C = x.shape
+    y, total, mean, rstd = _normalise(x, residual, norm_weight, norm_bias, options.eps)
+    hidden = _product(y.view(B * T, C), fc_weight.T)
+    out = activated = None
+    if with_result:
         activated = ops.resolve("gelu", x)(hidden, fc_bias, True)
-        ctx.save_for_backward(total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight)
-        ctx.eps, ctx.main_grads = eps, (fc_main_grad, proj_main_grad)
-        ctx.set_materialize_grads(False)
-        return _product(activated, proj_weight.T, proj_bias).view(B, T, C), None if residual is None else total
+        out = _product(activated, proj_weight.T, proj_bias).view(B, T, C)
+    return out, total, (total, mean, rstd, *((y, activated) if options.keep else (None, None)), hidden)
 
-    @staticmethod
-    @first_order("mlp")
-    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
-        if dout is None:
-            return dtotal, dtotal
-        total, mean, rstd, hidden, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight = ctx.saved_tensors
-        needed, (B, T, C) = ctx.needs_input_grad, total.shape
-        dout = dout.reshape(B * T, C)
-        dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next line
+
+def _mlp_backward(
+    dout: Tensor, dtotal: Tensor | None, saved: Saved, parameters: Parameters, main_grads: Parameters,
+    options: Options, needed: tuple[bool, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of the sum and of the six parameters."""
+    norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, _ = parameters
+    total, mean, rstd, kept, activated, hidden = saved
+    B, T, C = total.shape
+    dout = dout.reshape(B * T, C)
+    dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next lines
+    if activated is None:
         activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True)
-        dproj_weight, dproj_bias = weight_and_bias_gradient(
-            dout, activated, proj_weight, ctx.main_grads[1], needed[6], needed[7]
-        )
-        y = _normalise(total, None, norm_weight, norm_bias, ctx.eps)[0].view(B * T, C)
-        dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, ctx.main_grads[0], needed[4], False)
-        dx, dnorm_weight, dnorm_bias = ops.resolve("layer_norm_backward", total)(
-            _product(dhidden, fc_weight, into=y).view(B, T, C), dtotal, total, norm_weight, mean, rstd, needed[3]
-        )
-        return dx, dx, dnorm_weight, dnorm_bias, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+    else:
+        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(dhidden, hidden, fc_bias, True)
+    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4], needed[4], needed[5])
+    y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
+    dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, main_grads[2], needed[2], False)
+    dy = _product(dhidden, fc_weight, into=spare).view(B, T, C)
+    dx, *norm = ops.resolve("layer_norm_backward", total)(dy, dtotal, total, norm_weight, mean, rstd, needed[1])
+    return dx, *_delivered((*norm, dfc_weight, dfc_bias, *dproj), main_grads, needed)
+
+
+def _head_options(qkv: Tensor, options: Options) -> tuple[int, bool, float, float]:
+    """Number of heads, causal, scale and dropout, as the operators take them."""
+    scale = scale_or_default(None, qkv.shape[-1] // 3 // options.n_head)
+    return options.n_head, True, scale, options.dropout_p
 
 
 def _normalise(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The norm of the sum, the sum, and the norm's mean and reciprocal standard deviation."""
     if residual is not None:
@@ -168,6 +222,117 @@ def _normalise(
     return y, x, mean, rstd
 
 
+def _normalised(
+    total: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The norm's result as rows, kept or made again; and once more as memory free to use, if it was made here."""
+    y = (_normalise(total, None, weight, bias, eps)[0] if kept is None else kept).view(-1, total.shape[-1])
+    return y, y if kept is None else None
+
+
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> Tensor:
     """``x @ matrix + bias``, in memory that is no longer needed if there is some."""
     return matmul_into(x.new_empty(x.shape[0], matrix.shape[1]) if into is None else into, x, matrix, bias)
+
+
+def _delivered(gradients: Parameters, main_grads: Parameters, needed: tuple[bool, ...]) -> Parameters:
+    """What is left for autograd of the gradients once those with a ``main_grad`` have been added there."""
+    for gradient, main_grad, need in zip(gradients, main_grads, needed, strict=True):
+        if need and gradient is not None and main_grad is not None:
+            main_grad.add_(gradient)
+    return tuple(g if main_grad is None else None for g, main_grad in zip(gradients, main_grads, strict=True))
+
+
+def _dropped(x: Tensor, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """``F.dropout(x)``, and its mask."""
+    return torch.native_dropout(x, dropout_p, True) if dropout_p else (x, None)
+
+
+def _drop_again(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """What was dropped from a tensor dropped from ``x`` too: its copy made again, or its gradient."""
+    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - dropout_p))
+
+
+# ---- the functions ----
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        parameters, (ctx.main_grads, ctx.branch_options, seed) = rest[:6], rest[6:]
+        out, total, saved = _attention_forward(x, residual, parameters, ctx.branch_options, seed)
+        ctx.save_for_backward(seed, *parameters, *saved)
+        ctx.set_materialize_grads(False)
+        return out, None if residual is None else total
+
+    @staticmethod
+    @first_order("attention")
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
+        if dout is None:
+            return dtotal, dtotal
+        seed, *tensors = ctx.saved_tensors
+        dx, *gradients = _attention_backward(
+            dout, dtotal, tuple(tensors[6:]), tuple(tensors[:6]), ctx.main_grads, ctx.branch_options, seed,
+            ctx.needs_input_grad[2:8],
+        )  # fmt: skip
+        return dx, dx, *gradients
+
+
+class _MLP(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
+        parameters, (ctx.main_grads, ctx.branch_options) = rest[:6], rest[6:]
+        out, total, saved = _mlp_forward(x, residual, parameters, ctx.branch_options)
+        ctx.save_for_backward(*parameters, *saved)
+        ctx.set_materialize_grads(False)
+        return out, None if residual is None else total
+
+    @staticmethod
+    @first_order("mlp")
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
+        if dout is None:
+            return dtotal, dtotal
+        tensors = ctx.saved_tensors
+        dx, *gradients = _mlp_backward(
+            dout, dtotal, tensors[6:], tensors[:6], ctx.main_grads, ctx.branch_options, ctx.needs_input_grad[2:8]
+        )
+        return dx, dx, *gradients
+
+
+class _Block(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor]:
+        parameters, (ctx.main_grads, *ctx.branch_options, seed) = rest[:12], rest[12:]
+        attention_options, mlp_options = ctx.branch_options
+        p = attention_options.dropout_p
+        added, total, _ = _attention_forward(x, residual, parameters[:6], attention_options, seed)
+        added, attention_mask = _dropped(added, p)
+        out, mlp_total, _ = _mlp_forward(added, total, parameters[6:], mlp_options)
+        out, mlp_mask = _dropped(out, p)
+        ctx.save_for_backward(seed, total, attention_mask, mlp_mask, *parameters)
+        ctx.set_materialize_grads(False)
+        return out, mlp_total
+
+    @staticmethod
+    @first_order("block")
+    def backward(ctx: Any, dout: Tensor | None, dmlp_total: Any) -> Any:
+        seed, total, attention_mask, mlp_mask, *parameters = ctx.saved_tensors
+        attention_parameters, mlp_parameters = tuple(parameters[:6]), tuple(parameters[6:])
+        attention_options, mlp_options = ctx.branch_options
+        p, needed = attention_options.dropout_p, ctx.needs_input_grad[2:14]
+        added, _, attention_saved = _attention_forward(total, None, attention_parameters, attention_options, seed)
+        added = _drop_again(added, attention_mask, p)
+        dadded, mlp_gradients = dmlp_total, [None] * 6
+        if dout is not None:
+            _, _, mlp_saved = _mlp_forward(added, total, mlp_parameters, mlp_options, with_result=False)
+            del added
+            dadded, *mlp_gradients = _mlp_backward(
+                _drop_again(dout, mlp_mask, p), dmlp_total, mlp_saved, mlp_parameters, ctx.main_grads[6:], mlp_options,
+                needed[6:],
+            )  # fmt: skip
+            del mlp_saved
+        dx, *gradients = _attention_backward(
+            _drop_again(dadded, attention_mask, p), dadded, attention_saved, attention_parameters, ctx.main_grads[:6],
+            attention_options, seed, needed[:6],
+        )  # fmt: skip
+        return dx, dx, *gradients, *mlp_gradients

@@ -82,10 +82,10 @@ class Attention(nn.Module):
             y = kernels.attention_qkv(qkv, self.n_head, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
         """``forward`` of the norm of ``x + residual``, and the sum."""
         dropout = self.dropout if self.training else 0.0
-        x, residual = branches.attention(x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout)
+        x, residual = branches.attention(x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout, keep)
         return F.dropout(x, self.dropout, self.training), residual
 
 
@@ -102,17 +102,18 @@ class MLP(nn.Module):
         hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)
         return F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
-    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
         """``forward`` of the norm of ``x + residual``, and the sum."""
-        x, residual = branches.mlp(x, residual, norm, self.c_fc, self.c_proj)
+        x, residual = branches.mlp(x, residual, norm, self.c_fc, self.c_proj, keep)
         return F.dropout(x, self.dropout, self.training), residual
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each behind its norm."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, recompute: str) -> None:
         super().__init__()
+        self.recompute = recompute
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = Attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
@@ -121,8 +122,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """Takes and returns (what the last branch adds, the sum before it)."""
         if cache is None and branches.available(x):
-            x, residual = self.attn.branch(x, residual, self.ln_1)
-            return self.mlp.branch(x, residual, self.ln_2)
+            if self.recompute == "block":
+                dropout = self.attn.dropout if self.training else 0.0
+                attention, mlp = (
+                    (self.ln_1, self.attn.c_attn, self.attn.c_proj),
+                    (self.ln_2, self.mlp.c_fc, self.mlp.c_proj),
+                )
+                return branches.block(x, residual, attention, mlp, self.attn.n_head, dropout)
+            keep = self.recompute == "none"
+            x, residual = self.attn.branch(x, residual, self.ln_1, keep)
+            return self.mlp.branch(x, residual, self.ln_2, keep)
         x, residual = self.ln_1(x, residual)
         x, residual = self.ln_2(self.attn(x, cache), residual)
         return self.mlp(x), residual
@@ -131,11 +140,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids to normalised hidden states."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, recompute: str) -> None:
         super().__init__()
         self.wte = kernels.Embedding(config.vocab_size, config.n_embd)
         self.wpe = kernels.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer, recompute) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
@@ -153,15 +162,26 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: gives the loss where there are targets, and the last position's logits otherwise."""
+    """GPT-2: gives the loss where there are targets, and the last position's logits otherwise.
 
-    def __init__(self, config: GPTConfig) -> None:
+    Args:
+        config: the shape.
+        recompute: what the backward makes again instead of finding it in memory: ``none``, ``cheap`` or ``block``
+            (see ``branches.py``). The results are the same to the bit.
+    """
+
+    def __init__(self, config: GPTConfig, recompute: str = "cheap") -> None:
         super().__init__()
+        if recompute not in branches.RECOMPUTE:
+            raise ValueError(f"recompute: '{recompute}' is none of {', '.join(branches.RECOMPUTE)}")
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, recompute)
         initialise(self, config)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+        gradient_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The mean loss against ``targets``, or without them the logits of the token after the last.
 
         Args:
@@ -169,6 +189,7 @@ class GPT(nn.Module):
             targets: ``(B, T)`` int64, -1 where no loss is taken.
             cache: keys and values of the tokens before ``idx``; those of ``idx`` are added. Once it holds
                 any, T must be 1.
+            gradient_scale: 0-dim fp32 that the loss's gradients are multiplied by, and not the loss.
 
         Returns:
             0-dim fp32 loss in nats, or logits ``(B, vocab_size)``.
@@ -185,7 +206,7 @@ class GPT(nn.Module):
         output = self.transformer.wte.weight
         if targets is None:
             return F.linear(x[:, -1], output)
-        return kernels.linear_cross_entropy(x.flatten(0, 1), output, targets.flatten())
+        return kernels.linear_cross_entropy(x.flatten(0, 1), output, targets.flatten(), gradient_scale=gradient_scale)
 
 
 @torch.no_grad()

@@ -30,6 +30,8 @@ class State:
     loader: dict[str, Any]
     model: dict[str, Any]
     state_bits: int = 32  # of the moments
+    loss_scale: float = 1.0
+    updates_since_overflow: int = 0
     optimizer_seeds: list[int] = field(default_factory=list)  # for each parameter group that rounds at random
 
 

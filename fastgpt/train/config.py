@@ -87,8 +87,16 @@ class TrainConfig:
     # machine
     device: str = _option("auto", "cpu, cuda, cuda:N; auto for a GPU if there is one")
     dtype: str = _option(
-        "auto", "auto: bfloat16 where the device multiplies it natively, else float32", ("auto", "float32", "bfloat16")
+        "auto",
+        "auto: bfloat16 where the device multiplies it natively, else float32",
+        ("auto", "float32", "bfloat16", "float16"),
     )
+    recompute: str = _option(
+        "auto",
+        "what the backward makes again instead of keeping it: nothing, norms and GELU, or whole blocks",
+        ("auto", "none", "cheap", "block"),
+    )
+    cuda_graphs: bool = _option(True, "record the step on a GPU once and replay it")
     compile: bool = _option(False, "also run the model through torch.compile")
     backend: str = _option("auto", "what runs the kernels", BACKENDS)
 

@@ -45,7 +45,7 @@ class ParameterStore:
 
     Args:
         model: its parameters are replaced; buffers are left alone.
-        dtype: what the model computes with, fp32 or bf16.
+        dtype: what the model computes with: fp32, bf16 or fp16.
 
     Attributes:
         master: fp32 parameters, the ones that the optimizer updates and checkpoints keep.
@@ -101,8 +101,8 @@ class ParameterStore:
         return [{"params": [part], "weight_decay": decay} for part, decay in zip(parts, decays, strict=False)]
 
     def copies(self, groups: list[dict]) -> dict[Tensor, Tensor]:
-        """For each flat tensor of ``groups`` the part of ``working`` that mirrors it, if that is another buffer."""
-        if self.working is self.master:
+        """For each flat tensor of ``groups`` the part of ``working`` that an optimizer may write: bf16 ones."""
+        if self.working.dtype != torch.bfloat16:
             return {}
         return {g["params"][0]: part for g, part in zip(groups, self.parts(self.working), strict=True)}
 
@@ -126,6 +126,11 @@ class ParameterStore:
             if view.shape != tensors[name].shape:
                 raise ValueError(f"{name}: expected {tuple(view.shape)}, got {tuple(tensors[name].shape)}")
             view.copy_(tensors[name])
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write ``working`` anew from ``master``."""
         if self.working is not self.master:
             self.working.copy_(self.master)
 

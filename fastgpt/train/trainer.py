@@ -4,28 +4,30 @@ import math
 import signal
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgpt import hardware
 from fastgpt.data.loader import BatchLoader
+from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import Dataset, open_dataset
 from fastgpt.errors import RequestError
-from fastgpt.kernels import FusedAdamW, ops
+from fastgpt.kernels import ops
 from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import checkpoint, run_folder
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.log import RunLog, plot_losses
 from fastgpt.train.memory import keep_freed_memory
-from fastgpt.train.parameters import ParameterStore
+from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
+from fastgpt.train.step import TrainStep, leave_default_stream
 
 GPT2_VOCABULARY = 50257  # assumed of bare token files, which do not tell theirs
 
@@ -66,28 +68,26 @@ class Trainer:
             )
         }  # fmt: skip
 
+        leave_default_stream(self.device)
+        self.batches = Prefetcher(self.loaders["train"], self.device)
         torch.manual_seed(config.seed)
-        self.model = GPT(self.model_config).to(self.device)
-        self.store = ParameterStore(self.model, self.dtype)
-        groups = self.store.groups(config.weight_decay)
-        self.optimizer = FusedAdamW(
-            groups,
-            config.learning_rate,
-            (config.beta1, config.beta2),
+        self.model = GPT(self.model_config, "cheap" if config.recompute == "auto" else config.recompute).to(self.device)
+        self.train_step = TrainStep(
+            self.model,
+            dtype=self.dtype,
+            accumulation=config.gradient_accumulation_steps,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
             max_grad_norm=config.grad_clip or None,
-            copies=self.store.copies(groups),
             state_bits=config.state_bits,
+            compile=config.compile,
+            cuda_graphs=config.cuda_graphs,
         )
-        # AdamW's moments in one buffer each, like the parameters.
-        self.moments = self.store.moments(config.state_bits)
-        for i, group in enumerate(groups):
-            parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
-            self.optimizer.state[group["params"][0]] = {"step": torch.zeros((), device=self.device), **parts}
-        self.forward = torch.compile(self.model) if config.compile else self.model
         self.step = self.tokens = 0
         self.val_loss: tuple[int, float] | None = None  # of the last evaluation, and its step
         self.best_val_loss: float | None = None  # among the checkpoints
         self.best_step: int | None = None
+        self._readings: deque[Reading] = deque()  # of updates that are to be logged yet
         if resumed is not None:
             self._load(resumed)
         self._signal: int | None = None
@@ -122,56 +122,43 @@ class Trainer:
         config = self.config
         if self.step == 0:
             self._evaluate(log)
-        started, first = time.perf_counter(), self.step  # of the updates that the next line's time is the mean of
+        started = Moment(self.device, self.step)  # of the updates that the next line's time is the mean of
         while self.step < config.max_iters:
-            loss = self._update()
+            rate = self._update()
             self.step += 1
             self.tokens += config.tokens_per_step
             last = self.step == config.max_iters
+            stopping = not last and (self._signal is not None or time.monotonic() > deadline)
             logged = last or self.step % config.log_interval == 0
-            if logged:
-                value = loss.item()  # waits for the device, so that the clock is read when the work is done
-                self._log_update(log, value, (time.perf_counter() - started) / (self.step - first))
-                if not math.isfinite(value):
-                    log.say(
-                        f"the loss is {value} at step {self.step}: the run has diverged and stops here, "
-                        "without a checkpoint; a lower --learning_rate or a longer --warmup_iters usually mends it"
-                    )
-                    return 1
             evaluated = last or self.step % config.eval_interval == 0
+            saved = last or stopping or self._checkpoint_is_due(evaluated)
+            if logged:
+                self._readings.append(Reading(self.train_step, self.step, self.tokens, rate, started))
+                started = self._readings[-1].end
+            # A GPU tells of an update once the next one is under way, so that it never waits for the host.
+            at_once = self.device.type == "cpu" or evaluated or saved
+            if self._diverged(log, waiting=int(logged and not at_once)):
+                return 1
             if evaluated:
                 self._evaluate(log)
-            saved = last or self._checkpoint_is_due(evaluated)
-            if saved:
-                self._save()
-            if logged or evaluated or saved:
-                started, first = time.perf_counter(), self.step
-            if not last and (self._signal is not None or time.monotonic() > deadline):
+            path = self._save() if saved else None
+            if evaluated or saved:
+                started = Moment(self.device, self.step)
+            if stopping:
                 why = "the time limit" if self._signal is None else signal.Signals(self._signal).name
-                log.say(f"stopped by {why} at step {self.step}: {self._save()}; --init_from resume goes on from there")
+                log.say(f"stopped by {why} at step {self.step}: {path}; --init_from resume goes on from there")
                 return 0 if self._signal is None else 128 + self._signal
         return 0
 
-    def _update(self) -> Tensor:
-        """One update; returns the mean loss of its micro-batches, on the device."""
+    def _update(self) -> float:
+        """One update; returns its learning rate."""
         config = self.config
         rate = learning_rate(
             self.step, peak=config.learning_rate, floor=config.min_lr, warmup_iters=config.warmup_iters,
             decay_iters=config.lr_decay_iters,
         )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = torch.zeros((), device=self.device)
-        for _ in range(config.gradient_accumulation_steps):
-            loss = self.forward(*self._to_device(self.loaders["train"].next()))
-            loss.backward()
-            total += loss.detach()
-        self.optimizer.step(grad_scale=1.0 / config.gradient_accumulation_steps, zero_grad=True)
-        return total / config.gradient_accumulation_steps
-
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, y = batch
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        self.train_step(self.batches.next, rate)
+        return rate
 
     # ---- evaluation, logging, checkpoints ----
 
@@ -180,7 +167,7 @@ class Trainer:
         """Mean loss in eval mode over ``eval_iters`` batches: the same ones at every evaluation."""
         self.model.eval()
         batches = self.loaders[split].evenly_spaced(self.config.eval_iters)
-        losses = [self.forward(*self._to_device(batch)) for batch in batches]
+        losses = [self.train_step.forward(*(t.to(self.device, non_blocking=True) for t in batch)) for batch in batches]
         self.model.train()
         return torch.stack(losses).mean().item()
 
@@ -189,16 +176,29 @@ class Trainer:
         log.evaluate(step=self.step, train_loss=losses["train"], val_loss=losses["val"])
         self.val_loss = (self.step, losses["val"])
 
-    def _log_update(self, log: RunLog, loss: float, seconds: float) -> None:
+    def _diverged(self, log: RunLog, waiting: int) -> bool:
+        """Log all updates that are to be but the last ``waiting``; whether the loss of one is no number."""
+        while len(self._readings) > waiting:
+            reading = self._readings.popleft()
+            self._log_update(log, reading)
+            if not math.isfinite(reading.loss()):
+                log.say(
+                    f"the loss is {reading.loss()} at step {reading.step}: the run has diverged and stops here, "
+                    "without a checkpoint; a lower --learning_rate or a longer --warmup_iters usually mends it"
+                )
+                return True
+        return False
+
+    def _log_update(self, log: RunLog, reading: Reading) -> None:
+        seconds = reading.seconds()
         flops = self.model_config.flops_per_token * self.config.tokens_per_step / seconds
         peak = hardware.peak_flops(self.device, self.dtype)
-        norm = self.optimizer.grad_norm
         log.train(
-            step=self.step,
-            loss=loss,
-            lr=self.optimizer.param_groups[0]["lr"],
-            grad_norm=None if norm is None else norm.item(),
-            tokens=self.tokens,
+            step=reading.step,
+            loss=reading.loss(),
+            lr=reading.lr,
+            grad_norm=reading.grad_norm(),
+            tokens=reading.tokens,
             ms=seconds * 1e3,
             tokens_per_s=self.config.tokens_per_step / seconds,
             tflops=flops / 1e12,
@@ -218,13 +218,15 @@ class Trainer:
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
             tokens=self.tokens,
-            loader=self.loaders["train"].state_dict(),
+            loader=self.batches.state_dict(),
             model=asdict(self.model_config),
             state_bits=self.config.state_bits,
-            optimizer_seeds=[group["seed"] for group in self.optimizer.param_groups if "seed" in group],
+            loss_scale=self.train_step.loss_scale,
+            updates_since_overflow=self.train_step.updates_since_overflow,
+            optimizer_seeds=[group["seed"] for group in self.train_step.optimizer.param_groups if "seed" in group],
         )
-        moments = {kind: self.store.named(flat) for kind, flat in self.moments.items()}
-        return checkpoint.save(self.run, state, self.store.named(self.store.master), moments)
+        moments = {kind: self.train_step.store.named(flat) for kind, flat in self.train_step.moments.items()}
+        return checkpoint.save(self.run, state, self.train_step.store.named(self.train_step.store.master), moments)
 
     def _find_checkpoint(self) -> Path:
         """The checkpoint to resume from, its architecture and its moments checked."""
@@ -244,17 +246,18 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load_state(path)
-        self.store.load(checkpoint.load_parameters(path))
+        self.train_step.store.load(checkpoint.load_parameters(path))
         for kind, named in checkpoint.load_moments(path).items():
-            for name, view in self.store.named(self.moments[kind]).items():
+            for name, view in self.train_step.store.named(self.train_step.moments[kind]).items():
                 view.copy_(named[name])
-        for optimizer_state in self.optimizer.state.values():
+        for optimizer_state in self.train_step.optimizer.state.values():
             optimizer_state["step"].fill_(state.step)
-        for group, seed in zip(self.optimizer.param_groups, state.optimizer_seeds, strict=False):
+        for group, seed in zip(self.train_step.optimizer.param_groups, state.optimizer_seeds, strict=False):
             group["seed"] = seed
+        self.train_step.set_loss_scale(state.loss_scale, state.updates_since_overflow)
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
-        self.loaders["train"].load_state_dict(state.loader)
+        self.batches.load_state_dict(state.loader)
 
     # ---- words ----
 
@@ -299,4 +302,4 @@ def _open_or_prepare(config: TrainConfig) -> Dataset:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return hardware.training_dtype(device)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return getattr(torch, name)

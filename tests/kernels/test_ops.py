@@ -100,7 +100,8 @@ def cases(dtype):
     yield "cross_entropy_", (r(3, 5), targets, torch.tensor(0.5), -1)
     for needs_dx in (True, False):
         for needs_dweight in (True, False):
-            yield "linear_cross_entropy", (r(3, 5), r(7, 5), targets, -1, needs_dx, needs_dweight)
+            yield "linear_cross_entropy", (r(3, 5), r(7, 5), targets, -1, None, needs_dx, needs_dweight)
+    yield "linear_cross_entropy", (r(3, 5), r(7, 5), targets, -1, torch.tensor(0.5), True, True)
     yield "grad_norm", ([r(3, 5), r(7)],)
     yield "adamw_", adamw(copies=False, scale=False)
     yield "adamw_", adamw(copies=True, scale=True)

@@ -144,8 +144,8 @@ def cases():
     yield "cross_entropy", (r(4, 5), targets, -1)
     yield "cross_entropy_backward", (torch.randn(4), r(4, 5), targets, torch.randn(4), -1)
     yield "cross_entropy_", (torch.randn(4, 5), targets, torch.tensor(0.5), -1)
-    yield "linear_cross_entropy", (r(4, 5), r(7, 5), targets, -1, True, True)
-    yield "linear_cross_entropy", (r(4, 5), r(7, 5), targets, -1, False, False)
+    yield "linear_cross_entropy", (r(4, 5), r(7, 5), targets, -1, None, True, True)
+    yield "linear_cross_entropy", (r(4, 5), r(7, 5), targets, -1, None, False, False)
     yield "grad_norm", ([r(3, 5), r(7)],)
 
 

@@ -152,7 +152,7 @@ def test_evaluation_is_without_dropout_and_repeatable(trainer, tmp_path):
 def test_evaluation_leaves_no_gradient(trainer):
     one = trainer()
     one.evaluate("val")
-    assert one.store.grad.count_nonzero() == 0
+    assert one.train_step.store.grad.count_nonzero() == 0
 
 
 def test_the_best_checkpoint_stays_and_earlier_ones_go(trainer, tmp_path):
@@ -185,7 +185,7 @@ def test_the_best_is_chosen_among_the_steps_that_have_a_checkpoint(trainer, tmp_
 def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, capsys):
     one = trainer()
     with torch.no_grad():
-        one.store.master.fill_(float("nan"))
+        one.train_step.store.master.fill_(float("nan"))
     assert one.train() == 1
     assert "has diverged" in capsys.readouterr().out
     assert checkpoint.steps(tmp_path / "run") == []

@@ -1,0 +1,192 @@
+"""One update of a model: micro-batches forward and backward, then norm, clip and AdamW.
+
+Weights are read in the training dtype, which the optimizer's kernel writes; gradients add up in fp32 where they are
+computed; nothing is cast, zeroed or summed in a pass of its own. On a GPU the host waits for nothing: a micro-batch
+and the optimizer are each recorded in a CUDA graph and replayed, and the learning rate, the loss and the gradient
+norm stay in tensors on the device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import FusedAdamW
+from fastgpt.model import GPT
+from fastgpt.train.parameters import ParameterStore
+
+Batch = tuple[Tensor, Tensor]
+
+# torch.amp.GradScaler's, from Micikevicius et al., "Mixed Precision Training", 2018.
+FIRST_LOSS_SCALE, GROWTH_INTERVAL = 65536.0, 2000
+
+
+class TrainStep:
+    """Trains a model, one update a call.
+
+    With ``cuda_graphs`` the first update runs without them, to compile kernels and make the optimizer's state, the
+    second is recorded, and from then on the two graphs are replayed. CUDA cannot record on its default stream: create
+    and call this on one of your own (:func:`leave_default_stream`). Batches must keep their shape.
+
+    fp16 comes with loss scaling: gradients are computed of a multiple of the loss, so that small ones are not zero,
+    and an update whose gradients are not finite is left out. This costs a look at the gradient norm each update.
+
+    Args:
+        model: fp32, on its device; its parameters move into ``store``.
+        dtype: of the weights that the model computes with: fp32, bf16 or fp16.
+        accumulation: micro-batches in an update.
+        betas: AdamW's.
+        weight_decay: on matrices; vectors have none.
+        max_grad_norm: gradients are scaled down to at most this L2 norm; ``None`` for no clipping.
+        state_bits: of each of AdamW's moments, 8 or 32.
+        compile: run the model through ``torch.compile``; excludes graphs.
+        cuda_graphs: use them where the model is on a GPU.
+
+    Attributes:
+        store: the parameters and gradients.
+        optimizer: works on ``store``.
+        moments: AdamW's, as flat buffers by kind.
+        forward: the model, compiled or not.
+        loss: 0-dim fp32, mean loss of the last update's micro-batches, on the device.
+        loss_scale: what gradients are multiplied by while they are fp16; 1 in other dtypes.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        dtype: torch.dtype = torch.float32,
+        accumulation: int = 1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        max_grad_norm: float | None = 1.0,
+        state_bits: int = 32,
+        compile: bool = False,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.store = ParameterStore(model, dtype)
+        groups = self.store.groups(weight_decay)
+        self.optimizer = FusedAdamW(
+            groups, 0.0, betas, max_grad_norm=max_grad_norm, copies=self.store.copies(groups), state_bits=state_bits
+        )
+        device = self.store.master.device
+        self.moments = self.store.moments(state_bits)
+        for i, group in enumerate(groups):
+            parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
+            self.optimizer.use_state(group["params"][0], parts)
+        self.lr = torch.zeros((), dtype=torch.float64, device=device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.accumulation = accumulation
+        self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
+        self.loss = torch.zeros((), device=device)
+        self._sum = torch.zeros((), device=device)
+        self._scale = torch.full((), FIRST_LOSS_SCALE, device=device) if dtype == torch.float16 else None
+        self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self.updates_since_overflow = 0
+        self._batch: Batch | None = None  # where the graph finds its micro-batch
+        self._with_graphs = cuda_graphs and not compile and self.loss.is_cuda
+        self._micro_graph: Any = None
+        self._optimizer_graph: Any = None
+        self._updates = 0
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """0-dim fp32, the last update's gradient norm before clipping, on the device; ``None`` without clipping."""
+        return self.optimizer.grad_norm
+
+    def __call__(self, next_batch: Callable[[], Batch], lr: float) -> None:
+        """One update.
+
+        Args:
+            next_batch: gives micro-batches ``(x, y)``, (B, T) int64 on the model's device.
+            lr: learning rate.
+
+        Raises:
+            RuntimeError: a CUDA graph could not be recorded.
+        """
+        self.lr.fill_(lr)
+        for _ in range(self.accumulation):
+            self._micro_step(next_batch())
+        self._finish()
+        self._updates += 1
+
+    def _micro_step(self, batch: Batch) -> None:
+        if not self._with_graphs or self._updates == 0:
+            self._forward_backward(batch)
+            return
+        if self._batch is None:
+            self._batch = torch.empty_like(batch[0]), torch.empty_like(batch[1])
+        for place, tensor in zip(self._batch, batch, strict=True):
+            place.copy_(tensor)
+        if self._micro_graph is None:
+            self._micro_graph = _record(lambda: self._forward_backward(self._batch), pool=None)
+        self._micro_graph.replay()
+
+    def _finish(self) -> None:
+        if self._scale is not None:
+            self._update_scaled()
+        elif not self._with_graphs or self._updates == 0:
+            self._update()
+        else:
+            if self._optimizer_graph is None:
+                self._optimizer_graph = _record(self._update, pool=self._micro_graph.pool())
+            self._optimizer_graph.replay()
+        self._note_loss()
+
+    def _forward_backward(self, batch: Batch | None) -> None:
+        assert batch is not None
+        loss = self.forward(*batch) if self._scale is None else self.forward(*batch, gradient_scale=self._scale)
+        loss.backward()
+        self._sum += loss.detach()
+
+    def _update(self) -> None:
+        self.optimizer.step(grad_scale=1.0 / self.accumulation, zero_grad=True)
+
+    def _note_loss(self) -> None:
+        torch.div(self._sum, self.accumulation, out=self.loss)
+        self._sum.zero_()
+
+    def _update_scaled(self) -> None:
+        """:meth:`_update` of gradients of a scaled loss, if they are finite; otherwise the scale is halved."""
+        assert self._scale is not None
+        if math.isfinite(torch.linalg.vector_norm(self.store.grad).item()):
+            self.optimizer.step(grad_scale=1.0 / (self.accumulation * self.loss_scale), zero_grad=True)
+            self.store.refresh()
+            self.updates_since_overflow += 1
+            if self.updates_since_overflow < GROWTH_INTERVAL:
+                return
+            factor = 2.0
+        else:
+            self.store.grad.zero_()
+            factor = 0.5
+        self.set_loss_scale(self.loss_scale * factor)
+
+    def set_loss_scale(self, scale: float, updates_since_overflow: int = 0) -> None:
+        """Go on with this loss scale, kept for so many updates already; for fp16 alone."""
+        if self._scale is not None:
+            self.loss_scale, self.updates_since_overflow = scale, updates_since_overflow
+            self._scale.fill_(scale)
+
+
+def leave_default_stream(device: torch.device) -> None:
+    """Make a stream of its own the current one, on which CUDA can record graphs; nothing on other devices."""
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(stream)
+
+
+def _record(function: Callable[[], None], pool: Any) -> Any:
+    """A CUDA graph of what ``function`` launches, which is not run."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            function()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"a CUDA graph could not be recorded; cuda_graphs=False works without: {error}") from error
+    return graph
