@@ -189,7 +189,7 @@ def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) 
             )
         )
 
-    device = launch.Device(gpu.name, arch, gpu.n_sm, gpu.shared_memory_per_block)
+    device = launch.Device(gpu.name, arch, gpu.n_sm, gpu.shared_memory)
     with launch.ahead_of_time(device, compile):
         CASES[name]()
     unique = {(r.kernel, json.dumps(r.config), r.registers, r.shared): r for r in rows}

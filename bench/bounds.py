@@ -6,54 +6,40 @@ configurations, the one with the lower bound deserves the first try. Loads and s
 as issue slots in proportion to their width.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from bench.sass import Instruction, Machine
+from fastgpt import gpus
+from fastgpt.gpus import GPU
 
-
-@dataclass(frozen=True)
-class GPU:
-    """One card of an architecture; per-SM limits from NVIDIA's CUDA programming guide, table of compute capabilities.
-
-    Attributes:
-        tensor_flops: dense bf16 with fp32 accumulation, a cycle and SM.
-        special: results of special functions a cycle and SM.
-        bandwidth: bytes a second.
-    """
-
-    name: str
-    n_sm: int
-    clock: float
-    bandwidth: float
-    tensor_flops: int
-    special: int
-    shared_memory_per_block: int
-    shared_memory: int
-    threads: int
-    blocks: int
-
-
+# The card that stands for its architecture.
 GPUS = {
-    80: GPU("A100 SXM 40GB", 108, 1.41e9, 1555e9, 2048, 16, 163 << 10, 164 << 10, 2048, 32),
-    86: GPU("RTX 3090", 82, 1.695e9, 936e9, 512, 16, 99 << 10, 100 << 10, 1536, 16),
-    89: GPU("RTX 4070", 46, 2.475e9, 504e9, 512, 16, 99 << 10, 100 << 10, 1536, 24),
-    90: GPU("H100 SXM", 132, 1.83e9, 3350e9, 4096, 16, 227 << 10, 228 << 10, 2048, 32),
-    120: GPU("RTX 5070", 48, 2.512e9, 672e9, 512, 16, 99 << 10, 100 << 10, 1536, 24),
+    gpu.capability: gpu
+    for gpu in (
+        gpus.GPUS["NVIDIA A100-SXM4-40GB"],
+        gpus.GPUS["NVIDIA GeForce RTX 3090"],
+        gpus.GPUS["NVIDIA GeForce RTX 4070"],
+        gpus.GPUS["NVIDIA H100 80GB HBM3"],
+        gpus.GPUS["NVIDIA GeForce RTX 5070"],
+    )
 }
 
+# Limits of an SM, from NVIDIA's CUDA programming guide, table of compute capabilities.
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 120: 1536}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 120: 24}
+SPECIAL = 16  # results of special functions a cycle
 REGISTERS_PER_SM = 65536
-RESERVED_SHARED = 1024  # bytes a block costs beyond its own
+RESERVED_SHARED = 1024  # bytes a block costs beyond its own; so an SM has that much more than a block may use
 
 
 def blocks_per_sm(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     """How many blocks of a kernel an SM holds at once."""
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out to warps in units of 256
     return min(
-        gpu.blocks,
-        gpu.threads // (32 * warps),
+        BLOCKS[gpu.capability],
+        THREADS[gpu.capability] // (32 * warps),
         REGISTERS_PER_SM // (per_warp * warps),
-        gpu.shared_memory // (shared + RESERVED_SHARED),
+        (gpu.shared_memory + RESERVED_SHARED) // (shared + RESERVED_SHARED),
     )
 
 
@@ -66,15 +52,15 @@ def bound(
         return {}
     instructions, repeats, n_bytes = work
     warps = options.get("num_warps", 4) * repeats
-    per_second = gpu.n_sm * gpu.clock
+    per_second = gpu.n_sm * gpu.boost_mhz * 1e6
     flops = sum(_mma_flops(i) for i in instructions)
     special = 32 * sum(i.pipe == "special" for i in instructions)
     issue = sum(_issue_slots(i) for i in instructions)
     seconds = {
-        "tensor": warps * flops / (gpu.tensor_flops * per_second),
-        "special": warps * special / (gpu.special * per_second),
+        "tensor": warps * flops / (gpu.flops_per_cycle * per_second),
+        "special": warps * special / (SPECIAL * per_second),
         "issue": warps * issue / (4 * per_second),  # four schedulers an SM, one instruction a cycle each
-        "memory": n_bytes / gpu.bandwidth,
+        "memory": n_bytes / (gpu.bandwidth_gb_s * 1e9),
     }
     return {name: 1e6 * s for name, s in seconds.items() if s > 0.0}
 

@@ -1,33 +1,15 @@
-"""Devices: their names, their peaks with sources, and the ceilings measured on the one at hand."""
+"""The device at hand: its name, its peak, and the ceilings measured on it."""
 
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastgpt.errors import RequestError
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Dense tensor-core peak for bf16 inputs with fp32 accumulation, memory bandwidth and capacity."""
-
-    bf16_tflops: float
-    bandwidth_gb_s: float
-    memory_gb: int
-    source: str
-
-
-# By the exact name that CUDA reports. Sparse figures, twice the dense, are never used.
-GPUS = {
-    "NVIDIA GeForce RTX 4070": GPU(58.3, 504, 12, "NVIDIA Ada whitepaper v2.1: 46 SMs x 512 FLOP x 2475 MHz"),
-    "NVIDIA H100 80GB HBM3": GPU(989.4, 3350, 80, "NVIDIA H100 datasheet, SXM5, dense"),
-    "NVIDIA H200": GPU(989.4, 4800, 141, "NVIDIA H200 datasheet, SXM, dense"),
-}
+from fastgpt.gpus import BF16_SINCE, GPU, GPUS
 
 
 def find_device(name: str) -> torch.device:
@@ -62,19 +44,31 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak in FLOP/s for matrix products of ``dtype``, or ``None`` where it is not known."""
+def known_gpu(device: torch.device) -> GPU | None:
+    """This device's row of the table; ``None`` for a CPU, and for a GPU of which the table knows nothing."""
     gpu = GPUS.get(device_name(device)) if device.type == "cuda" else None
-    return gpu.bf16_tflops * 1e12 if gpu is not None and dtype == torch.bfloat16 else None
+    # one name may stand for several cards, such as the RTX 3080 with 68 SMs and the one with 70
+    same = gpu is not None and torch.cuda.get_device_properties(device).multi_processor_count == gpu.n_sm
+    return gpu if same else None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak in FLOP/s for matrix products of ``dtype`` summed in fp32, or ``None`` where it is not known."""
+    gpu = known_gpu(device)
+    tflops = gpu.tflops(dtype) if gpu is not None else None
+    return tflops * 1e12 if tflops is not None else None
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """What ``--dtype auto`` means: bf16 on a GPU and on a CPU that multiplies it natively, fp32 elsewhere.
+    """What ``--dtype auto`` means: bf16 where the device multiplies it natively, else fp16 on a GPU, fp32 on a CPU.
 
     Measured on two Zen 5 cores (AVX512_BF16): products of bf16 run at 2.2 times the rate of fp32. A CPU without the
     instructions widens every operand first, and is slower with bf16 than without.
     """
-    native = device.type == "cuda" or any(
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if 10 * major + minor >= BF16_SINCE else torch.float16
+    native = any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return torch.bfloat16 if native else torch.float32
