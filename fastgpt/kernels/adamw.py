@@ -169,7 +169,7 @@ class FusedAdamW(Optimizer):
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError("params: a parameter is given twice")
         if self._compact:
-            group.setdefault("seed", int(torch.randint(2**62, ())))
+            group.setdefault("seed", int(torch.randint(2**62, (), device="cpu")))
         self.param_groups.append(group)
 
     def _check_parameter(self, param: Tensor) -> None:

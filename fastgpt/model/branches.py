@@ -305,11 +305,12 @@ class _Block(Function):
         parameters, (ctx.main_grads, *ctx.branch_options, seed) = rest[:12], rest[12:]
         attention_options, mlp_options = ctx.branch_options
         p = attention_options.dropout_p
-        added, total, _ = _attention_forward(x, residual, parameters[:6], attention_options, seed)
+        added, total = _attention_forward(x, residual, parameters[:6], attention_options, seed)[:2]
         added, attention_mask = _dropped(added, p)
-        out, mlp_total, _ = _mlp_forward(added, total, parameters[6:], mlp_options)
+        out, mlp_total = _mlp_forward(added, total, parameters[6:], mlp_options)[:2]
         out, mlp_mask = _dropped(out, p)
         ctx.save_for_backward(seed, total, attention_mask, mlp_mask, *parameters)
+        ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
         return out, mlp_total
 
@@ -332,7 +333,9 @@ class _Block(Function):
             )  # fmt: skip
             del mlp_saved
         dx, *gradients = _attention_backward(
-            _drop_again(dadded, attention_mask, p), dadded, attention_saved, attention_parameters, ctx.main_grads[:6],
-            attention_options, seed, needed[:6],
+            _drop_again(dadded, attention_mask, p), dadded if ctx.has_residual else None, attention_saved,
+            attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6],
         )  # fmt: skip
+        if not ctx.has_residual:
+            dx = dx + dadded  # rounded as by autograd, which adds them where there is no sum to add them in
         return dx, dx, *gradients, *mlp_gradients

@@ -1,0 +1,225 @@
+"""A model of the step: how long it takes, and what fits, on a device that need not be there.
+
+The calls are those of ``account.py``. A matrix product takes what its tiles need, a wave of them as long as a whole
+one, or what its bytes need, if that is more; attention a share of that rate; all else its bytes. Nothing overlaps.
+
+Shares marked *assumed* come from what is commonly seen of cuBLAS and of attention kernels, not from a measurement of
+ours; a device whose ceilings have been measured is predicted from those. ``errors`` tells how far off the model has
+been wherever a step was measured, and belongs beside every prediction.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.hardware import GPU
+from fastgpt.model import GPTConfig
+from fastgpt.train.account import Account, Call, Setup, count
+
+MEASURED = Path(__file__).parent / "measured.json"  # by bench.mfu; copied from its records
+
+# Assumed: FLOP/s of a large product, as a share of the dense peak. Data-centre cards are held back by their power.
+GEMM_SHARE = {80: 0.85, 86: 0.9, 89: 0.9, 90: 0.72, 100: 0.72, 120: 0.9}
+OTHER_GEMM_SHARE = 0.8
+COPY_SHARE = 0.9  # assumed, of the memory's bandwidth
+ATTENTION_SHARE = 0.6  # assumed, of a large product's FLOP/s
+LAUNCH_SECONDS = 2e-6  # assumed, of the shortest kernel in a CUDA graph
+
+# Rows and columns of a product that one block computes, and the share of the best rate that it gets to. Assumed.
+TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+SPLITS = (1, 2, 4, 8)  # of the inner dimension
+
+# Bytes that CUDA's context, its libraries and their workspaces keep beside the tensors. Assumed.
+CUDA_RESERVE = 700 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does at best.
+
+    Attributes:
+        name: what its maker calls it.
+        gemm: FLOP/s of a large matrix product in the training dtype.
+        bandwidth: bytes a second of a large copy, read and write both counted.
+        peak: dense peak, FLOP/s, for MFU; ``None`` where it is not known.
+        memory: bytes; ``None`` for no limit.
+        n_sm: streaming multiprocessors; ``None`` for a CPU.
+    """
+
+    name: str
+    gemm: float
+    bandwidth: float
+    peak: float | None = None
+    memory: int | None = None
+    n_sm: int | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of a step; nothing here has been measured.
+
+    Attributes:
+        micro_step: seconds of a micro-batch's forward and backward, by kind of call.
+        update: seconds of the optimizer.
+        tokens: in a micro-batch.
+        flops: of a micro-batch, as MFU counts them.
+        peak: the machine's dense peak.
+    """
+
+    micro_step: dict[str, float]
+    update: float
+    tokens: int
+    flops: float
+    peak: float | None
+
+    def seconds(self, accumulation: int = 1) -> float:
+        """Of an update of so many micro-batches."""
+        return accumulation * sum(self.micro_step.values()) + self.update
+
+    def tokens_per_second(self, accumulation: int = 1) -> float:
+        """Training throughput."""
+        return accumulation * self.tokens / self.seconds(accumulation)
+
+    def mfu(self, accumulation: int = 1) -> float | None:
+        """Share of the dense peak; ``None`` where that is not known."""
+        return None if self.peak is None else accumulation * self.flops / self.seconds(accumulation) / self.peak
+
+
+def machine(gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> Machine:
+    """What a card of the table should do: the ceilings measured on one, or assumed shares of its figures."""
+    peak = gpu.tflops(dtype)
+    if peak is None:
+        raise ValueError(f"gpu: the {gpu.name} has no {dtype}")
+    share = GEMM_SHARE.get(gpu.capability, OTHER_GEMM_SHARE)
+    assumed = Machine(
+        gpu.name, share * peak * 1e12, COPY_SHARE * gpu.bandwidth_gb_s * 1e9, peak * 1e12,
+        int(gpu.memory_gb * 2**30), gpu.n_sm,
+    )  # fmt: skip
+    for row in measurements():
+        if row["device"] == gpu.name and row["dtype"] == str(dtype).removeprefix("torch."):
+            return replace(assumed, gemm=row["gemm_flops"], bandwidth=row["bandwidth"])
+    return assumed
+
+
+def predict(setup: Setup, machine: Machine, account: Account | None = None) -> Prediction:
+    """The time of a step on a machine."""
+    account = account or count(setup)
+    micro_step: dict[str, float] = {}
+    for call in account.micro_step:
+        micro_step[call.kind] = micro_step.get(call.kind, 0.0) + seconds(call, machine)
+    flops = float(setup.model.flops_per_token) * setup.tokens
+    update = sum(seconds(call, machine) for call in account.update)
+    return Prediction(micro_step, update, setup.tokens, flops, machine.peak)
+
+
+def seconds(call: Call, machine: Machine) -> float:
+    """What one call takes."""
+    moving = call.bytes / machine.bandwidth
+    shortest = 0.0 if machine.n_sm is None else LAUNCH_SECONDS
+    if call.product is not None:
+        return max(_product_seconds(call, machine), moving, shortest)
+    return max(call.flops / (ATTENTION_SHARE * machine.gemm), moving, shortest)
+
+
+def _product_seconds(call: Call, machine: Machine) -> float:
+    if machine.n_sm is None or call.product is None:
+        return call.flops / machine.gemm
+    M, N, K = call.product
+    fastest = math.inf
+    for (rows, columns), share in TILES.items():
+        tiles = math.ceil(M / rows) * math.ceil(N / columns)
+        for split in SPLITS:
+            waves = math.ceil(tiles * split / machine.n_sm)
+            work = waves * 2.0 * rows * columns * math.ceil(K / split) * machine.n_sm
+            partial_sums = 0 if split == 1 else 8.0 * split * M * N  # fp32, written and read
+            fastest = min(fastest, work / (share * machine.gemm) + partial_sums / machine.bandwidth)
+    return fastest
+
+
+# ---- memory ----
+
+
+def fits(setup: Setup, memory: int) -> bool:
+    """Whether a step should fit so many bytes of a GPU."""
+    return count(setup).peak + CUDA_RESERVE <= memory
+
+
+def least_recompute(setup: Setup, memory: int) -> str | None:
+    """The kind of recomputation that costs the least time among those that fit; ``None`` if none does."""
+    return next((kind for kind in ("none", "cheap", "block") if fits(replace(setup, recompute=kind), memory)), None)
+
+
+def largest_batch(setup: Setup, memory: int, most: int = 512) -> int:
+    """The largest micro-batch that fits; 0 if not even one sequence does."""
+    low, high = 0, 1
+    while high <= most and fits(replace(setup, batch_size=high), memory):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(replace(setup, batch_size=middle), memory):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+# ---- how far off it has been ----
+
+
+@dataclass(frozen=True)
+class Error:
+    """A prediction beside its measurement.
+
+    Attributes:
+        device: where it was measured.
+        model: what was trained there, in a few words.
+        predicted_ms: of an update.
+        measured_ms: of an update.
+        predicted_peak: bytes that tensors hold at most.
+        measured_peak: bytes; ``None`` where the device does not tell.
+    """
+
+    device: str
+    model: str
+    predicted_ms: float
+    measured_ms: float
+    predicted_peak: int
+    measured_peak: int | None
+
+    @property
+    def time(self) -> float:
+        """Relative error of the time; positive where the step was faster than predicted."""
+        return self.predicted_ms / self.measured_ms - 1.0
+
+    @property
+    def memory(self) -> float | None:
+        """Relative error of the memory."""
+        return None if self.measured_peak is None else self.predicted_peak / self.measured_peak - 1.0
+
+
+@cache
+def measurements() -> Sequence[dict[str, Any]]:
+    """Steps of fastgpt that were measured, and the ceilings of their devices."""
+    return tuple(json.loads(MEASURED.read_text()))
+
+
+def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
+    """The model against every step measured."""
+    found = []
+    for row in measurements() if rows is None else rows:
+        setup = Setup(
+            GPTConfig(**row["model"]), row["batch_size"], row["device_type"], getattr(torch, row["dtype"]),
+            row["state_bits"], row["recompute"],
+        )  # fmt: skip
+        account = count(setup)
+        at_hand = Machine(row["device"], row["gemm_flops"], row["bandwidth"], n_sm=row["n_sm"])
+        words = f"{row['name']}, {setup.batch_size} x {setup.model.block_size}, {row['dtype']}"
+        predicted = predict(setup, at_hand, account).seconds(row["accumulation"])
+        found.append(Error(row["device"], words, 1e3 * predicted, row["ms"], account.peak, row["peak_bytes"]))
+    return found
