@@ -34,18 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.contenders import Update, fastgpt_update, plain_update
 from bench.timing import commit, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
-from fastgpt.kernels import FusedAdamW, use_backend
+from fastgpt.kernels import use_backend
 from fastgpt.kernels.linear_cross_entropy import chunk_rows
 from fastgpt.kernels.matmul import matmul_into
-from fastgpt.model import GPT
 from fastgpt.model.config import GPTConfig
-from fastgpt.model.reference import ReferenceGPT
 from fastgpt.train.memory import keep_freed_memory
-from fastgpt.train.parameters import ParameterStore
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,60 +61,31 @@ MODELS: dict[str, tuple[GPTConfig, int, int]] = {
 }
 USUAL = ("char", "30m", "124m")
 
-Step = Callable[[Tensor, Tensor], Tensor]
+
+# ---- the contenders ----
 
 
-# ---- the contenders: one update, clipped to norm 1; returns the loss ----
+def fastgpt(config: GPTConfig, dtype: torch.dtype, state_bits: int = 32) -> Update:
+    """The step, and malloc as the trainer sets it once the model is in its store: its first home is then gone."""
+    update = fastgpt_update(config, CPU, dtype, state_bits=state_bits)
+    keep_freed_memory()
+    return update
 
 
-def fastgpt_step(config: GPTConfig, dtype: torch.dtype = torch.float32, state_bits: int = 32) -> Step:
-    model = GPT(config)
-    store = ParameterStore(model, dtype)
-    groups = store.groups(0.1)
-    optimizer = FusedAdamW(
-        groups, lr=3e-4, betas=(0.9, 0.95), max_grad_norm=1.0, copies=store.copies(groups), state_bits=state_bits
-    )
-    keep_freed_memory()  # as in the trainer once the model is in its store, so that the parameters' first home is gone
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        loss = model(x, y)
-        loss.backward()
-        optimizer.step(zero_grad=True)
-        return loss.detach()
-
-    return step
-
-
-def plain_step(
-    config: GPTConfig, dtype: torch.dtype = torch.float32, compiled: bool = False, keep_memory: bool = False
-) -> Step:
+def plain(config: GPTConfig, dtype: torch.dtype, mode: str | None = None, keep_memory: bool = False) -> Update:
+    """PyTorch's step, with malloc as it comes or kept from returning memory."""
     if keep_memory:
         keep_freed_memory()
-    model = ReferenceGPT(config)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-    forward = torch.compile(model) if compiled else model
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = forward(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+    return plain_update(config, CPU, dtype, mode=mode)
 
 
-CONTENDERS: dict[str, Callable[..., Step]] = {
-    "fastgpt": fastgpt_step,
-    "eager": plain_step,
-    "compile": partial(plain_step, compiled=True),
-    "eager, memory kept": partial(plain_step, keep_memory=True),
-    "compile, memory kept": partial(plain_step, compiled=True, keep_memory=True),
-    "fastgpt, 8-bit moments": partial(fastgpt_step, state_bits=8),
+CONTENDERS: dict[str, Callable[..., Update]] = {
+    "fastgpt": fastgpt,
+    "eager": plain,
+    "compile": partial(plain, mode="default"),
+    "eager, memory kept": partial(plain, keep_memory=True),
+    "compile, memory kept": partial(plain, mode="default", keep_memory=True),
+    "fastgpt, 8-bit moments": partial(fastgpt, state_bits=8),
 }
 INEXACT = {"fastgpt, 8-bit moments"}  # another arithmetic: its losses are recorded and need not agree
 PRODUCTS, TORCH_PRODUCTS = "products alone", "products alone, PyTorch's"
@@ -182,7 +151,7 @@ def contend(
         work = CONTENDERS[contender](config, dtype)
     else:
         multiply = products(config, batch_size, dtype)
-        work = lambda x, y: multiply() or torch.tensor(torch.nan)  # noqa: E731
+        work = lambda batches: multiply() or torch.tensor(torch.nan)  # noqa: E731
     with use_backend("reference" if contender == TORCH_PRODUCTS else "auto"), suppress(EOFError):
         while True:
             steps = connection.recv()
@@ -191,7 +160,7 @@ def contend(
                 drawn = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), generator=tokens)
                 x, y = drawn[:, :-1], drawn[:, 1:].contiguous()
                 start = time.perf_counter()
-                losses.append(work(x, y).item())
+                losses.append(work([(x, y)]).item())
                 ms.append((time.perf_counter() - start) * 1e3)
             if steps == 0:
                 forget_peak()

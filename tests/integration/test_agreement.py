@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import cpu
+from bench import contenders, cpu
 from fastgpt.kernels import FusedAdamW, ops, use_backend
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.model.reference import ReferenceGPT
@@ -118,27 +118,27 @@ class Oracle(ReferenceGPT):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def losses_on_text(make_step, n_steps):
+def losses_on_text(make_update, n_steps):
     """Losses of so many updates on Python source, its bytes numbered by how frequent they are, the rarest alike."""
     config, batch_size, _ = cpu.MODELS["char"]
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).int()
     ranks = text.bincount().argsort(descending=True).argsort()
     tokens = ranks.clamp(max=config.vocab_size - 1)[text]
     torch.manual_seed(0)
-    step, losses = make_step(config), []
+    update, losses = make_update(config, torch.device("cpu")), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(n_steps):
         starts = torch.randint(len(tokens) - config.block_size, (batch_size, 1), generator=generator)
         crops = tokens[starts + torch.arange(config.block_size + 1)]
-        losses.append(step(crops[:, :-1], crops[:, 1:].contiguous()).double())
+        losses.append(update([(crops[:, :-1], crops[:, 1:].contiguous())]).double())
     return torch.stack(losses)
 
 
 def test_two_hundred_updates_on_text_have_the_losses_of_plain_pytorch_within_rounding(monkeypatch):
-    ours = losses_on_text(cpu.fastgpt_step, TEXT_STEPS)
-    reference = losses_on_text(cpu.plain_step, TEXT_STEPS)
-    monkeypatch.setattr(cpu, "ReferenceGPT", Oracle)
-    truth = losses_on_text(cpu.plain_step, ORACLE_STEPS)  # float64 takes as long as three of fastgpt's updates
+    ours = losses_on_text(contenders.fastgpt_update, TEXT_STEPS)
+    reference = losses_on_text(contenders.plain_update, TEXT_STEPS)
+    monkeypatch.setattr(contenders, "ReferenceGPT", Oracle)
+    truth = losses_on_text(contenders.plain_update, ORACLE_STEPS)  # float64 takes as long as three of fastgpt's updates
 
     def error(losses):
         return (losses[:ORACLE_STEPS] - truth).abs().max().item()

@@ -1,0 +1,613 @@
+"""``python -m bench.mfu``: whole training steps against torch.compile, and what share of the device they use.
+
+    python -m bench.mfu --preset gpt2-124m                  # on a GPU if there is one
+    python -m bench.mfu --preset gpt2-124m --vram 12GB      # and each at its largest micro-batch in 12 GB
+    python -m bench.mfu --preset quickstart --device cpu --contenders eager fastgpt
+
+Contenders are fastgpt's step, with CUDA graphs and without, and plain PyTorch's (``model/reference.py`` under autocast,
+fused AdamW): eager, under torch.compile, with max-autotune, and with PyTorch's own linear + cross-entropy. All live in
+one process, start from the same weights, train on the same tokens and take turns; medians count. MFU divides by the
+device's dense peak (``fastgpt/gpus.py``), *achievable* by the rate of a large matrix product in the same run.
+
+``--vram`` limits the process to so much memory, finds each one's largest micro-batch there and times it at that.
+``--profile`` adds where the time goes, by kind of kernel. ``--loss_steps N`` also trains each for N updates, and plain
+PyTorch in fp32 beside them.
+
+Writes mfu-PRESET.json, .md and .png into bench/results/DEVICE. Exit status: 0 done; 1 fastgpt failed, or the losses
+disagree; 2 the request was wrong.
+"""
+
+import gc
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from bench.contenders import Update, fastgpt_update, plain_update
+from bench.timing import commit, provenance, results_folder
+from fastgpt import hardware
+from fastgpt.cli import Parser, run
+from fastgpt.errors import RequestError
+from fastgpt.model.config import GPTConfig
+from fastgpt.train import plan
+from fastgpt.train.account import Setup, count
+from fastgpt.train.config import TrainConfig
+from fastgpt.train.presets import PRESETS
+from fastgpt.train.step import Batch, leave_default_stream
+
+CONTENDERS: dict[str, Callable[..., Update]] = {
+    "fastgpt": fastgpt_update,
+    "fastgpt, no graphs": partial(fastgpt_update, cuda_graphs=False),
+    "eager": plain_update,
+    "compile": partial(plain_update, mode="default"),
+    "compile, chunked loss": partial(plain_update, mode="default", chunked_loss=True),
+    "compile, max-autotune": partial(plain_update, mode="max-autotune"),
+}
+OURS = "fastgpt"
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # largest relative difference of two losses
+WARM_UP = 3  # updates: compile, record graphs, replay them
+GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass
+class Contender:
+    """One of them, and what it has shown.
+
+    Attributes:
+        update: takes micro-batches.
+        peak_bytes: what it holds at most, weights included; ``None`` on a CPU, which does not tell.
+        ms: of each turn, per update.
+        losses: of each update, from the first.
+        failure: what was raised, which ended its part.
+    """
+
+    update: Update | None = None
+    peak_bytes: int | None = None
+    ms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+
+class Tokens:
+    """Batches that can be learnt and that no file is needed for.
+
+    Rare and frequent tokens, each half the time followed by one of its own; the same ones for everybody who starts
+    with the same seed.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, seed: int = 2) -> None:
+        self.shape = batch_size, config.block_size + 1
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+        V = config.vocab_size
+        self.frequency = 1.0 / torch.arange(1, V + 1)  # Zipf's law
+        self.successor = torch.randperm(V, generator=self.generator)
+
+    def next(self) -> Batch:
+        B, T1 = self.shape
+        drawn = torch.multinomial(self.frequency, B * T1, replacement=True, generator=self.generator).view(B, T1)
+        follows = torch.rand(B, T1, generator=self.generator) < 0.5
+        for t in range(1, T1):
+            drawn[:, t] = torch.where(follows[:, t], self.successor[drawn[:, t - 1]], drawn[:, t])
+        drawn = drawn.to(self.device)
+        return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured.
+
+    Attributes:
+        config: the model, without dropout.
+        batch_size: of a micro-batch.
+        accumulation: micro-batches in an update.
+    """
+
+    name: str
+    config: GPTConfig
+    batch_size: int
+    accumulation: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """In an update."""
+        return self.batch_size * self.accumulation * self.config.block_size
+
+    def setup(self) -> Setup:
+        """The step of fastgpt, as the plan wants it."""
+        return Setup(self.config, self.batch_size, self.device.type, self.dtype)
+
+    def batches(self, seed: int = 2) -> Iterator[list[Batch]]:
+        """An update's micro-batches, again and again."""
+        tokens = Tokens(self.config, self.batch_size, self.device, seed)
+        while True:
+            yield [tokens.next() for _ in range(self.accumulation)]
+
+
+# ---- the rounds ----
+
+
+def prepare(name: str, request: Request) -> Contender:
+    """Make a contender, warm it up, and see what memory it takes."""
+    contender = Contender()
+    cuda = request.device.type == "cuda"
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(request.device)
+    before = torch.cuda.memory_allocated(request.device) if cuda else 0
+    torch.manual_seed(1)
+    try:
+        contender.update = CONTENDERS[name](request.config, request.device, request.dtype, request.accumulation)
+        batches = request.batches(seed=3)
+        for _ in range(WARM_UP):
+            contender.losses.append(contender.update(next(batches)).item())
+    except Exception as error:
+        contender.update, contender.failure = None, describe(error)
+    if cuda:
+        torch.cuda.synchronize(request.device)
+        contender.peak_bytes = torch.cuda.max_memory_allocated(request.device) - before
+    return contender
+
+
+def take_turns(contenders: dict[str, Contender], request: Request, seconds: float, least: int = 3) -> None:
+    """Time an update of each in turn for about so many seconds."""
+    start = time.perf_counter()
+    for n, batches in enumerate(request.batches()):
+        if n >= least and time.perf_counter() - start > seconds:
+            return
+        for contender in contenders.values():
+            if contender.update is not None:
+                turn(contender, batches, request.device)
+
+
+def turn(contender: Contender, batches: list[Batch], device: torch.device) -> None:
+    """One update."""
+    assert contender.update is not None
+    try:
+        synchronise(device)
+        start = time.perf_counter()
+        loss = contender.update(batches)
+        synchronise(device)
+        contender.ms.append(1e3 * (time.perf_counter() - start))
+        contender.losses.append(loss.item())
+    except Exception as error:
+        contender.update, contender.failure = None, describe(error)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release() -> None:
+    """Give back what nobody holds any more; what has been compiled is forgotten."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+# ---- the largest micro-batch ----
+
+
+def largest(name: str, request: Request, seconds: float) -> dict[str, Any]:
+    """A contender's largest micro-batch in the memory that the process may use, and its speed there."""
+    best: dict[str, Any] = {"batch_size": 0}
+    tried: dict[int, bool] = {}
+
+    def fits(batch_size: int) -> bool:
+        resized = Request(request.name, request.config, batch_size, 1, request.device, request.dtype)
+        contender = prepare(name, resized)
+        if contender.update is not None:
+            take_turns({name: contender}, resized, seconds, least=2)
+        tried[batch_size] = contender.update is not None
+        if contender.update is not None and batch_size > best["batch_size"]:
+            ms = median(contender.ms)
+            best.update(
+                batch_size=batch_size, ms=ms, tokens_per_s=1e3 * resized.tokens / ms, peak_bytes=contender.peak_bytes
+            )
+        contender.update = None
+        release()
+        return tried[batch_size]
+
+    low, high = 0, request.batch_size
+    while fits(high):
+        low, high = high, high + max(high // 2, 1)
+    while high - low > max(1, low // 10):
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return best
+
+
+# ---- where the time goes ----
+
+KINDS = (  # the first that matches a kernel's name
+    ("attention", r"attention|flash|fmha|sdpa|mha"),
+    ("optimizer", r"adam|multi_tensor|squares_kernel|root_kernel|foreach|lpnorm"),
+    ("GEMM", r"gemm|cutlass|xmma|nvjet|cublas|matmul|\bmm\b|addmm|s16816|splitk"),
+    ("loss", r"cross_entropy|log_softmax|nll_loss|in_place_kernel"),
+    ("norm", r"layer_norm|native_layer_norm|layernorm"),
+    ("GELU", r"gelu"),
+    ("copy", r"memcpy|memset|copy|fill"),
+)
+
+
+def kind_of(kernel: str) -> str:
+    """Which part of a step a kernel belongs to, by its name."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other")
+
+
+def time_budget(contender: Contender, request: Request) -> dict[str, float]:
+    """Milliseconds of one update by kind of kernel; ``idle`` is what no kernel fills."""
+    if contender.update is None:
+        return {}
+    batches = next(request.batches())
+    synchronise(request.device)
+    cuda = request.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        start = time.perf_counter()
+        contender.update(batches)
+        synchronise(request.device)
+        wall = 1e3 * (time.perf_counter() - start)
+    budget: dict[str, float] = {}
+    for event in profiler.key_averages():
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        budget[kind_of(event.key)] = budget.get(kind_of(event.key), 0.0) + us / 1e3
+    budget["idle"] = max(0.0, wall - sum(budget.values()))
+    return budget
+
+
+# ---- the loss after so many updates ----
+
+
+def loss_curves(names: Sequence[str], request: Request, n_updates: int) -> dict[str, list[float]]:
+    """Each one's losses from the first update on, and plain PyTorch's in fp32."""
+    curves = {}
+    for name in (*names, "eager, fp32"):
+        make, dtype = (plain_update, torch.float32) if name == "eager, fp32" else (CONTENDERS[name], request.dtype)
+        release()
+        torch.manual_seed(1)
+        try:
+            update = make(request.config, request.device, dtype, request.accumulation)
+            losses = [update(batches) for batches, _ in zip(request.batches(), range(n_updates), strict=False)]
+            curves[name] = torch.stack(losses).tolist()
+        except Exception as error:
+            print(f"{name}: {describe(error)}")
+            curves[name] = [math.nan]
+        del update
+    return curves
+
+
+# ---- the record ----
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a large product and bytes/s of a large copy, now."""
+    return {
+        "gemm_flops": hardware.measure_gemm_peak(device, dtype, GEMM_SIZE[device.type]),
+        "bandwidth": hardware.measure_bandwidth(device),
+    }
+
+
+def measure(names: Sequence[str], request: Request, seconds: float, profiling: bool) -> dict[str, Any]:
+    """All contenders side by side."""
+    before = ceilings(request.device, request.dtype)
+    contenders = {}
+    for name in names:
+        print(f"preparing {name}", flush=True)
+        contenders[name] = prepare(name, request)
+    take_turns(contenders, request, seconds)
+    after = ceilings(request.device, request.dtype)
+    best = {key: max(before[key], after[key]) for key in before}
+    peak = hardware.peak_flops(request.device, request.dtype)
+    setup = request.setup()
+    account = count(setup)
+    n_sm = (
+        torch.cuda.get_device_properties(request.device).multi_processor_count
+        if request.device.type == "cuda"
+        else None
+    )
+    machine = plan.Machine(hardware.device_name(request.device), best["gemm_flops"], best["bandwidth"], peak, n_sm=n_sm)
+    predicted = plan.predict(setup, machine, account)
+    flops = request.config.flops_per_token * request.tokens
+    return {
+        "name": request.name,
+        "model": asdict(request.config),
+        "batch_size": request.batch_size,
+        "accumulation": request.accumulation,
+        "device_type": request.device.type,
+        "dtype": str(request.dtype).removeprefix("torch."),
+        "state_bits": setup.state_bits,
+        "recompute": setup.recompute,
+        "n_sm": n_sm,
+        "peak_flops": peak,
+        **best,
+        "contenders": {
+            name: {**describe_contender(c, flops, peak, best["gemm_flops"], request.tokens),
+                   **({"time_budget_ms": time_budget(c, request)} if profiling else {})}
+            for name, c in contenders.items()
+        },
+        "predicted": {
+            "ms": 1e3 * predicted.seconds(request.accumulation),
+            "by_kind_ms": {kind: 1e3 * s * request.accumulation for kind, s in predicted.micro_step.items()},
+            "update_ms": 1e3 * predicted.update,
+            "peak_bytes": account.peak,
+            "memory": account.memory,
+        },
+    }  # fmt: skip
+
+
+def describe_contender(
+    contender: Contender, flops: float, peak: float | None, gemm: float, tokens: int
+) -> dict[str, Any]:
+    """What a contender has shown, for the record."""
+    if len(contender.ms) < 2:
+        return {"failure": contender.failure or "not timed", "losses": contender.losses}
+    ms = median(contender.ms)
+    rate = flops / (1e-3 * ms)
+    return {
+        "ms": ms,
+        "quartiles_ms": quantiles(contender.ms, n=4)[::2],
+        "updates": len(contender.ms),
+        "tokens_per_s": 1e3 * tokens / ms,
+        "tflops": rate / 1e12,
+        "mfu": rate / peak if peak else None,
+        "of_gemm": rate / gemm,
+        "peak_bytes": contender.peak_bytes,
+        "losses": contender.losses,
+        "failure": contender.failure,
+    }
+
+
+def disagreement(record: dict[str, Any]) -> dict[str, float]:
+    """The largest relative difference of each one's losses from plain PyTorch's, or fastgpt's if that is not there."""
+    contenders = {name: c for name, c in record["contenders"].items() if not c["failure"]}
+    truth = contenders.get("eager") or contenders.get(OURS)
+    if truth is None:
+        return {}
+    found = {}
+    for name, c in contenders.items():
+        pairs = list(zip(c["losses"], truth["losses"], strict=False))
+        finite = all(math.isfinite(a) and math.isfinite(b) for a, b in pairs)
+        found[name] = max(abs(a - b) / abs(b) for a, b in pairs) if finite else math.inf
+    return found
+
+
+COLUMNS = ("contender", "ms", "quartiles", "tokens/s", "MFU", "achievable", "GiB", "/ fastgpt", "last loss", "most in")
+
+
+def table(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row a contender."""
+    ours = record["contenders"].get(OURS, {}).get("ms")
+    rows = []
+    for name, c in record["contenders"].items():
+        if "ms" not in c:
+            rows.append((name, c["failure"], *[""] * (len(COLUMNS) - 2)))
+            continue
+        limited = record.get("largest", {}).get(name)
+        most = f"{limited['batch_size']}: {limited.get('tokens_per_s', 0):,.0f} tokens/s" if limited else "-"
+        rows.append(
+            (
+                name, f"{c['ms']:.1f}", " to ".join(f"{q:.1f}" for q in c["quartiles_ms"]), f"{c['tokens_per_s']:,.0f}",
+                f"{c['mfu']:.1%}" if c["mfu"] is not None else "-", f"{c['of_gemm']:.1%}",
+                f"{c['peak_bytes'] / 2**30:.2f}" if c["peak_bytes"] is not None else "-",
+                f"{c['ms'] / ours:.2f}" if ours else "-", f"{c['losses'][-1]:.4f}", most,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def columns(record: dict[str, Any]) -> tuple[str, ...]:
+    """Titles; the last one names the memory limit."""
+    vram = record.get("vram_gb")
+    return (*COLUMNS[:-1], f"most in {vram:g} GB" if vram else "largest micro-batch")
+
+
+def prediction(record: dict[str, Any]) -> str:
+    """What the plan says of fastgpt's step, beside what was measured."""
+    p, c = record["predicted"], record["contenders"].get(OURS, {})
+    text = f"The plan, from this run's ceilings, predicts {p['ms']:.1f} ms and {p['peak_bytes'] / 2**30:.2f} GiB"
+    if "ms" in c:
+        text += f"; measured {c['ms']:.1f} ms ({p['ms'] / c['ms'] - 1:+.1%})"
+        if c["peak_bytes"] is not None:
+            text += f" and {c['peak_bytes'] / 2**30:.2f} GiB ({p['peak_bytes'] / c['peak_bytes'] - 1:+.1%})"
+    return text + "."
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """What was measured on what, and the tables."""
+    e, m = record["environment"], record["model"]
+    peak = f"{record['peak_flops'] / 1e12:.1f} TFLOP/s" if record["peak_flops"] else "unknown"
+    titles = columns(record)
+    lines = [
+        f"# {record['name']} on {e['device']}",
+        "",
+        f"`{record['command']}`, {record['date']}, {commit(e)};",
+        f"torch {e['torch']}, Triton {e['triton']}, CUDA {e['cuda']}, driver {e['driver']}, Python {e['python']}.",
+        f"{m['n_layer']} layers of {m['n_embd']}, vocabulary {m['vocab_size']}, {record['batch_size']} x "
+        f"{m['block_size']} tokens a micro-batch, {record['accumulation']} of them an update, {record['dtype']}.",
+        f"Medians of contenders in turns. Dense peak: {peak}; a large product in this run: "
+        f"{record['gemm_flops'] / 1e12:.4g} TFLOP/s; a copy: {record['bandwidth'] / 1e9:.4g} GB/s.",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|---|" + "--:|" * (len(titles) - 1),
+        *("| " + " | ".join(row) + " |" for row in table(record)),
+        "",
+        prediction(record),
+    ]
+    budgets = {name: c["time_budget_ms"] for name, c in record["contenders"].items() if c.get("time_budget_ms")}
+    if budgets:
+        kinds = [kind for kind, _ in KINDS] + ["other", "idle"]
+        lines += ["", "Milliseconds of an update by kind of kernel (one update under the profiler):", ""]
+        lines += ["| contender | " + " | ".join(kinds) + " |", "|---|" + "--:|" * len(kinds)]
+        for name, budget in budgets.items():
+            lines.append(f"| {name} | " + " | ".join(f"{budget.get(kind, 0.0):.2f}" for kind in kinds) + " |")
+    if "loss_curves" in record:
+        n = record["loss_steps"]
+        lines += ["", f"Mean loss of the last {min(n, 10)} of {n} updates:", "", "| contender | loss |", "|---|--:|"]
+        lines += [f"| {name} | {tail(losses):.5f} |" for name, losses in record["loss_curves"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def tail(losses: Sequence[float]) -> float:
+    """Mean of the last ten."""
+    last = losses[-10:]
+    return sum(last) / len(last)
+
+
+def plot(record: dict[str, Any], image: Path) -> None:
+    """Tokens per second as bars; the ceiling is what a large product's rate would give."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = {name: c for name, c in record["contenders"].items() if "ms" in c}
+    figure = Figure(figsize=(7.5, 0.9 + 0.5 * len(timed)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for y, (name, c) in enumerate(timed.items()):
+        axes.barh(y, c["tokens_per_s"], 0.7, color="#c0392b" if name.startswith(OURS) else "#7f8c8d")
+        share = f", MFU {c['mfu']:.0%}" if c["mfu"] is not None else f", {c['of_gemm']:.0%} of a product's rate"
+        axes.annotate(
+            f"{c['tokens_per_s']:,.0f}{share}", (c["tokens_per_s"], y), xytext=(4, 0), textcoords="offset points",
+            va="center", size=8,
+        )  # fmt: skip
+    axes.set_yticks(range(len(timed)), list(timed))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * max(c["tokens_per_s"] for c in timed.values()))
+    title = f"{record['name']}, {record['batch_size']} x {record['model']['block_size']}, {record['dtype']}"
+    axes.set(xlabel="tokens per second", title=f"{title}, {record['environment']['device']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(image)
+
+
+def gigabytes(text: str) -> float:
+    """``12GB``, ``12`` or ``11.5`` in GB of 2**30 bytes, as cards are sold."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise RequestError(f"--vram takes an amount such as 12GB, not '{text}'")
+    return float(number[1])
+
+
+def requested(flags: Any) -> Request:
+    """What the command line asks for."""
+    values = {**PRESETS[flags.preset]}
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"):
+        if getattr(flags, name) is not None:
+            values[name] = getattr(flags, name)
+    config = TrainConfig(**{**values, "preset": flags.preset})
+    vocabulary = flags.vocab_size or (50304 if flags.preset.startswith("gpt2") else 256)
+    model = GPTConfig(
+        block_size=config.block_size, vocab_size=vocabulary, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, bias=config.bias,
+    )  # fmt: skip
+    device = hardware.find_device(flags.device)
+    dtype = hardware.training_dtype(device) if flags.dtype == "auto" else getattr(torch, flags.dtype)
+    return Request(flags.preset, model, config.batch_size, flags.accumulation, device, dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the records, print the table."""
+    parser = Parser(prog="python -m bench.mfu", description=__doc__)
+    parser.add_argument("--preset", choices=list(PRESETS), default="gpt2-124m", help="its model and micro-batch")
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in an update; default 1")
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=None, help="default all")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto for a GPU if there is one")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the turns; default 30")
+    parser.add_argument("--vram", help="limit for the largest micro-batch, such as 12GB; on a GPU")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of kernel")
+    parser.add_argument("--loss_steps", type=int, default=0, help="updates to train each for, beside fp32")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
+    flags = parser.parse_args(argv)
+    request = requested(flags)
+    vram = gigabytes(flags.vram) if flags.vram else None
+    if vram and request.device.type != "cuda":
+        raise RequestError("--vram limits a GPU's memory; there is none here")
+    names = [name for name in CONTENDERS if flags.contenders is None or name in flags.contenders]
+    if request.device.type != "cuda":  # where there are no graphs
+        names = [name for name in names if name != "fastgpt, no graphs"]
+    if not hasattr(F, "linear_cross_entropy"):
+        names = [name for name in names if name != "compile, chunked loss"]
+    if not names:
+        raise RequestError("--contenders: none of these can run here")
+    leave_default_stream(request.device)
+    record = {
+        **provenance("bench.mfu", argv, request.device),
+        **measure(names, request, flags.seconds, flags.profile),
+    }
+    if flags.loss_steps:
+        record |= {"loss_steps": flags.loss_steps, "loss_curves": loss_curves(names, request, flags.loss_steps)}
+    if vram:
+        record |= {"vram_gb": vram, "largest": within(vram, names, request)}
+    folder = flags.out or results_folder(request.device)
+    write(record, folder)
+    titles, rows = columns(record), table(record)
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    for row in [titles, *rows]:
+        print(
+            "  ".join(
+                f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+    print(prediction(record))
+    apart = disagreement(record)
+    wrong = [name for name, difference in apart.items() if difference > AGREE[request.dtype]]
+    print(f"losses differ by at most {max(apart.values(), default=math.nan):.1e}")
+    if wrong:
+        print(f"disagree: {', '.join(wrong)}")
+    failed = [name for name in names if name.startswith(OURS) and "ms" not in record["contenders"][name]]
+    return int(bool(wrong or failed))
+
+
+def within(vram: float, names: Sequence[str], request: Request) -> dict[str, Any]:
+    """Each one's largest micro-batch and speed in so many GB."""
+    release()
+    total = torch.cuda.get_device_properties(request.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, vram * 2**30 / total), request.device)
+    found = {}
+    for name in names:
+        print(f"largest micro-batch of {name}", flush=True)
+        found[name] = largest(name, request, seconds=3.0)
+    torch.cuda.set_per_process_memory_fraction(1.0, request.device)
+    return found
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """The record, as JSON, as a page and as a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = record["batch_size"], record["model"]["block_size"]
+    stem = folder / f"mfu-{record['name']}-{size[0]}x{size[1]}-{record['dtype']}"
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(record))
+    if any("ms" in c for c in record["contenders"].values()):
+        plot(record, stem.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run(main)
