@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test gpu bench bench-cpu wheel lint format clean help
+.PHONY: train test gpu mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,19 +18,25 @@ test: $(VENV)/.installed  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Without a compiler or xdist it does without. The tests are stopped after a while, so that the timings get their turn.
-gpu:  ## test and time the kernels on an NVIDIA GPU, with the python3 at hand as it is (PYTHON=… for another)
+gpu:  ## test and time kernels and steps on an NVIDIA GPU, in ten minutes, with the python3 at hand as it is (PYTHON=…)
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: torch sees no GPU; make test needs none')"
 	-$(PYTHON) setup.py -q build_ext --inplace
 	@folder=$$($(PYTHON) -c "from bench.timing import results_folder; print(results_folder('cuda'))") || exit 1; \
 	mkdir -p "$$folder"; \
 	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
 	echo "testing; output goes to $$folder/tests.txt"; \
-	OMP_NUM_THREADS=2 timeout -s INT 270 $(PYTHON) -m pytest tests/kernels -k "(triton or compile or ops) and not ahead_of_time" $$workers \
+	OMP_NUM_THREADS=2 timeout -s INT 220 $(PYTHON) -m pytest tests/kernels tests/train tests/data/test_prefetch.py \
+		-k "(triton or compile or ops or on_a_gpu) and not ahead_of_time" $$workers \
 		--tb=short --durations=10 -W "default:fastgpt runs on plain PyTorch:UserWarning" > "$$folder/tests.txt" 2>&1; \
 	status=$$?; \
 	tail -n 20 "$$folder/tests.txt"; \
-	$(PYTHON) -m bench.kernels --device cuda || status=$$?; \
+	$(PYTHON) -m bench.mfu --device cuda --preset gpt2-124m --seconds 15 --profile --loss_steps 200 \
+		--contenders fastgpt "fastgpt, no graphs" eager compile || status=$$?; \
+	timeout -s INT 150 $(PYTHON) -m bench.kernels --device cuda --seconds 60 || status=$$?; \
 	exit $$status
+
+mfu:  ## time whole training steps against torch.compile, on a GPU with the python3 at hand (ARGS=… for flags)
+	$(PYTHON) -m bench.mfu $(ARGS)
 
 bench: $(VENV)/.installed  ## time the kernels against their peers on this machine, a GPU if it has one
 	$(BIN)/python -m bench.kernels

@@ -23,7 +23,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -519,10 +519,7 @@ def requested(flags: Any) -> Request:
             values[name] = getattr(flags, name)
     config = TrainConfig(**{**values, "preset": flags.preset})
     vocabulary = flags.vocab_size or (50304 if flags.preset.startswith("gpt2") else 256)
-    model = GPTConfig(
-        block_size=config.block_size, vocab_size=vocabulary, n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, bias=config.bias,
-    )  # fmt: skip
+    model = replace(config.model(vocabulary), dropout=0.0)  # without chance, so that losses can be compared
     device = hardware.find_device(flags.device)
     dtype = hardware.training_dtype(device) if flags.dtype == "auto" else getattr(torch, flags.dtype)
     return Request(flags.preset, model, config.batch_size, flags.accumulation, device, dtype)

@@ -21,7 +21,8 @@ from fastgpt.errors import RequestError
 from fastgpt.kernels import ops
 from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train import checkpoint, run_folder
+from fastgpt.train import checkpoint, plan, run_folder
+from fastgpt.train.account import Setup
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.log import RunLog, plot_losses
 from fastgpt.train.memory import keep_freed_memory
@@ -71,7 +72,7 @@ class Trainer:
         leave_default_stream(self.device)
         self.batches = Prefetcher(self.loaders["train"], self.device)
         torch.manual_seed(config.seed)
-        self.model = GPT(self.model_config, "cheap" if config.recompute == "auto" else config.recompute).to(self.device)
+        self.model = GPT(self.model_config, self._recompute()).to(self.device)
         self.train_step = TrainStep(
             self.model,
             dtype=self.dtype,
@@ -91,6 +92,18 @@ class Trainer:
         if resumed is not None:
             self._load(resumed)
         self._signal: int | None = None
+
+    def _recompute(self) -> str:
+        """What ``--recompute auto`` means here: on a GPU the least that fits its free memory."""
+        config = self.config
+        if config.recompute != "auto":
+            return config.recompute
+        if self.device.type == "cpu":
+            return "cheap"  # costs no time there, where memory is the slower the more of it there is
+        setup = Setup(
+            self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits, config.recompute
+        )
+        return plan.least_recompute(setup, torch.cuda.mem_get_info(self.device)[0]) or "block"
 
     # ---- the loop ----
 

@@ -299,6 +299,36 @@ def test_a_scheduler_governs_the_learning_rate(device):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_moments_may_lie_in_memory_of_the_callers(state_bits):
+    runs = []
+    for given in (False, True):
+        torch.manual_seed(0)
+        (param,) = parameters(sizes=[(300,)])
+        optimizer = FusedAdamW([param], state_bits=state_bits)
+        moments = {name: torch.zeros_like(t) for name, t in optimizer._new_state(param).items() if name != "step"}
+        if given:
+            optimizer.use_state(param, moments)
+        for _ in range(3):
+            param.grad = torch.randn(300, generator=torch.Generator().manual_seed(1))
+            optimizer.step()
+        runs.append((param.detach().clone(), optimizer.state[param]["exp_avg"].clone()))
+    assert moments["exp_avg"].count_nonzero() > 0
+    assert optimizer.state[param]["exp_avg"] is moments["exp_avg"]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_moments_of_the_callers_that_do_not_fit_are_refused():
+    (param,) = parameters(sizes=[(300,)])
+    optimizer = FusedAdamW([param])
+    moments = {"exp_avg": torch.zeros(300), "exp_avg_sq": torch.zeros(299)}
+    with pytest.raises(ValueError, match=r"moments: expected exp_avg_sq of shape \(300,\)"):
+        optimizer.use_state(param, moments)
+    with pytest.raises(ValueError, match="moments: expected exp_avg_sq"):
+        optimizer.use_state(param, {"exp_avg": torch.zeros(300)})
+
+
 def test_a_parameter_without_a_gradient_is_left_alone(device):
     first, second = parameters(device=device, sizes=[(5,), (7,)])
     before = second.detach().clone()

@@ -199,6 +199,32 @@ def with_main_grad(x, weight, targets, calls=1, start=0.0):
     return x.grad, weight.main_grad, loss.detach()
 
 
+@pytest.mark.parametrize("with_main_grad", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_are_multiplied_by_the_scale_and_the_loss_is_not(device, with_main_grad):
+    x, weight, targets = operands(40, 33, 63, device=device, ignored=True)
+    found = []
+    for scale in (None, torch.tensor(8.0, device=device)):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        if with_main_grad:
+            w.main_grad = torch.zeros_like(weight)
+        loss = linear_cross_entropy(a, w, targets, gradient_scale=scale)
+        loss.backward()
+        found.append((loss.detach(), a.grad, w.main_grad if with_main_grad else w.grad))
+    (loss, dx, dweight), (scaled_loss, scaled_dx, scaled_dweight) = found
+    assert torch.equal(loss, scaled_loss)
+    torch.testing.assert_close(scaled_dx, 8 * dx)
+    torch.testing.assert_close(scaled_dweight, 8 * dweight)
+
+
+def test_a_scale_of_another_dtype_or_shape_is_named():
+    x, weight, targets = operands(4, 3, 5)
+    with pytest.raises(TypeError, match=r"gradient_scale: expected torch\.float32"):
+        linear_cross_entropy(x, weight, targets, gradient_scale=torch.tensor(1.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match="gradient_scale"):
+        linear_cross_entropy(x, weight, targets, gradient_scale=torch.ones(2))
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_main_grad_receives_what_autograd_would_give(device, dtype, rule):
     x, weight, targets = operands(100, 33, 63, dtype=dtype, device=device, ignored=True)

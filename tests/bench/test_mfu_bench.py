@@ -1,0 +1,150 @@
+"""``python -m bench.mfu``: end to end on a tiny model, and what its records say."""
+
+import json
+
+import pytest
+import torch
+
+from bench import measured, mfu
+from fastgpt.errors import RequestError
+from fastgpt.train import plan
+
+TINY = [
+    "--preset", "quickstart", "--device", "cpu", "--n_layer", "1", "--n_head", "2", "--n_embd", "32",
+    "--block_size", "16", "--vocab_size", "65", "--batch_size", "2", "--seconds", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measurement(tmp_path_factory):
+    """The record of a tiny model, in fp32, and its folder."""
+    folder = tmp_path_factory.mktemp("mfu") / "a-device"
+    flags = [*TINY, "--dtype", "float32", "--contenders", "fastgpt", "eager", "--accumulation", "2"]
+    assert mfu.main([*flags, "--profile", "--loss_steps", "30", "--out", str(folder)]) == 0
+    (path,) = folder.glob("mfu-*.json")
+    return json.loads(path.read_text()), path
+
+
+def test_the_record_holds_what_was_measured(measurement):
+    record, path = measurement
+    assert path.name == "mfu-quickstart-2x16-float32.json"
+    ours, eager = (record["contenders"][name] for name in ("fastgpt", "eager"))
+    for contender in (ours, eager):
+        assert contender["updates"] == 3
+        assert contender["tokens_per_s"] == pytest.approx(2 * 2 * 16 / (contender["ms"] / 1e3))
+        assert contender["of_gemm"] == pytest.approx(1e12 * contender["tflops"] / record["gemm_flops"])
+        assert contender["mfu"] is None  # nobody knows a CPU's peak
+    assert ours["losses"] == pytest.approx(eager["losses"], rel=1e-4)
+    assert record["environment"]["commit"]
+    assert record["command"].startswith("python -m bench.mfu --preset quickstart")
+
+
+def test_the_page_and_the_picture_are_written(measurement):
+    record, path = measurement
+    page = path.with_suffix(".md").read_text()
+    assert f"| eager | {record['contenders']['eager']['ms']:.1f} |" in page
+    assert "Dense peak: unknown" in page
+    assert "The plan, from this run's ceilings, predicts" in page
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_budget_names_the_kinds_of_kernels(measurement):
+    budget = measurement[0]["contenders"]["fastgpt"]["time_budget_ms"]
+    assert {"GEMM", "attention", "norm", "GELU", "loss", "optimizer", "idle"} <= budget.keys()
+    assert all(ms >= 0 for ms in budget.values())
+
+
+def test_the_losses_fall_and_agree_with_fp32(measurement):
+    curves = measurement[0]["loss_curves"]
+    assert curves.keys() == {"fastgpt", "eager", "eager, fp32"}
+    assert mfu.tail(curves["fastgpt"]) < curves["fastgpt"][0] - 0.05
+    assert curves["fastgpt"] == pytest.approx(curves["eager, fp32"], rel=1e-4)
+
+
+def test_a_record_becomes_a_row_by_which_the_plan_tells_its_error(measurement):
+    record, path = measurement
+    (row,) = measured.rows(path.parents[1])
+    assert row["record"] == "a-device/mfu-quickstart-2x16-float32.json"
+    assert row["ms"] == record["contenders"]["fastgpt"]["ms"]
+    (error,) = plan.errors([row])
+    assert error.measured_ms == row["ms"]
+    assert error.predicted_ms == pytest.approx(record["predicted"]["ms"])
+
+
+def test_losses_that_disagree_are_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(mfu.AGREE, torch.float32, -1.0)
+    flags = [*TINY, "--dtype", "float32", "--contenders", "fastgpt", "eager", "--out", str(tmp_path)]
+    assert mfu.main(flags) == 1
+    assert "disagree" in capsys.readouterr().out
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setitem(mfu.CONTENDERS, "eager", broken)
+    assert mfu.main([*TINY, "--contenders", "fastgpt", "eager", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["contenders"]["eager"]["failure"] == "RuntimeError: no such kernel"
+    assert record["contenders"]["fastgpt"]["ms"] > 0
+    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_a_failure_of_ours_is_a_failure_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(mfu.CONTENDERS, "fastgpt", lambda *args, **options: 1 / 0)
+    assert mfu.main([*TINY, "--contenders", "fastgpt", "eager", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--vram", "12GB", "--device", "cpu"], "there is none here"),
+        (["--vram", "much"], "such as 12GB"),
+        (["--vram", "0GB"], "such as 12GB"),
+        (["--preset", "gpt2-124m", "--contenders", "fastgpt, no graphs", "--device", "cpu"], "none of these"),
+        (["--n_head", "5", "--device", "cpu"], "n_head"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_a_line(flags, said):
+    with pytest.raises(RequestError, match=said):
+        mfu.main(flags)
+
+
+@pytest.mark.parametrize(("text", "amount"), [("12GB", 12.0), ("11.5", 11.5), ("8 gib", 8.0)])
+def test_memory_is_given_as_cards_are_sold(text, amount):
+    assert mfu.gigabytes(text) == amount
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_nn_n", "GEMM"),
+        ("nvjet_tst_192x192_64x4_1x2_h_bz_coopB_TNN", "GEMM"),
+        ("_dk_dv_kernel_attention", "attention"),
+        ("void pytorch_flash::flash_bwd_kernel", "attention"),
+        ("triton_poi_fused_gelu_3", "GELU"),
+        ("_adamw_kernel", "optimizer"),
+        ("void at::native::vectorized_layer_norm_kernel", "norm"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("something_else", "other"),
+    ],
+)
+def test_a_kernel_is_known_by_its_name(kernel, kind):
+    assert mfu.kind_of(kernel) == kind
+
+
+def test_everybody_trains_on_the_same_tokens():
+    request = mfu.requested(mfu_flags())
+    first, again = (next(request.batches()) for _ in range(2))
+    for (x, y), (x_again, y_again) in zip(first, again, strict=True):
+        assert torch.equal(x, x_again)
+        assert torch.equal(y, y_again)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def mfu_flags():
+    from types import SimpleNamespace
+
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size")
+    return SimpleNamespace(preset="quickstart", device="cpu", dtype="float32", accumulation=2, **dict.fromkeys(names))

@@ -1,0 +1,119 @@
+"""The account of a step: what it counts is what is called and held."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastgpt.kernels import use_backend
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.train.account import Setup, _Ledger, count
+from fastgpt.train.step import TrainStep
+
+GPT2 = GPTConfig(bias=False)  # 124M
+TINY = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
+
+
+def flops(calls, kind):
+    return sum(call.flops for call in calls if call.kind == kind)
+
+
+def test_the_products_of_gpt2_take_six_flops_a_parameter_and_token():
+    setup = Setup(GPT2, 4)
+    matrices = GPT2.n_params_without_positions - (2 * GPT2.n_layer + 1) * GPT2.n_embd  # norms multiply no matrix
+    assert flops(count(setup).micro_step, "GEMM") == 6 * matrices * setup.tokens
+
+
+def test_attention_takes_nine_products_of_which_causality_halves_each():
+    setup = Setup(GPT2, 4)
+    T, C, L = GPT2.block_size, GPT2.n_embd, GPT2.n_layer
+    assert flops(count(setup).micro_step, "attention") == 4 * L * 9 * (2 * T * T * C) / 2
+
+
+def test_recomputing_blocks_repeats_the_forward_but_for_its_last_product():
+    setup = Setup(GPT2, 4)
+    none, block = (flops(count(replace(setup, recompute=kind)).micro_step, "GEMM") for kind in ("none", "block"))
+    C = GPT2.n_embd
+    assert block - none == 2 * setup.tokens * GPT2.n_layer * 8 * C * C
+
+
+def test_adamw_moves_what_its_kernel_says():
+    """Parameter, gradient and both moments read and written, 4 bytes each, and the bf16 copy written."""
+    moved = sum(call.bytes for call in count(Setup(GPT2, 1)).update if call.operator == "adamw_")
+    assert moved == pytest.approx(34 * GPT2.n_params, rel=1e-3)
+
+
+def test_weights_gradients_and_moments_take_their_bytes_a_parameter():
+    for state_bits, expected in ((32, 8.0), (8, 2 + 2 * 4 / 256)):
+        memory = count(Setup(GPT2, 1, state_bits=state_bits)).memory
+        assert memory["weights, bf16"] == pytest.approx(2 * GPT2.n_params, rel=1e-3)
+        assert memory["weights, fp32"] == pytest.approx(4 * GPT2.n_params, rel=1e-3)
+        assert memory["gradients, fp32"] == pytest.approx(4 * GPT2.n_params, rel=1e-3)
+        assert memory[f"AdamW's moments, {state_bits} bits"] == pytest.approx(expected * GPT2.n_params, rel=1e-3)
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [("none", 16), ("cheap", 10), ("block", 1)])
+def test_a_layer_more_costs_what_it_keeps(recompute, kept):
+    """Of bf16 numbers a token and channel; what is alive at the peak for a moment is the same in both."""
+
+    def activations(n_layer):
+        setup = Setup(replace(GPT2, n_layer=n_layer), 8, recompute=recompute)
+        return sum(size for label, size in count(setup).memory.items() if label.startswith("activations"))
+
+    per_layer = (activations(14) - activations(12)) / 2
+    assert per_layer / (2 * 8 * GPT2.block_size * GPT2.n_embd) == pytest.approx(kept, rel=0.01)
+
+
+def test_an_account_is_the_same_each_time():
+    setup = Setup(TINY, 2)
+    assert count(setup) == count(setup)
+
+
+def test_memory_grows_with_the_batch_and_the_parts_are_the_peak():
+    small, large = (count(Setup(GPT2, B)) for B in (4, 8))
+    assert small.peak < large.peak < 2 * small.peak
+    assert sum(small.memory.values()) == small.peak
+    assert all(size > 0 for size in small.memory.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_with_data_calls_and_holds_what_the_rehearsal_counted(backend, dtype, recompute):
+    setup = Setup(TINY, 3, "cpu", dtype, recompute=recompute)
+    with use_backend(backend):
+        expected = count(setup)
+        step = TrainStep(GPT(TINY, recompute), dtype=dtype)
+        batch = torch.randint(65, (2, 3, TINY.block_size))
+        ledger = _Ledger(setup)
+        ledger.hold("weights", step.store.master, step.store.working, step.store.grad, *step.moments.values(), batch)
+        with ledger:
+            step._forward_backward((batch[0], batch[1]))
+            micro_step, ledger.calls = ledger.calls, []
+            step._update()
+
+    def weighty(calls):  # without the looks at targets that only data allows
+        return [(call.operator, call.flops, call.bytes) for call in calls if call.bytes > 1024]
+
+    assert sum(call.flops for call in micro_step) == sum(call.flops for call in expected.micro_step) > 0
+    if backend == "auto":
+        assert weighty(micro_step) == weighty(expected.micro_step)
+        assert weighty(ledger.calls) == weighty(expected.update)
+        assert sum(ledger.at_peak.values()) == expected.peak
+    else:  # PyTorch makes its one-hot vectors in another way where there is no data
+        assert sum(ledger.at_peak.values()) == pytest.approx(expected.peak, rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_on_a_gpu_the_account_is_within_five_percent_of_the_measured_peak(recompute, state_bits):
+    setup = Setup(replace(GPT2, n_layer=4), 8, state_bits=state_bits, recompute=recompute)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = TrainStep(GPT(setup.model, recompute).cuda(), dtype=setup.dtype, state_bits=state_bits, cuda_graphs=False)
+    x, y = torch.randint(GPT2.vocab_size, (2, 8, GPT2.block_size), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step(lambda: (x, y), 1e-4)
+    assert count(setup).peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.05)

@@ -1,0 +1,154 @@
+"""The model of the step: its arithmetic by hand, and its error against every step that was measured."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.gpus import GPUS, find_gpu
+from fastgpt.model import GPTConfig
+from fastgpt.train import plan
+from fastgpt.train.account import Call, Setup, count
+from fastgpt.train.presets import PRESETS
+
+GPT2 = GPTConfig(bias=False)
+GB = 2**30
+
+# Ten SMs, a tera-FLOP/s and a tera-byte/s: round numbers.
+CARD = plan.Machine("card", gemm=1e12, bandwidth=1e12, peak=2e12, memory=12 * GB, n_sm=10)
+
+
+def product(M, N, K, n_bytes=0.0):
+    return Call("mm", "GEMM", 2.0 * M * N * K, n_bytes, (M, N, K))
+
+
+def gpt2(name, **options):
+    shape = {key: PRESETS[name][key] for key in ("n_layer", "n_head", "n_embd")}
+    return Setup(replace(GPT2, **shape), **{"batch_size": 1, **options})
+
+
+# ---- arithmetic ----
+
+
+def test_a_product_that_fills_every_sm_runs_at_the_rate_of_a_large_one():
+    call = product(2560, 128, 4096)  # ten tiles of 256 x 128
+    assert plan.seconds(call, CARD) == pytest.approx(call.flops / 1e12)
+
+
+def test_one_tile_too_many_costs_more_than_its_work():
+    full, over = product(2560, 128, 65536), product(2560 + 256, 128, 65536)
+    ratio = plan.seconds(over, CARD) / plan.seconds(full, CARD)
+    assert over.flops / full.flops < ratio <= 2.0
+
+
+def test_a_product_with_few_tiles_and_a_long_sum_is_split():
+    few = product(128, 128, 1 << 20)
+    unsplit = 10 * few.flops / (0.95 * 1e12)  # one SM of ten
+    assert plan.seconds(few, CARD) < unsplit / 4
+
+
+def test_what_has_to_be_moved_takes_its_bytes():
+    assert plan.seconds(Call("gelu", "GELU", 0.0, 5e9), CARD) == pytest.approx(5e-3)
+    assert plan.seconds(product(256, 128, 8, n_bytes=5e9), CARD) == pytest.approx(5e-3)
+
+
+def test_nothing_on_a_gpu_takes_less_than_a_launch_and_a_cpu_has_none():
+    tiny = Call("add", "other", 0.0, 8.0)
+    assert plan.seconds(tiny, CARD) == plan.LAUNCH_SECONDS
+    assert plan.seconds(tiny, replace(CARD, n_sm=None)) == pytest.approx(8e-12)
+
+
+def test_an_update_is_its_micro_batches_and_the_optimizer():
+    p = plan.Prediction({"GEMM": 0.2, "norm": 0.1}, update=0.4, tokens=1000, flops=3e11, peak=1e12)
+    assert p.seconds(4) == pytest.approx(1.6)
+    assert p.tokens_per_second(4) == pytest.approx(2500)
+    assert p.mfu(4) == pytest.approx(4 * 3e11 / 1.6 / 1e12)
+    assert replace(p, peak=None).mfu() is None
+
+
+def test_a_card_with_twice_the_rates_takes_half_the_time():
+    setup = Setup(GPT2, 4)
+    twice = replace(CARD, gemm=2 * CARD.gemm, bandwidth=2 * CARD.bandwidth)
+    account = count(setup)
+    slow, fast = (plan.predict(setup, m, account).seconds() for m in (CARD, twice))
+    assert slow / fast == pytest.approx(2.0, rel=0.01)  # but for the shortest kernels
+
+
+def test_a_step_is_never_predicted_to_beat_its_products():
+    setup = Setup(GPT2, 16)
+    for gpu in GPUS.values():
+        if gpu.tflops(torch.bfloat16) is None:
+            continue
+        machine = plan.machine(gpu)
+        p = plan.predict(setup, machine)
+        assert sum(p.micro_step.values()) > 6 * 123.5e6 * setup.tokens / machine.gemm
+        assert 0 < p.mfu(32) < machine.gemm / machine.peak * 1.2  # MFU counts attention in full
+
+
+def test_a_card_without_the_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"has no torch\.bfloat16"):
+        plan.machine(find_gpu("t4"))
+
+
+# ---- memory ----
+
+
+def test_the_presets_fit_the_reference_card_at_their_micro_batch():
+    for name in ("gpt2-30m", "gpt2-124m", "gpt2-350m"):
+        assert plan.fits(gpt2(name, batch_size=PRESETS[name]["batch_size"]), 12 * GB), name
+
+
+def test_gpt2_124m_fits_12_gb_with_sixteen_sequences_and_more():
+    assert plan.largest_batch(gpt2("gpt2-124m"), 12 * GB) >= 16
+
+
+def test_gpt2_774m_needs_moments_of_eight_bits_and_blocks_recomputed():
+    assert not plan.fits(gpt2("gpt2-774m", recompute="block"), 12 * GB)
+    assert plan.fits(gpt2("gpt2-774m", recompute="block", state_bits=8, batch_size=4), 12 * GB)
+
+
+def test_the_largest_batch_fits_and_the_next_one_does_not():
+    setup = gpt2("gpt2-350m")
+    largest = plan.largest_batch(setup, 12 * GB)
+    assert plan.fits(replace(setup, batch_size=largest), 12 * GB)
+    assert not plan.fits(replace(setup, batch_size=largest + 1), 12 * GB)
+    assert plan.largest_batch(setup, 1 * GB) == 0
+
+
+def test_no_more_is_recomputed_than_memory_asks_for():
+    setup = gpt2("gpt2-124m", batch_size=16)
+    peaks = {
+        kind: count(replace(setup, recompute=kind)).peak + plan.CUDA_RESERVE for kind in ("none", "cheap", "block")
+    }
+    assert peaks["none"] > peaks["cheap"] > peaks["block"]
+    for kind, peak in peaks.items():
+        assert plan.least_recompute(setup, peak) == kind
+    assert plan.least_recompute(setup, peaks["block"] - 1) is None
+
+
+# ---- error ----
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def test_every_measurement_is_one_of_the_records():
+    from bench import measured
+
+    assert json.loads(plan.MEASURED.read_text()) == measured.rows(RESULTS)
+    assert plan.measurements()
+
+
+def test_the_model_is_as_far_off_as_it_says_and_not_further_than_known():
+    """An error that grows is a change of the model or of the step that wants an explanation."""
+    for error in plan.errors():
+        assert error.time == pytest.approx(error.predicted_ms / error.measured_ms - 1)
+        assert math.isfinite(error.time)
+        if error.device.startswith("NVIDIA"):
+            assert abs(error.time) < 0.15, error
+            assert error.memory is not None
+            assert abs(error.memory) < 0.05, error
+        else:
+            assert abs(error.time) < 0.5, error

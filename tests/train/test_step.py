@@ -1,0 +1,272 @@
+"""One update: what it leaves behind, and that a GPU would never have to wait for the host."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastgpt.kernels.rehearsal import rehearse
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.train import step as step_module
+from fastgpt.train.step import FIRST_LOSS_SCALE, GROWTH_INTERVAL, TrainStep, leave_default_stream
+
+TINY = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# fp16 has no C++ kernels
+pytestmark = pytest.mark.filterwarnings("ignore:fastgpt runs on plain PyTorch")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def batches(n, config=TINY, B=3, device="cpu"):
+    """So many micro-batches, always the same ones."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randint(config.vocab_size, (n, B, config.block_size + 1), generator=generator).to(device)
+    return iter([(crop[:, :-1].contiguous(), crop[:, 1:].contiguous()) for crop in drawn])
+
+
+def make(config=TINY, device="cpu", recompute="cheap", **options):
+    torch.manual_seed(1)
+    return TrainStep(GPT(config, recompute).to(device), **options)
+
+
+def train(step, n_updates, rate=1e-2, config=TINY):
+    """Losses of so many updates."""
+    source = batches(n_updates * step.accumulation, config, device=step.loss.device)
+    losses = []
+    for _ in range(n_updates):
+        step(source.__next__, rate)
+        losses.append(step.loss.item())
+    return losses
+
+
+# ---- what an update leaves behind ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_after_an_update_gradients_are_zero_and_the_working_weights_are_the_masters_rounded(dtype):
+    step = make(dtype=dtype)
+    before = step.store.master.clone()
+    train(step, 2)
+    assert step.store.grad.count_nonzero() == 0
+    assert not torch.equal(step.store.master, before)
+    assert torch.equal(step.store.working, step.store.master.to(dtype))
+
+
+def test_the_loss_is_the_mean_over_the_micro_batches():
+    step = make(accumulation=3)
+    step(batches(3).__next__, 0.0)
+    with torch.no_grad():
+        expected = [step.forward(x, y) for x, y in batches(3)]
+    assert step.loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
+
+
+def test_the_gradient_norm_is_that_of_the_mean_loss():
+    step = make(accumulation=2)
+    step(batches(2).__next__, 0.0)
+    torch.manual_seed(1)
+    model = GPT(TINY)
+    (sum(model(x, y) for x, y in batches(2)) / 2).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert step.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_without_clipping_there_is_no_gradient_norm():
+    step = make(max_grad_norm=None)
+    train(step, 1)
+    assert step.grad_norm is None
+
+
+def test_a_learning_rate_of_zero_changes_nothing():
+    step = make()
+    before = step.store.master.clone()
+    train(step, 2, rate=0.0)
+    assert torch.equal(step.store.master, before)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_recomputing_more_or_less_gives_the_same_losses_to_the_bit(recompute):
+    config = replace(TINY, dropout=0.1)
+    assert train(make(config, recompute=recompute), 5) == train(make(config), 5)
+
+
+# ---- graphs ----
+
+
+class Graph:
+    """Stands in for a CUDA graph: recording runs nothing, replaying runs what was recorded."""
+
+    made = 0
+
+    def __init__(self, function):
+        Graph.made += 1
+        self.replay = function
+
+    def pool(self):
+        return None
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_graphs_change_nothing_in_the_course_of_training(monkeypatch, accumulation, state_bits):
+    options = {"accumulation": accumulation, "dtype": torch.bfloat16, "state_bits": state_bits}
+    expected = make(**options)
+    losses = train(expected, 5)
+    monkeypatch.setattr(Graph, "made", 0)
+    monkeypatch.setattr(step_module, "_record", lambda function, pool: Graph(function))
+    recorded = make(**options)
+    recorded._with_graphs = True
+    assert train(recorded, 5) == losses
+    assert Graph.made == 2
+    assert torch.equal(recorded.store.master, expected.store.master)
+
+
+def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkeypatch):
+    monkeypatch.setattr(Graph, "made", 0)
+    monkeypatch.setattr(step_module, "_record", lambda function, pool: Graph(function))
+    step = make(accumulation=2)
+    step._with_graphs = True
+    made = []
+    source = batches(6)
+    for _ in range(3):
+        step(source.__next__, 1e-3)
+        made.append(Graph.made)
+    assert made == [0, 2, 2]
+
+
+class Waiting(GPT):
+    """Looks at its loss, as a careless model might."""
+
+    def forward(self, *args, **kwargs):
+        loss = super().forward(*args, **kwargs)
+        return loss if loss.item() > 0 else -loss
+
+
+def rehearsed_update(model_class, **options):
+    with rehearse("cuda"), torch.device("meta"):
+        step = TrainStep(model_class(TINY), **options)
+        batch = torch.zeros(3, TINY.block_size, dtype=torch.int64)
+        step(lambda: (batch, batch), 1e-3)
+        step(lambda: (batch, batch), 1e-3)
+    return step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_an_update_on_a_gpu_asks_for_no_value_and_no_shape_that_depends_on_one(dtype, state_bits, max_grad_norm):
+    """On tensors without data it could not: there is nothing to ask for."""
+    step = rehearsed_update(GPT, dtype=dtype, state_bits=state_bits, max_grad_norm=max_grad_norm, accumulation=2)
+    assert step.loss.is_meta
+    assert step.loss.shape == ()
+
+
+def test_a_model_that_looks_at_a_value_is_found_out():
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        rehearsed_update(Waiting)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+def test_dropout_can_be_recorded_too(recompute):
+    with rehearse("cuda"), torch.device("meta"):
+        step = TrainStep(GPT(replace(TINY, dropout=0.1), recompute), dtype=torch.bfloat16)
+        batch = torch.zeros(3, TINY.block_size, dtype=torch.int64)
+        step(lambda: (batch, batch), 1e-3)
+    assert step.grad_norm.is_meta
+
+
+# ---- fp16 ----
+
+
+def test_an_fp16_run_learns_as_an_fp32_one_does():
+    runs = []
+    for dtype in (torch.float16, torch.float32):
+        step, losses = make(dtype=dtype), []
+        for _ in range(20):
+            step(batches(1).__next__, 1e-2)
+            losses.append(step.loss.item())
+        runs.append(losses)
+    ours, truth = runs
+    assert ours == pytest.approx(truth, rel=5e-3)
+    assert ours[-1] < ours[0] - 1.0
+
+
+def test_loss_scaling_keeps_gradients_that_fp16_alone_would_lose():
+    step = make(dtype=torch.float16)
+    ((x, y),) = batches(1)
+    lost = []
+    for scale in (FIRST_LOSS_SCALE, 2.0**-10):
+        step.set_loss_scale(scale)
+        step._forward_backward((x, y))
+        lost.append((step.store.grad == 0).sum().item())
+        step.store.grad.zero_()
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_an_update_with_a_gradient_that_is_not_finite_is_left_out_and_halves_the_scale():
+    step = make(dtype=torch.float16)
+    train(step, 1)
+    before = step.store.master.clone()
+    step.set_loss_scale(2.0**40)
+    train(step, 1)
+    assert torch.equal(step.store.master, before)
+    assert step.store.grad.count_nonzero() == 0
+    assert step.loss_scale == 2.0**39
+    assert step.updates_since_overflow == 0
+    assert math.isfinite(step.loss.item())
+
+
+def test_the_scale_doubles_after_so_many_updates_without_overflow():
+    step = make(dtype=torch.float16)
+    step.set_loss_scale(1024.0, GROWTH_INTERVAL - 1)
+    train(step, 1)
+    assert (step.loss_scale, step.updates_since_overflow) == (2048.0, 0)
+    train(step, 1)
+    assert (step.loss_scale, step.updates_since_overflow) == (2048.0, 1)
+
+
+def test_the_loss_and_the_weights_do_not_depend_on_the_scale():
+    runs = []
+    for scale in (256.0, 4096.0):
+        step = make(dtype=torch.float16, max_grad_norm=None)
+        step.set_loss_scale(scale)
+        runs.append(train(step, 3))
+    assert runs[0] == pytest.approx(runs[1], rel=2e-3)
+
+
+# ---- on a GPU ----
+
+
+@pytest.fixture
+def own_stream():
+    previous = torch.cuda.current_stream()
+    leave_default_stream(torch.device("cuda"))
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(previous)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu_graphs_give_the_same_bits_as_none(own_stream, dtype, dropout):
+    config = replace(TINY, dropout=dropout)
+    runs = []
+    for cuda_graphs in (True, False):
+        step = make(config, "cuda", dtype=dtype, accumulation=2, cuda_graphs=cuda_graphs)
+        runs.append((train(step, 6, config=config), step.store.master.clone()))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+@needs_gpu
+def test_on_a_gpu_a_replayed_update_takes_a_few_launches(own_stream):
+    step = make(device="cuda", dtype=torch.bfloat16)
+    train(step, 3)
+    source = batches(1, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(source.__next__, 1e-3)
+    launches = sum(event.count for event in profiler.key_averages() if "Launch" in event.key)
+    assert launches <= 12
