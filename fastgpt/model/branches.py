@@ -35,6 +35,11 @@ def available(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not autocast.enabled(x.device.type)
 
 
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """``F.dropout``, by which in bf16 too the mean is kept: PyTorch rounds 1 / (1 - p) to bf16 on a CPU."""
+    return _Dropout.apply(x, _draw_mask(x, p), p) if training and p else x
+
+
 class Options(NamedTuple):
     """What a branch needs to know besides tensors.
 
@@ -243,17 +248,30 @@ def _delivered(gradients: Parameters, main_grads: Parameters, needed: tuple[bool
     return tuple(g if main_grad is None else None for g, main_grad in zip(gradients, main_grads, strict=True))
 
 
-def _dropped(x: Tensor, dropout_p: float) -> tuple[Tensor, Tensor | None]:
-    """``F.dropout(x)``, and its mask."""
-    return torch.native_dropout(x, dropout_p, True) if dropout_p else (x, None)
+def _draw_mask(x: Tensor, dropout_p: float) -> Tensor | None:
+    """One byte an element, 1 where it stays; ``None`` where all do."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p) if dropout_p else None
 
 
-def _drop_again(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """What was dropped from a tensor dropped from ``x`` too: its copy made again, or its gradient."""
+def _dropped(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """What stays of ``x``, larger for what goes; and its own derivative."""
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - dropout_p))
 
 
 # ---- the functions ----
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.dropout_p = dropout_p
+        return _dropped(x, mask, dropout_p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return _dropped(grads[0], mask, ctx.dropout_p), None, None
 
 
 class _Attention(Function):
@@ -306,9 +324,11 @@ class _Block(Function):
         attention_options, mlp_options = ctx.branch_options
         p = attention_options.dropout_p
         added, total = _attention_forward(x, residual, parameters[:6], attention_options, seed)[:2]
-        added, attention_mask = _dropped(added, p)
+        attention_mask = _draw_mask(added, p)
+        added = _dropped(added, attention_mask, p)
         out, mlp_total = _mlp_forward(added, total, parameters[6:], mlp_options)[:2]
-        out, mlp_mask = _dropped(out, p)
+        mlp_mask = _draw_mask(out, p)
+        out = _dropped(out, mlp_mask, p)
         ctx.save_for_backward(seed, total, attention_mask, mlp_mask, *parameters)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
@@ -322,18 +342,18 @@ class _Block(Function):
         attention_options, mlp_options = ctx.branch_options
         p, needed = attention_options.dropout_p, ctx.needs_input_grad[2:14]
         added, _, attention_saved = _attention_forward(total, None, attention_parameters, attention_options, seed)
-        added = _drop_again(added, attention_mask, p)
+        added = _dropped(added, attention_mask, p)
         dadded, mlp_gradients = dmlp_total, [None] * 6
         if dout is not None:
             _, _, mlp_saved = _mlp_forward(added, total, mlp_parameters, mlp_options, with_result=False)
             del added
             dadded, *mlp_gradients = _mlp_backward(
-                _drop_again(dout, mlp_mask, p), dmlp_total, mlp_saved, mlp_parameters, ctx.main_grads[6:], mlp_options,
+                _dropped(dout, mlp_mask, p), dmlp_total, mlp_saved, mlp_parameters, ctx.main_grads[6:], mlp_options,
                 needed[6:],
             )  # fmt: skip
             del mlp_saved
         dx, *gradients = _attention_backward(
-            _drop_again(dadded, attention_mask, p), dadded if ctx.has_residual else None, attention_saved,
+            _dropped(dadded, attention_mask, p), dadded if ctx.has_residual else None, attention_saved,
             attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6],
         )  # fmt: skip
         if not ctx.has_residual:

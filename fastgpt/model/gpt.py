@@ -80,13 +80,13 @@ class Attention(nn.Module):
             y = cache.attend(self.layer, qkv, self.n_head)
         else:
             y = kernels.attention_qkv(qkv, self.n_head, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return branches.dropout(self.c_proj(y), self.dropout, self.training)
 
     def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
         """``forward`` of the norm of ``x + residual``, and the sum."""
         dropout = self.dropout if self.training else 0.0
         x, residual = branches.attention(x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout, keep)
-        return F.dropout(x, self.dropout, self.training), residual
+        return branches.dropout(x, self.dropout, self.training), residual
 
 
 class MLP(nn.Module):
@@ -100,12 +100,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)
-        return F.dropout(self.c_proj(hidden), self.dropout, self.training)
+        return branches.dropout(self.c_proj(hidden), self.dropout, self.training)
 
     def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
         """``forward`` of the norm of ``x + residual``, and the sum."""
         x, residual = branches.mlp(x, residual, norm, self.c_fc, self.c_proj, keep)
-        return F.dropout(x, self.dropout, self.training), residual
+        return branches.dropout(x, self.dropout, self.training), residual
 
 
 class Block(nn.Module):
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
         x = self.wte(idx) + self.wpe.weight[start:end]
-        x, residual = F.dropout(x, self.dropout, self.training), None
+        x, residual = branches.dropout(x, self.dropout, self.training), None
         for block in self.h:
             x, residual = block(x, residual, cache)
         if cache is not None:

@@ -89,6 +89,8 @@ class Trainer:
         self.best_val_loss: float | None = None  # among the checkpoints
         self.best_step: int | None = None
         self._readings: deque[Reading] = deque()  # of updates that are to be logged yet
+        # A GPU tells of an update once the next one is under way, so that it never waits for the host.
+        self._late = self.device.type == "cuda"
         if resumed is not None:
             self._load(resumed)
         self._signal: int | None = None
@@ -148,9 +150,8 @@ class Trainer:
             if logged:
                 self._readings.append(Reading(self.train_step, self.step, self.tokens, rate, started))
                 started = self._readings[-1].end
-            # A GPU tells of an update once the next one is under way, so that it never waits for the host.
-            at_once = self.device.type == "cpu" or evaluated or saved
-            if self._diverged(log, waiting=int(logged and not at_once)):
+            waiting = int(self._late and logged and not (evaluated or saved))
+            if self._diverged(log, waiting):
                 return 1
             if evaluated:
                 self._evaluate(log)

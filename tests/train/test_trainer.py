@@ -13,7 +13,7 @@ from fastgpt.data.shards import open_dataset, write_shard
 from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
 from fastgpt.train import checkpoint
-from fastgpt.train.log import read_metrics
+from fastgpt.train.log import RunLog, read_metrics
 
 
 def losses(run):
@@ -105,6 +105,42 @@ def test_a_bfloat16_run_on_the_cpu_learns_as_a_float32_one_does(trainer, tmp_pat
     assert half[30] < half[0] - 0.3
     assert half[30] == pytest.approx(full[30], rel=0.05)
     assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_recomputing_more_or_less_gives_the_same_run_to_the_bit(trainer, tmp_path, recompute):
+    for name, kind in (("usual", "auto"), ("other", recompute)):
+        trainer(out_dir=tmp_path / name, recompute=kind, dropout=0.1).train()
+    assert losses(tmp_path / "usual") == losses(tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore:fastgpt runs on plain PyTorch")
+def test_an_fp16_run_learns_and_keeps_its_loss_scale_when_resumed(trainer, tmp_path):
+    one = trainer(dtype="float16", max_iters=4, lr_decay_iters=8)
+    one.train_step.set_loss_scale(2.0**12, 7)
+    assert one.train() == 0
+    resumed = trainer(dtype="float16", init_from="resume")
+    assert (resumed.train_step.loss_scale, resumed.train_step.updates_since_overflow) == (2.0**12, 11)
+    assert resumed.train() == 0
+    found = losses(tmp_path / "run")
+    assert found[8] < found[1]
+
+
+def test_a_gpu_tells_of_an_update_when_the_next_one_is_under_way(trainer, monkeypatch):
+    """All but those after which it has to stop anyway: every fourth, for an evaluation."""
+    one = trainer(device="cpu")
+    update, told, order = one._update, RunLog.train, []
+
+    def noted():
+        order.append(f"update {one.step + 1}")
+        return update()
+
+    monkeypatch.setattr(one, "_update", noted)
+    monkeypatch.setattr(RunLog, "train", lambda self, **v: (order.append(f"line {v['step']}"), told(self, **v))[1])
+    monkeypatch.setattr(one, "_late", True)
+    assert one.train() == 0
+    quarter = "update {0} update {1} line {0} update {2} line {1} update {3} line {2} line {3}"
+    assert " ".join(order) == " ".join([quarter.format(1, 2, 3, 4), quarter.format(5, 6, 7, 8)])
 
 
 def test_without_clipping_the_gradient_norm_is_not_taken(trainer, tmp_path):
