@@ -41,7 +41,7 @@ from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
-from fastgpt.train.config import TrainConfig
+from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import Batch, leave_default_stream
 
@@ -517,7 +517,10 @@ def requested(flags: Any) -> Request:
     for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"):
         if getattr(flags, name) is not None:
             values[name] = getattr(flags, name)
-    config = TrainConfig(**{**values, "preset": flags.preset})
+    if values["batch_size"] == AUTO:
+        values["batch_size"] = 16
+    values |= {"preset": flags.preset, "total_batch_size": 0}
+    config = TrainConfig(**values)
     vocabulary = flags.vocab_size or (50304 if flags.preset.startswith("gpt2") else 256)
     model = replace(config.model(vocabulary), dropout=0.0)  # without chance, so that losses can be compared
     device = hardware.find_device(flags.device)
@@ -528,7 +531,9 @@ def requested(flags: Any) -> Request:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the records, print the table."""
     parser = Parser(prog="python -m bench.mfu", description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default="gpt2-124m", help="its model and micro-batch")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="gpt2-124m", help="its model and micro-batch, 16 if it names none"
+    )
     for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in an update; default 1")

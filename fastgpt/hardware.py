@@ -1,5 +1,6 @@
 """The device at hand: its name, its peak, and the ceilings measured on it."""
 
+import os
 import platform
 import statistics
 import time
@@ -72,6 +73,19 @@ def training_dtype(device: torch.device) -> torch.dtype:
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return torch.bfloat16 if native else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new process could have on ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        available = next(
+            line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+        )
+        return int(available.split()[1]) << 10
+    except (OSError, StopIteration):  # not Linux: all that there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fastgpt.cli import Parser, did_you_mean, parse_bool
@@ -19,8 +19,10 @@ _AT_LEAST_ONE = (
     "eval_iters",
     "log_interval",
 )
+_MAY_BE_AUTO = ("batch_size", "gradient_accumulation_steps")
 _NOT_NEGATIVE = (
     "seed",
+    "total_batch_size",
     "warmup_iters",
     "checkpoint_interval",
     "max_hours",
@@ -29,6 +31,9 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "grad_clip",
 )
+
+
+AUTO = 0  # of batch_size and gradient_accumulation_steps: chosen for the device that runs
 
 
 def _option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
@@ -62,8 +67,9 @@ class TrainConfig:
     expect_params: str = _option("", "refuse to start if the model is over 2 % off this size, e.g. 124M")
 
     # batches and length
-    batch_size: int = _option(12, "sequences in a micro-batch")
-    gradient_accumulation_steps: int = _option(1, "micro-batches in an update")
+    batch_size: int = _option(12, "sequences in a micro-batch; auto for what is fastest in the device's memory")
+    gradient_accumulation_steps: int = _option(1, "micro-batches in an update; by default what --total_batch_size asks")
+    total_batch_size: int = _option(AUTO, "tokens in an update, exactly; 0 for what the two above come to")
     max_iters: int = _option(600_000, "updates")
     max_hours: float = _option(0.0, "stop with a checkpoint after so many hours; 0 for no limit")
 
@@ -107,8 +113,10 @@ class TrainConfig:
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"--{item.name} must be a finite number, got {value}")
+        if self.batch_size == AUTO and not self.total_batch_size:
+            raise RequestError("--batch_size auto needs --total_batch_size, the tokens of an update")
         for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
+            if getattr(self, name) < 1 and not (name in _MAY_BE_AUTO and self.total_batch_size):
                 raise RequestError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
@@ -125,7 +133,37 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         """Tokens in one update."""
-        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+        return self.total_batch_size or self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+    def with_batch_size(self, batch_size: int) -> "TrainConfig":
+        """The same run with this micro-batch, and with as many of them in an update as make it exact.
+
+        Raises:
+            RequestError: no number of them does.
+        """
+        if not self.total_batch_size:
+            return replace(self, batch_size=batch_size)
+        accumulation, rest = divmod(self.total_batch_size, batch_size * self.block_size)
+        if rest or not accumulation:
+            raise RequestError(
+                f"an update of {self.total_batch_size:,} tokens is no whole number of micro-batches of {batch_size} x "
+                f"{self.block_size}: {self._exact_choices(batch_size)}"
+            )
+        return replace(self, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+
+    def _exact_choices(self, batch_size: int) -> str:
+        """What would be exact and is near."""
+        sequences, rest = divmod(self.total_batch_size, self.block_size)
+        micro_batch = batch_size * self.block_size
+        below = self.total_batch_size // micro_batch * micro_batch
+        totals = " or ".join(f"{total}" for total in (below, below + micro_batch) if total)
+        if rest:
+            return f"--total_batch_size {totals} would do"
+        divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        smaller = max((n for n in divisors if n < batch_size), default=None)
+        larger = min((n for n in divisors if n > batch_size), default=None)
+        sizes = " or ".join(f"{n}" for n in (smaller, larger) if n)
+        return f"--batch_size {sizes} would do, or --total_batch_size {totals}"
 
     def model(self, vocab_size: int) -> GPTConfig:
         """The model of this run, checked against ``--expect_params``."""
@@ -156,6 +194,18 @@ def _parse_count(text: str) -> float:
     return count
 
 
+def _parse_batch_size(text: str) -> int:
+    if text == "auto":
+        return AUTO
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, not '{text}'") from None
+    if number < 1:
+        raise RequestError(f"--batch_size must be at least 1, got {number}")
+    return number
+
+
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "True|False", str: "TEXT"}
 
 
@@ -171,22 +221,64 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
         "  python -m fastgpt.train --preset gpt2-124m     GPT-2 124M on FineWeb",
         epilog=f"presets: {', '.join(presets)}",
     )
+    add_flags(parser)
+    return resolve(vars(parser.parse_args(argv)), presets)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Every flag of ``TrainConfig``; those that are not given are absent from the result."""
     for item in fields(TrainConfig):
         options: dict[str, Any] = {"type": item.type, "choices": item.metadata["choices"]}
         if item.type is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True}
+        if item.name == "batch_size":
+            options["type"] = _parse_batch_size
         if options["choices"] is None:
             options["metavar"] = _METAVARS[item.type]
         help = item.metadata["help"].replace("%", "%%") + (f" ({item.default})" if item.default != "" else "")
         parser.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=help, **options)
-    given = vars(parser.parse_args(argv))
+
+
+def resolve(given: dict[str, Any], presets: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The run that flags ask for: their preset's values, then theirs.
+
+    A preset's ``total_batch_size`` gives way to a ``gradient_accumulation_steps`` among the flags.
+
+    Raises:
+        RequestError: the preset is unknown, or the values do not fit.
+    """
     preset = given.get("preset", TrainConfig.preset)
     if preset not in presets:
         raise RequestError(
             f"unknown preset '{preset}'{did_you_mean(preset, list(presets))} (there are {', '.join(presets)})"
         )
     values = {**presets[preset], **given, "preset": preset}
-    return TrainConfig(**{**values, **_rates_for_width(values, given, presets[preset].get("n_embd"))})
+    if "gradient_accumulation_steps" in given and "total_batch_size" not in given:
+        total = values.pop("total_batch_size", AUTO)
+        if values.get("batch_size") == AUTO:
+            values["batch_size"] = _shared_out(total, given["gradient_accumulation_steps"], values)
+    config = TrainConfig(**{**values, **_rates_for_width(values, given, presets[preset].get("n_embd"))})
+    if config.batch_size == AUTO or not config.total_batch_size:
+        return config
+    settled = config.with_batch_size(config.batch_size)
+    accumulation = settled.gradient_accumulation_steps
+    if given.get("gradient_accumulation_steps", accumulation) != accumulation:
+        raise RequestError(
+            f"--gradient_accumulation_steps {given['gradient_accumulation_steps']} contradicts --total_batch_size "
+            f"{config.total_batch_size}, which takes {accumulation}; give one of them"
+        )
+    return settled
+
+
+def _shared_out(total: int, accumulation: int, values: dict[str, Any]) -> int:
+    """The micro-batch of an update of so many tokens in so many parts."""
+    block_size = values.get("block_size", TrainConfig.block_size)
+    if accumulation < 1 or total % (accumulation * block_size) or not total:
+        raise RequestError(
+            f"--gradient_accumulation_steps {accumulation} does not divide an update of {total:,} tokens in sequences "
+            f"of {block_size}: give --batch_size too"
+        )
+    return total // (accumulation * block_size)
 
 
 def _rates_for_width(values: dict[str, Any], given: dict[str, Any], preset_width: int | None) -> dict[str, float]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from fastgpt.hardware import GPU
+from fastgpt import hardware
+from fastgpt.gpus import GPU
 from fastgpt.model import GPTConfig
 from fastgpt.train.account import Account, Call, Setup, count
 
@@ -34,6 +35,8 @@ LAUNCH_SECONDS = 2e-6  # assumed, of the shortest kernel in a CUDA graph
 # Rows and columns of a product that one block computes, and the share of the best rate that it gets to. Assumed.
 TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
 SPLITS = (1, 2, 4, 8)  # of the inner dimension
+
+MOST_SEQUENCES = 128  # of a micro-batch: beyond it nothing is won
 
 # Bytes that CUDA's context, its libraries and their workspaces keep beside the tensors. Assumed.
 CUDA_RESERVE = 700 << 20
@@ -107,6 +110,16 @@ def machine(gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> Machine:
     return assumed
 
 
+def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
+    """This device: its row of the table, or where there is none what it takes a second to measure."""
+    gpu = hardware.known_gpu(device)
+    if gpu is not None and gpu.tflops(dtype) is not None:
+        return machine(gpu, dtype)
+    n_sm = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+    gemm, bandwidth = hardware.measure_gemm_peak(device, dtype, seconds=0.3), hardware.measure_bandwidth(device)
+    return Machine(hardware.device_name(device), gemm, bandwidth, n_sm=n_sm)
+
+
 def predict(setup: Setup, machine: Machine, account: Account | None = None) -> Prediction:
     """The time of a step on a machine."""
     account = account or count(setup)
@@ -145,14 +158,83 @@ def _product_seconds(call: Call, machine: Machine) -> float:
 # ---- memory ----
 
 
+def kinds_of_recompute(requested: str, device_type: str) -> tuple[str, ...]:
+    """What ``--recompute`` leaves open, least first. On a CPU ``cheap`` costs no time, as memory is slow there."""
+    if requested != "auto":
+        return (requested,)
+    return ("none", "cheap", "block") if device_type == "cuda" else ("cheap",)
+
+
 def fits(setup: Setup, memory: int) -> bool:
     """Whether a step should fit so many bytes of a GPU."""
-    return count(setup).peak + CUDA_RESERVE <= memory
+    return count(setup).peak + reserve(setup) <= memory
 
 
-def least_recompute(setup: Setup, memory: int) -> str | None:
-    """The kind of recomputation that costs the least time among those that fit; ``None`` if none does."""
-    return next((kind for kind in ("none", "cheap", "block") if fits(replace(setup, recompute=kind), memory)), None)
+def least_recompute(setup: Setup, memory: int, kinds: Sequence[str]) -> str | None:
+    """The first of these kinds with which the step fits; ``None`` if it does with none."""
+    return next((kind for kind in kinds if fits(replace(setup, recompute=kind), memory)), None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A micro-batch for a device, with what is recomputed to make it fit.
+
+    Attributes:
+        batch_size: sequences, B.
+        recompute: ``none``, ``cheap`` or ``block``.
+        accumulation: micro-batches in an update.
+        peak: bytes that tensors hold at most.
+        prediction: of its time.
+    """
+
+    batch_size: int
+    recompute: str
+    accumulation: int
+    peak: int
+    prediction: Prediction
+
+
+def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[str]) -> list[Choice]:
+    """Every micro-batch that fits and divides an update of ``total`` tokens, each with every kind of recomputation.
+
+    Args:
+        setup: its micro-batch and recomputation are ignored.
+        machine: predicts by it.
+        memory: bytes that there are.
+        total: tokens of an update.
+        kinds: of recomputation.
+    """
+    found = []
+    sequences, rest = divmod(total, setup.model.block_size)
+    for kind in kinds:
+        for batch_size in [] if rest else _sizes(sequences):
+            tried = replace(setup, batch_size=batch_size, recompute=kind)
+            account = count(tried)
+            if account.peak + reserve(setup) > memory:
+                break
+            prediction = predict(tried, machine, account)
+            found.append(Choice(batch_size, kind, sequences // batch_size, account.peak, prediction))
+    return found
+
+
+def _sizes(sequences: int) -> list[int]:
+    """Micro-batches to try, ascending: every divisor up to 8, and of the others those that suit the tensor cores."""
+    divisors = [n for n in range(1, min(sequences, MOST_SEQUENCES) + 1) if sequences % n == 0]
+    return [n for n in divisors if n <= 8 or n % 8 == 0]
+
+
+def choose(found: Sequence[Choice]) -> Choice | None:
+    """The one that takes least memory among those within a hundredth of the fastest; ``None`` of none."""
+    if not found:
+        return None
+    best = max(choice.prediction.tokens_per_second(choice.accumulation) for choice in found)
+    near = [c for c in found if c.prediction.tokens_per_second(c.accumulation) >= 0.99 * best]
+    return min(near, key=lambda choice: choice.peak)
+
+
+def reserve(setup: Setup) -> int:
+    """Bytes that are taken beside the tensors."""
+    return CUDA_RESERVE if setup.device_type == "cuda" else 0
 
 
 def largest_batch(setup: Setup, memory: int, most: int = 512) -> int:

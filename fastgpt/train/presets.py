@@ -2,28 +2,27 @@
 
 from typing import Any
 
+from fastgpt.train.config import AUTO
+
 _GPT2_SHAPES = {
     "gpt2-124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-350m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-774m": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-1558m": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
-# Micro-batches that should fit 12 GB (predicted, not measured); with 1024 tokens a sequence and the
-# accumulation beside them, an update is 524 288 tokens, GPT-2's batch.
-_GPT2_BATCHES = {"gpt2-124m": (16, 32), "gpt2-350m": (4, 128), "gpt2-774m": (1, 512), "gpt2-1558m": (1, 512)}
+GPT2_TOKENS = 2**19  # of an update: GPT-2's half a million
 # Peak rates of the GPT-3 paper (Brown et al. 2020, table 2.1) at the nearest sizes.
 _GPT2_RATES = {"gpt2-124m": 6e-4, "gpt2-350m": 3e-4, "gpt2-774m": 2.5e-4, "gpt2-1558m": 2e-4}
 
 
 def _gpt2(name: str) -> dict[str, Any]:
     """GPT-2 on FineWeb's ten billion tokens: one pass is 19 073 updates."""
-    batch_size, accumulation = _GPT2_BATCHES[name]
     rate = _GPT2_RATES[name]
     return {
         **_GPT2_SHAPES[name],
         "dataset": "fineweb10b",
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "batch_size": AUTO,
+        "total_batch_size": GPT2_TOKENS,
         "max_iters": 19_073,
         "lr_decay_iters": 19_073,
         "learning_rate": rate,
@@ -98,8 +97,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layer": 6,
         "n_head": 6,
         "n_embd": 384,
-        "batch_size": 32,
-        "gradient_accumulation_steps": 16,
+        "batch_size": AUTO,
+        "total_batch_size": GPT2_TOKENS,
         "max_iters": 1223,
         "lr_decay_iters": 1223,
         "learning_rate": 1e-3,

@@ -113,6 +113,14 @@ class TrainStep:
         self._finish()
         self._updates += 1
 
+    def start_over(self, accumulation: int) -> None:
+        """Forget the micro-batches of an update that was not finished; go on with so many an update, of any shape."""
+        self.store.grad.zero_()
+        self._sum.zero_()
+        self.accumulation = accumulation
+        self._batch = self._micro_graph = self._optimizer_graph = None
+        self._updates = 0
+
     def _micro_step(self, batch: Batch) -> None:
         if not self._with_graphs or self._updates == 0:
             self._forward_backward(batch)

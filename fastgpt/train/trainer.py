@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import checkpoint, plan, run_folder
 from fastgpt.train.account import Setup
-from fastgpt.train.config import TrainConfig
+from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.log import RunLog, plot_losses
 from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.reading import Moment, Reading
@@ -57,6 +57,8 @@ class Trainer:
         self.dataset = _open_or_prepare(config)
         self.tokenizer = self.dataset.tokenizer()
         self.model_config = config.model(padded_vocab_size(self.dataset.vocab_size or GPT2_VOCABULARY))
+        self._resizable = config.batch_size == AUTO
+        self.config = config = self._settled(config)
         resumed = self._find_checkpoint() if resuming else None
         pin = self.device.type == "cuda"
         self.loaders = {
@@ -72,7 +74,7 @@ class Trainer:
         leave_default_stream(self.device)
         self.batches = Prefetcher(self.loaders["train"], self.device)
         torch.manual_seed(config.seed)
-        self.model = GPT(self.model_config, self._recompute()).to(self.device)
+        self.model = GPT(self.model_config, config.recompute).to(self.device)
         self.train_step = TrainStep(
             self.model,
             dtype=self.dtype,
@@ -95,17 +97,24 @@ class Trainer:
             self._load(resumed)
         self._signal: int | None = None
 
-    def _recompute(self) -> str:
-        """What ``--recompute auto`` means here: on a GPU the least that fits its free memory."""
-        config = self.config
-        if config.recompute != "auto":
-            return config.recompute
-        if self.device.type == "cpu":
-            return "cheap"  # costs no time there, where memory is the slower the more of it there is
-        setup = Setup(
-            self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits, config.recompute
-        )
-        return plan.least_recompute(setup, torch.cuda.mem_get_info(self.device)[0]) or "block"
+    def _settled(self, config: TrainConfig) -> TrainConfig:
+        """The request with what it leaves to the device: micro-batch and recomputation, within its free memory."""
+        memory = hardware.free_memory(self.device)
+        setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
+        kinds = plan.kinds_of_recompute(config.recompute, self.device.type)
+        if config.batch_size != AUTO:
+            kind = kinds[0] if len(kinds) == 1 else plan.least_recompute(setup, memory, kinds)
+            return replace(config, recompute=kind or kinds[-1])
+        machine = plan.at_hand(self.device, self.dtype)
+        choice = plan.choose(plan.choices(setup, machine, memory, config.total_batch_size, kinds))
+        if choice is None:
+            if config.total_batch_size % config.block_size:
+                return config.with_batch_size(1)  # which says what would be exact
+            raise RequestError(
+                f"not one sequence of {config.block_size} fits the {memory / 2**30:.1f} GiB that are free: "
+                "--state_bits 8, --recompute block or a smaller model take less"
+            )
+        return replace(config.with_batch_size(choice.batch_size), recompute=choice.recompute)
 
     # ---- the loop ----
 
@@ -139,7 +148,7 @@ class Trainer:
             self._evaluate(log)
         started = Moment(self.device, self.step)  # of the updates that the next line's time is the mean of
         while self.step < config.max_iters:
-            rate = self._update()
+            rate = self._update(log)
             self.step += 1
             self.tokens += config.tokens_per_step
             last = self.step == config.max_iters
@@ -164,15 +173,42 @@ class Trainer:
                 return 0 if self._signal is None else 128 + self._signal
         return 0
 
-    def _update(self) -> float:
-        """One update; returns its learning rate."""
+    def _update(self, log: RunLog) -> float:
+        """One update, with smaller micro-batches if memory runs out; returns its learning rate."""
         config = self.config
         rate = learning_rate(
             self.step, peak=config.learning_rate, floor=config.min_lr, warmup_iters=config.warmup_iters,
             decay_iters=config.lr_decay_iters,
         )  # fmt: skip
-        self.train_step(self.batches.next, rate)
-        return rate
+        while True:
+            place = self.batches.state_dict()
+            try:
+                self.train_step(self.batches.next, rate)
+                return rate
+            except torch.OutOfMemoryError as error:
+                self._shrink(error, log)
+                self.batches.load_state_dict(place)
+
+    def _shrink(self, error: torch.OutOfMemoryError, log: RunLog) -> None:
+        """Half the micro-batch or less and as many more of them, so that an update has as many tokens as before."""
+        config = self.config
+        sequences = config.tokens_per_step // config.block_size
+        smaller = max((n for n in range(1, config.batch_size // 2 + 1) if sequences % n == 0), default=None)
+        if not self._resizable or smaller is None:
+            raise RequestError(
+                f"out of memory with micro-batches of {config.batch_size}: a smaller --batch_size, --recompute block "
+                "or --state_bits 8 take less"
+            ) from error
+        self.config = config = config.with_batch_size(smaller)
+        for loader in self.loaders.values():
+            loader.batch_size = smaller
+        self.train_step.start_over(config.gradient_accumulation_steps)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.say(
+            f"out of memory: going on with micro-batches of {smaller}, {config.gradient_accumulation_steps} in an "
+            f"update of {config.tokens_per_step:,} tokens as before"
+        )
 
     # ---- evaluation, logging, checkpoints ----
 

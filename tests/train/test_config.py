@@ -4,7 +4,7 @@ import pytest
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train.config import TrainConfig, parse
+from fastgpt.train.config import AUTO, TrainConfig, parse
 from fastgpt.train.presets import PRESETS
 
 _NAMES = """
@@ -178,6 +178,17 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["surplus"], "unexpected argument 'surplus'"),
         (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps must be at least 1"),
+        (["--batch_size=many"], "expected a number or auto, not 'many'"),
+        (["--batch_size=auto"], "--batch_size auto needs --total_batch_size"),
+        (["--total_batch_size=-1"], "--total_batch_size must not be negative"),
+        (["--preset=gpt2-124m", "--batch_size=12"], "--batch_size 8 or 16 would do"),
+        (["--preset=gpt2-124m", "--batch_size=12"], "or --total_batch_size 516096 or 528384"),
+        (["--preset=gpt2-124m", "--batch_size=8", "--block_size=1000"], "--total_batch_size 520000 or 528000 would do"),
+        (["--preset=gpt2-124m", "--gradient_accumulation_steps=60"], "does not divide an update of 524,288 tokens"),
+        (
+            ["--batch_size=4", "--total_batch_size=1024", "--gradient_accumulation_steps=3"],
+            "--gradient_accumulation_steps 3 contradicts --total_batch_size 1024, which takes 2",
+        ),
         (["--max_iters=0"], "--max_iters must be at least 1"),
         (["--eval_interval=0"], "--eval_interval must be at least 1"),
         (["--eval_iters=0"], "--eval_iters must be at least 1"),
@@ -238,3 +249,22 @@ def test_a_learning_rate_that_is_given_is_taken_at_any_width():
 def test_other_flags_leave_the_learning_rate_alone():
     config = parse(["--preset=shakespeare-char", "--n_layer=2", "--batch_size=3"], PRESETS)
     assert config.learning_rate == PRESETS["shakespeare-char"]["learning_rate"]
+
+
+def test_the_tokens_of_an_update_settle_the_accumulation():
+    settled = parse(["--preset=gpt2-124m", "--batch_size=8"], PRESETS)
+    assert (settled.batch_size, settled.gradient_accumulation_steps, settled.tokens_per_step) == (8, 64, 2**19)
+    assert (
+        parse(["--preset=gpt2-124m", "--batch_size=8", "--block_size=512"], PRESETS).gradient_accumulation_steps == 128
+    )
+    assert parse(["--preset=gpt2-124m", "--gradient_accumulation_steps=64"], PRESETS).batch_size == 8
+
+
+def test_a_preset_of_gpt2_leaves_the_micro_batch_to_the_device_and_says_the_tokens_of_an_update():
+    config = parse(["--preset=gpt2-124m"], PRESETS)
+    assert (config.batch_size, config.tokens_per_step) == (AUTO, 2**19)
+
+
+def test_nanogpts_two_flags_mean_what_they_mean_there_whatever_the_preset():
+    config = parse(["--preset=gpt2-124m", "--batch_size=12", "--gradient_accumulation_steps=40"], PRESETS)
+    assert config.tokens_per_step == 12 * 40 * 1024

@@ -96,9 +96,32 @@ def test_a_card_without_the_dtype_is_refused():
 # ---- memory ----
 
 
-def test_the_presets_fit_the_reference_card_at_their_micro_batch():
-    for name in ("gpt2-30m", "gpt2-124m", "gpt2-350m"):
-        assert plan.fits(gpt2(name, batch_size=PRESETS[name]["batch_size"]), 12 * GB), name
+def choice(name, memory=12 * GB, gpu="rtx-4070", **options):
+    setup = gpt2(name, **options)
+    kinds = plan.kinds_of_recompute("auto", "cuda")
+    return plan.choose(plan.choices(setup, plan.machine(find_gpu(gpu)), memory, 2**19, kinds))
+
+
+@pytest.mark.parametrize("name", ["gpt2-30m", "gpt2-124m", "gpt2-350m"])
+def test_a_preset_gets_a_micro_batch_for_the_reference_card_that_makes_the_update_exact(name):
+    chosen = choice(name)
+    assert chosen.batch_size * chosen.accumulation * 1024 == 2**19
+    assert plan.fits(gpt2(name, batch_size=chosen.batch_size, recompute=chosen.recompute), 12 * GB)
+
+
+def test_less_memory_takes_a_smaller_micro_batch_or_more_recomputation_and_at_last_nothing():
+    speeds = []
+    for memory in (24 * GB, 12 * GB, 6 * GB, 4 * GB):
+        chosen = choice("gpt2-124m", memory)
+        assert chosen.peak + plan.CUDA_RESERVE <= memory
+        speeds.append(chosen.prediction.tokens_per_second(chosen.accumulation))
+    assert speeds == sorted(speeds, reverse=True)
+    assert choice("gpt2-124m", 2 * GB) is None
+
+
+def test_an_update_that_sequences_do_not_divide_has_no_micro_batch():
+    machine = plan.machine(find_gpu("rtx-4070"))
+    assert plan.choices(gpt2("gpt2-124m"), machine, 12 * GB, 500_000, ("cheap",)) == []
 
 
 def test_gpt2_124m_fits_12_gb_with_sixteen_sequences_and_more():
@@ -120,13 +143,12 @@ def test_the_largest_batch_fits_and_the_next_one_does_not():
 
 def test_no_more_is_recomputed_than_memory_asks_for():
     setup = gpt2("gpt2-124m", batch_size=16)
-    peaks = {
-        kind: count(replace(setup, recompute=kind)).peak + plan.CUDA_RESERVE for kind in ("none", "cheap", "block")
-    }
+    kinds = plan.kinds_of_recompute("auto", "cuda")
+    peaks = {kind: count(replace(setup, recompute=kind)).peak + plan.CUDA_RESERVE for kind in kinds}
     assert peaks["none"] > peaks["cheap"] > peaks["block"]
     for kind, peak in peaks.items():
-        assert plan.least_recompute(setup, peak) == kind
-    assert plan.least_recompute(setup, peaks["block"] - 1) is None
+        assert plan.least_recompute(setup, peak, kinds) == kind
+    assert plan.least_recompute(setup, peaks["block"] - 1, kinds) is None
 
 
 # ---- error ----

@@ -36,10 +36,10 @@ def stop_after(trainer, steps, number):
     """Have ``trainer`` receive a signal during its update number ``steps``."""
     update = trainer._update
 
-    def interrupted():
+    def interrupted(log):
         if trainer.step + 1 == steps:
             signal.raise_signal(number)
-        return update()
+        return update(log)
 
     trainer._update = interrupted
 
@@ -107,6 +107,51 @@ def test_a_bfloat16_run_on_the_cpu_learns_as_a_float32_one_does(trainer, tmp_pat
     assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
 
 
+def out_of_memory_above(trainer, most):
+    """Have the trainer's device hold micro-batches of at most so many sequences."""
+    forward = trainer.train_step.forward
+
+    def limited(x, y):
+        if torch.is_grad_enabled() and len(x) > most:
+            raise torch.OutOfMemoryError("no more")
+        return forward(x, y)
+
+    trainer.train_step.forward = limited
+
+
+def test_where_memory_runs_out_micro_batches_shrink_and_an_update_keeps_its_tokens(trainer, tmp_path, capsys):
+    flags = {"batch_size": "auto", "total_batch_size": 8 * 16, "dtype": "float32"}
+    usual, small = trainer(**flags, out_dir=tmp_path / "usual"), trainer(**flags)
+    for one in (usual, small):  # which a CPU would not choose
+        one.config = one.config.with_batch_size(8)
+        one.loaders["train"].batch_size = one.loaders["val"].batch_size = 8
+        one.train_step.start_over(1)
+    out_of_memory_above(small, 2)
+    assert usual.train() == small.train() == 0
+    assert small.config.batch_size == 2
+    assert small.config.gradient_accumulation_steps == 4
+    said = capsys.readouterr().out
+    assert "out of memory: going on with micro-batches of 4, 2 in an update of 128 tokens as before" in said
+    assert "out of memory: going on with micro-batches of 2, 4 in an update of 128 tokens as before" in said
+    expected, found = losses(tmp_path / "usual"), losses(tmp_path / "run")
+    assert [found[step] for step in found] == pytest.approx([expected[step] for step in expected], rel=1e-4)
+
+
+def test_a_micro_batch_that_was_asked_for_is_kept_and_running_out_of_memory_ends_the_run_in_a_line(trainer):
+    one = trainer()
+    out_of_memory_above(one, 2)
+    with pytest.raises(RequestError, match="out of memory with micro-batches of 4: a smaller --batch_size"):
+        one.train()
+
+
+def test_an_automatic_micro_batch_makes_the_update_exact(trainer, tmp_path):
+    one = trainer(batch_size="auto", total_batch_size=6 * 16)
+    assert one.train() == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+    assert config["batch_size"] * config["gradient_accumulation_steps"] * 16 == 6 * 16
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")["train"][-1]["tokens"] == 8 * 6 * 16
+
+
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_recomputing_more_or_less_gives_the_same_run_to_the_bit(trainer, tmp_path, recompute):
     for name, kind in (("usual", "auto"), ("other", recompute)):
@@ -131,9 +176,9 @@ def test_a_gpu_tells_of_an_update_when_the_next_one_is_under_way(trainer, monkey
     one = trainer(device="cpu")
     update, told, order = one._update, RunLog.train, []
 
-    def noted():
+    def noted(log):
         order.append(f"update {one.step + 1}")
-        return update()
+        return update(log)
 
     monkeypatch.setattr(one, "_update", noted)
     monkeypatch.setattr(RunLog, "train", lambda self, **v: (order.append(f"line {v['step']}"), told(self, **v))[1])
@@ -440,7 +485,7 @@ def test_a_signal_in_the_last_step_ends_the_run_as_usual(trainer, tmp_path):
 
 def test_a_second_signal_ends_the_run_at_once(trainer):
     one = trainer()
-    one._update = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    one._update = lambda log: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         one.train()
