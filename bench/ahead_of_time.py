@@ -88,10 +88,13 @@ def _layer_norm(width: int) -> None:
     OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True)
 
 
-def _gelu(with_bias: bool, tanh: bool) -> None:
+def _gelu(with_bias: bool, tanh: bool, again: bool = False) -> None:
     x, bias = _empty(B, T, 4 * C), _empty(4 * C) if with_bias else None
-    OPS["gelu"](x, bias, tanh)
-    OPS["gelu_backward"](x, x, bias, tanh)
+    if again:
+        OPS["gelu_again_backward_"](x, x, bias, tanh)
+    else:
+        OPS["gelu"](x, bias, tanh)
+        OPS["gelu_backward"](x, x, bias, tanh)
 
 
 def _cross_entropy(rows: int, classes: int) -> None:
@@ -129,6 +132,9 @@ CASES: dict[str, Callable[[], None]] = {
     "gelu bf16 tanh": lambda: _gelu(False, True),
     "gelu bf16 exact": lambda: _gelu(False, False),
     "gelu bf16 bias": lambda: _gelu(True, True),
+    "gelu bf16 tanh again": lambda: _gelu(False, True, again=True),
+    "gelu bf16 exact again": lambda: _gelu(False, False, again=True),
+    "gelu bf16 bias again": lambda: _gelu(True, True, again=True),
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
     "adamw fp32": _adamw,

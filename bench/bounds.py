@@ -87,7 +87,7 @@ def _work(
         return _looped(machine), -(-x.shape[0] // options["ROWS"]), n_bytes
     if kernel.startswith("gelu"):
         x = args[0]
-        n_bytes = (2 if "forward" in kernel else 3) * x.numel() * x.element_size()
+        n_bytes = (2 if "forward" in kernel else 3 + options["AGAIN"]) * x.numel() * x.element_size()
         if kernel == "gelu bias_backward":
             blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
             return _looped(machine), blocks, n_bytes

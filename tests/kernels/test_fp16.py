@@ -13,6 +13,7 @@ from fastgpt.kernels import (
     gelu,
     layer_norm,
     linear_cross_entropy,
+    ops,
 )
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -74,6 +75,15 @@ CASES = {
 @pytest.mark.parametrize(("ours", "plain", "shapes"), CASES.values(), ids=list(CASES))
 def test_fp16_is_as_accurate_as_pytorch(backend, rule, ours, plain, shapes):
     rule.accuracy(ours, plain, [half(*shape) for shape in shapes])
+
+
+@pytest.mark.parametrize("tanh", [True, False], ids=["tanh", "exact"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_the_forward_of_gelu_made_again_in_the_backward_has_the_same_bits_in_fp16(backend, with_bias, tanh):
+    x, dy, bias = half(63, 127), half(63, 127), half(127) if with_bias else None
+    expected = ops.resolve("gelu", x)(x, bias, tanh), *ops.resolve("gelu_backward", x)(dy, x, bias, tanh)
+    y, dbias = ops.resolve("gelu_again_backward_", x)(dy, x, bias, tanh)
+    assert all(map(torch.equal, (y, dy, dbias), expected))
 
 
 def test_fp16_parameters_take_the_steps_of_fp32_ones_rounded(backend):

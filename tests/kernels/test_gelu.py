@@ -48,15 +48,51 @@ def test_gelu_takes_any_strides(device, dtype, rule, strided, kind, incoming):
         rule.accuracy(*both(kind), [strided(x)])
 
 
+def bits(t):
+    """As integers, which tell -0 from 0; one NaN stands for all."""
+    return t.masked_fill(t.isnan(), math.nan).view({2: torch.int16, 4: torch.int32}[t.itemsize])
+
+
+def check_made_again(dy, x, bias, kind):
+    """The one operator against the two that it stands for."""
+    tanh = kind == "tanh"
+    expected = ops.resolve("gelu", x)(x, bias, tanh), *ops.resolve("gelu_backward", x)(dy, x, bias, tanh)
+    y, dbias = ops.resolve("gelu_again_backward_", x)(dy, x, bias, tanh)
+    for ours, other in zip((y, dy, dbias), expected, strict=True):
+        assert torch.equal(bits(ours), bits(other))
+
+
+with_and_without_bias = pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+
+
 @kinds
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_forward_made_again_in_the_backward_has_the_same_bits(device, dtype, kind, with_bias):
-    x, dy = (torch.randn(65, 257, device=device).to(dtype) for _ in range(2))
-    bias = torch.randn(257, device=device).to(dtype) if with_bias else None
-    expected = ops.resolve("gelu_backward", x)(dy, x, bias, kind == "tanh")
-    y, dbias = ops.resolve("gelu_again_backward_", x)(dy, x, bias, kind == "tanh")
-    assert torch.equal(y, gelu(x, kind, bias))
-    assert all(map(torch.equal, (dy, dbias), expected))
+@with_and_without_bias
+@pytest.mark.parametrize("shape", [(63,), (1, 1), (65, 257), (2, 33, 129), (1023, 33), (1, 4100)], ids=str)
+def test_the_forward_made_again_in_the_backward_has_the_same_bits(device, dtype, kind, with_bias, shape):
+    x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    check_made_again(dy, x, torch.randn(shape[-1], device=device).to(dtype) if with_bias else None, kind)
+
+
+@kinds
+@with_and_without_bias
+def test_the_forward_is_made_again_from_any_strides(device, dtype, strided, kind, with_bias):
+    x, dy = (torch.randn(5, 9, 33, device=device).to(dtype) for _ in range(2))
+    check_made_again(dy, strided(x), strided(torch.randn(33, device=device).to(dtype)) if with_bias else None, kind)
+
+
+@kinds
+@with_and_without_bias
+def test_the_forward_made_again_has_the_same_bits_at_the_ends_of_the_range(device, dtype, kind, with_bias):
+    ends = torch.tensor([0.0, 1e-30, 1.0, 4.0, 10.0, 15.0, 30.0, 1e4, 1e30, math.inf], device=device)
+    x = torch.cat([ends, -ends, torch.tensor([math.nan], device=device)]).to(dtype)
+    dy, x = (t.contiguous() for t in torch.broadcast_tensors(x[:, None], x))
+    check_made_again(dy, x, torch.zeros(x.shape[-1], dtype=dtype, device=device) if with_bias else None, kind)
+
+
+@with_and_without_bias
+def test_of_no_rows_the_forward_made_again_is_empty(device, dtype, with_bias):
+    x, bias = torch.empty(0, 5, dtype=dtype, device=device), torch.ones(5, dtype=dtype, device=device)
+    check_made_again(x.clone(), x, bias if with_bias else None, "tanh")
 
 
 def both_with_bias(kind):

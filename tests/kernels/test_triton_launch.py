@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastgpt.kernels.triton import attention, autotune, launch
+from fastgpt.kernels.triton import attention, autotune, columns, gelu, launch
 from fastgpt.kernels.triton.launch import Device
 
 RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
@@ -55,6 +55,15 @@ def test_every_architecture_configures_the_same_kernels_for_the_same_inputs():
 def test_a_configuration_handed_out_is_the_callers_own():
     launch.configuration(RTX_4070, "adamw", "any").clear()
     assert launch.configuration(RTX_4070, "adamw", "any")
+
+
+def test_the_forward_of_gelu_made_again_in_the_backward_costs_no_launch_of_its_own():
+    x, bias = torch.empty(8, 16, device="meta"), torch.empty(16, device="meta")
+    launched = []
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
+        gelu.gelu_again_backward_(x, x, None, True)
+        gelu.gelu_again_backward_(x, x, bias, True)
+    assert launched == [gelu._backward_kernel, gelu._bias_backward_kernel, columns._sum_kernel]
 
 
 # ---- tuning ----

@@ -3,7 +3,8 @@
 Without a bias the tensor is one long row. With one, a program owns a block of columns and walks down the rows,
 so that the bias's gradient is summed in registers while the input's is written.
 
-Bytes moved an element of s bytes: forward 2 s, backward 3 s; the bias's gradient costs no pass of its own.
+Bytes moved an element of s bytes: forward 2 s, backward 3 s, and 4 s where it makes the forward's result again on the
+way instead of the 5 s of both apart; the bias's gradient costs no pass of its own.
 """
 
 import torch
@@ -28,42 +29,42 @@ def _exponential(x):
 
 
 @triton.jit
-def _value(x, TANH: tl.constexpr):
-    if TANH:
-        value = x * (1.0 / (1.0 + _exponential(x)))
-    else:
-        value = x * (0.5 * (1.0 + tl.erf(x * SQRT_HALF)))
-    return value
-
-
-@triton.jit
-def _derivative(x, TANH: tl.constexpr):
+def _value_and_derivative(x, TANH: tl.constexpr):
+    """Both, for what is dear is common to them; the compiler drops the one that is not used."""
     if TANH:
         e = _exponential(x)
         sigmoid = 1.0 / (1.0 + e)
+        value = x * sigmoid
         slope = (x * x * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI  # d(2u)/dx
         # not sigmoid * (1 - sigmoid), which cancels; far out e is 0 or infinite while the slope grows without bound
         bend = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
         derivative = sigmoid + bend
     else:
-        phi = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
-        derivative = phi + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * (-0.5 * LOG2E))
-    return derivative
+        twice_phi = 1.0 + tl.erf(x * SQRT_HALF)
+        value = x * (0.5 * twice_phi)
+        density = x * INVERSE_SQRT_2_PI * tl.exp2(x * x * (-0.5 * LOG2E))
+        # left to itself the compiler fuses one product or the other, and which depends on whether the value is used
+        derivative = tl.fma(0.5, twice_phi, density)
+    return value, derivative
 
 
 @triton.jit
 def _forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
-    tl.store(y + here, _value(a, TANH).to(y.dtype.element_ty), mask=here < n)
+    value, _ = _value_and_derivative(a, TANH)
+    tl.store(y + here, value.to(y.dtype.element_ty), mask=here < n)
 
 
 @triton.jit
-def _backward_kernel(dy, x, dx, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(dy, x, dx, y, n, TANH: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
     grad = tl.load(dy + here, mask=here < n, other=0.0).to(tl.float32)
-    tl.store(dx + here, (grad * _derivative(a, TANH)).to(dx.dtype.element_ty), mask=here < n)
+    value, derivative = _value_and_derivative(a, TANH)
+    tl.store(dx + here, (grad * derivative).to(dx.dtype.element_ty), mask=here < n)
+    if AGAIN:
+        tl.store(y + here, value.to(y.dtype.element_ty), mask=here < n)
 
 
 @triton.jit
@@ -75,15 +76,17 @@ def _bias_forward_kernel(
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     a += tl.load(bias + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
-    result = _value(a, TANH).to(y.dtype.element_ty)
-    tl.store(y + rows[:, None] * n_columns + columns[None, :], result, mask=inside)
+    value, _ = _value_and_derivative(a, TANH)
+    tl.store(y + rows[:, None] * n_columns + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _bias_backward_kernel(
-    dy, x, bias, dx, shares, dy_stride, x_stride, n_rows, n_columns,
-    TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy, x, bias, dx, y, shares, dy_stride, x_stride, n_rows, n_columns,
+    TANH: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    if AGAIN:
+        dy_stride = n_columns  # dy is dx; told so, the compiler has an address less to keep in registers
     share, n_shares = tl.program_id(1), tl.num_programs(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n_columns
@@ -94,9 +97,13 @@ def _bias_backward_kernel(
         inside = (rows < n_rows)[:, None] & in_columns[None, :]
         a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        result = grad * _derivative(a + b[None, :], TANH)
+        value, derivative = _value_and_derivative(a + b[None, :], TANH)
+        result = grad * derivative
         dbias += result
-        tl.store(dx + rows[:, None] * n_columns + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
+        here = rows[:, None] * n_columns + columns[None, :]
+        tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
+        if AGAIN:
+            tl.store(y + here, value.to(y.dtype.element_ty), mask=inside)
     tl.store(shares + share * n_columns + columns, tl.sum(dbias, axis=0), mask=in_columns)
 
 
@@ -123,18 +130,26 @@ def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape)
-    return dx, _backward(dy, x, bias, tanh, dx)
+    return dx, _backward(dy, x, bias, tanh, dx, None)
 
 
-def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dx: Tensor) -> Tensor:
-    """Writes ``dx``, contiguous, which may be ``dy``; returns the bias's gradient."""
+def gelu_again_backward_(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, _backward(dy, x, bias, tanh, dy, y)
+
+
+def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dx: Tensor, y: Tensor | None) -> Tensor:
+    """Writes ``dx``, contiguous; returns the bias's gradient. With a ``y``, GELU goes there and ``dx`` is ``dy``."""
     if x.numel() == 0:
         return x.new_zeros(0 if bias is None else bias.shape)
     if bias is None:
         config = configuration(device_of(x), "gelu", "any")
         n = x.numel()
         grid = (triton.cdiv(n, config["BLOCK"]),)
-        launch(_backward_kernel, grid, dy.contiguous(), x.contiguous(), dx, n, TANH=tanh, **config)
+        launch(
+            _backward_kernel, grid,
+            dy.contiguous(), x.contiguous(), dx, dx if y is None else y, n, TANH=tanh, AGAIN=y is not None, **config,
+        )  # fmt: skip
         return x.new_empty(0)
     dy_rows, x_rows = rows_of(dy), rows_of(x)
     n_rows, n_columns = x_rows.shape
@@ -146,11 +161,7 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dx: Tensor
     shares = x.new_empty((1, n_shares, n_columns), dtype=torch.float32)
     launch(
         _bias_backward_kernel, (n_blocks, n_shares),
-        dy_rows, x_rows, bias.contiguous(), dx, shares, dy_rows.stride(0), x_rows.stride(0), n_rows, n_columns,
-        TANH=tanh, **config,
+        dy_rows, x_rows, bias.contiguous(), dx, dx if y is None else y, shares,
+        dy_rows.stride(0), x_rows.stride(0), n_rows, n_columns, TANH=tanh, AGAIN=y is not None, **config,
     )  # fmt: skip
     return sum_of_shares(shares, bias.dtype)[0]
-
-
-def gelu_again_backward_(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
-    return gelu(x, bias, tanh), _backward(dy, x, bias, tanh, dx=dy)
