@@ -1,11 +1,18 @@
-"""``python -m fastgpt.doctor``: what this machine has, what each kernel runs on, and why not something better."""
+"""``python -m fastgpt.doctor``: what this machine has, what each kernel runs on, and why not something better.
+
+Exit status 1 when what was asked for by ``--device`` or ``FASTGPT_BACKEND`` cannot work here.
+"""
 
 import json
 import os
 import platform
+import shlex
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,96 +20,308 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import hardware
-from fastgpt.cli import Parser, run
-from fastgpt.kernels import backends
+from fastgpt.cli import Parser, did_you_mean, run
+from fastgpt.errors import RequestError
+from fastgpt.kernels import backends, ops
+from fastgpt.kernels.matmul import matmul_into
+
+CPU = torch.device("cpu")
+RUNS = Path("runs")  # where fastgpt.train puts its runs
+
+# By type of device: side of a matrix and MiB of a copy, beside which launching, and waiting for the end, are short.
+SIZES = {"cpu": (2048, 256), "cuda": (8192, 1024)}
+SECONDS = 0.2  # for each measurement
+
+LITTLE_DISK = 5e9  # bytes; three checkpoints of GPT-2 124M, the best, the newest and the one being written
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings."""
     parser = Parser(prog="python -m fastgpt.doctor", description=__doc__)
+    parser.add_argument("--device", default="auto", help="what a run is to use: cpu, cuda, cuda:N; auto as in training")
+    parser.add_argument("--quick", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args(argv).json
-    findings = examine()
-    if as_json:
+    args = parser.parse_args(argv)
+    findings = examine(args.device, args.quick)
+    if args.json:
         print(json.dumps(findings, indent=1))
-        return
-    console = Console(highlight=False)
-    for title in ("software", "devices"):
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in findings[title].items():
-            table.add_row(name, str(value))
-        console.print(table)
-        console.print()
-    for device, operators in findings["kernels"].items():
-        choices = set(operators.values())
-        if len(choices) == 1:
-            console.print(f"kernels on {device}: all on {choices.pop()}")
-            continue
-        table = Table(title=f"kernels on {device}", title_justify="left", show_header=False, box=None)
-        for name, choice in operators.items():
-            table.add_row(name, choice)
-        console.print(table)
-    for line in findings["advice"]:
-        console.print(f"\n{line}")
+    else:
+        _show(findings, Console(highlight=False, markup=False))
+    for problem in findings["problems"]:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if findings["problems"] else 0
 
 
-def examine() -> dict[str, Any]:
-    """Everything that ``doctor`` prints."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
+    """Everything that ``doctor`` prints.
+
+    Args:
+        device_name: what ``--device`` says.
+        quick: leave out the ceilings, which take seconds to measure.
+
+    Raises:
+        RequestError: ``device_name`` is no device's name.
+    """
+    device, problems = _device(device_name)
+    gpu = device if device.type == "cuda" else torch.device("cuda", 0) if torch.cuda.is_available() else None
+    problems += _backend_problems(None if problems else device)
+    seen_by_driver = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
     software = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "Triton": _version("triton"),
-        "C++ compiler": compiler if compiler and shutil.which(compiler) else "none found",
+        "Triton": _triton(gpu),
+        "C++ compiler": _compiler() or "none found",
+        "C++ kernels": ops.EXTENSION.reason if ops.EXTENSION.library else f"none: {ops.EXTENSION.reason}",
     }
-    cpu = torch.device("cpu")
     devices = {
-        "CPU": f"{hardware.device_name(cpu)}, {torch.get_num_threads()} threads, "
+        "CPU": f"{hardware.device_name(CPU)}, {torch.get_num_threads()} threads, "
         + torch.backends.cpu.get_cpu_capability(),
-        "CPU GEMM": ", ".join(
-            f"{name} {hardware.measure_gemm_peak(cpu, dtype) / 1e9:.0f} GFLOP/s"
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-        )
-        + " measured",
-        "CPU memory": f"{hardware.measure_bandwidth(cpu) / 1e9:.0f} GB/s measured (copy)",
-        "GPU": _gpu(),
+        "RAM": _ram(),
+        **(_gpu(gpu, seen_by_driver) if gpu else {"GPU": _why_no_gpu()}),
     }
-    kernels = backends()
+    a_run = {  # as fastgpt.train would have it
+        "--device": str(device),
+        "--dtype auto": _training_dtype(device),
+        "disk": f"{shutil.disk_usage(_existing(RUNS)).free / 1e9:.0f} GB free for {RUNS.absolute()}",
+    }
+    measured = {"cpu": CPU, **({"gpu": gpu} if gpu else {})}
     return {
         "software": software,
         "devices": devices,
-        "kernels": kernels,
-        "advice": _advice(kernels, software),
+        "run": a_run,
+        "ceilings": {} if quick else {name: _ceilings(at) for name, at in measured.items()},
+        "kernels": backends(),
+        "advice": _advice(gpu, seen_by_driver),
+        "problems": problems,
     }
 
 
-def _advice(kernels: dict[str, dict[str, str]], software: dict[str, str]) -> list[str]:
-    """What would make the slow parts fast."""
-    if "not built" not in kernels["cpu"]["layer_norm"]:
+# ---- what was asked for ----
+
+
+def _device(name: str) -> tuple[torch.device, list[str]]:
+    """The device that ``--device`` names, or the CPU and why that one cannot be had."""
+    try:
+        return hardware.find_device(name), []
+    except RequestError as error:
+        if not name.startswith("cuda"):
+            raise
+        return CPU, [str(error)]
+
+
+def _backend_problems(device: torch.device | None) -> list[str]:
+    """Why ``FASTGPT_BACKEND`` cannot be had, on ``device`` if there is one."""
+    name = os.environ.get("FASTGPT_BACKEND", "auto")
+    if name not in ops.BACKENDS:
+        known = ", ".join(ops.BACKENDS)
+        return [f"FASTGPT_BACKEND={name} is no backend{did_you_mean(name, ops.BACKENDS)} (there are {known})"]
+    if device is None:
         return []
-    if software["C++ compiler"] == "none found":
-        mend = "no C++ compiler was found: install g++ or clang++, then reinstall fastgpt"
-    else:
-        mend = (
-            "a compiler is here now: reinstall fastgpt with "
-            "pip install --force-reinstall --no-cache-dir --no-deps -v and read the build's messages"
+    try:
+        ops.backend_of(device.type, hardware.training_dtype(device))
+    except RuntimeError as error:
+        return [f"{error}; unset FASTGPT_BACKEND, and fastgpt takes the best there is"]
+    return []
+
+
+def _training_dtype(device: torch.device) -> str:
+    dtype = hardware.training_dtype(device)
+    why = {
+        ("cuda", torch.bfloat16): "this GPU multiplies it natively",
+        ("cuda", torch.float16): "this GPU has no bfloat16",
+        ("cpu", torch.bfloat16): "this CPU multiplies it natively",
+        ("cpu", torch.float32): "this CPU does not multiply bfloat16 natively",
+    }
+    return f"{_short(dtype)}: {why[device.type, dtype]}"
+
+
+# ---- what there is ----
+
+
+def _triton(gpu: torch.device | None) -> str:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        there = platform.system() == "Linux" and platform.machine() == "x86_64"
+        return "not installed" if there else "not installed: fastgpt asks for it on Linux on x86-64 only"
+    return installed if gpu else f"{installed}, unused without a GPU"
+
+
+def _compiler() -> str | None:
+    """Path and version of what would compile the C++ kernels, ``CXX`` or the usual names."""
+    command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
+    path = shutil.which(command[0])
+    return path and ", ".join([path, *_output(*command, "--version").splitlines()[:1]])
+
+
+def _ram() -> str:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB free"
+
+
+def _gpu(gpu: torch.device, seen_by_driver: list[str]) -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(gpu)
+    free, total = torch.cuda.mem_get_info(gpu)
+    driver = seen_by_driver[0].rpartition(", ")[2] if seen_by_driver else "unknown"
+    known = hardware.known_gpu(gpu)
+    ceiling = "unknown to the table: MFU will not be shown"
+    if known is not None:
+        dtype = hardware.training_dtype(gpu)
+        ceiling = (
+            f"dense {_short(dtype)} {known.tflops(dtype):.1f} TFLOP/s, {known.bandwidth_gb_s:g} GB/s ({known.source})"
         )
-    return [f"The C++ kernels are missing; {mend}."]
+    n = torch.cuda.device_count()
+    return {
+        "GPU": f"{hardware.device_name(gpu)}, {properties.multi_processor_count} SMs, compute capability "
+        f"{properties.major}.{properties.minor}" + (f"; {gpu}, one of {n}" if n > 1 else ""),
+        "GPU memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+        "GPU driver": f"{driver}; torch is built for CUDA {torch.version.cuda}",
+        "GPU peak": ceiling,
+    }
 
 
-def _gpu() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _why_no_gpu() -> str:
     if torch.version.cuda is None:
         return "none: this torch is built without CUDA"
     return f"none: torch is built for CUDA {torch.version.cuda} but finds no device"
 
 
-def _version(package: str) -> str:
+def _ceilings(device: torch.device) -> dict[str, float | None]:
+    """GEMM rates and bandwidth of a copy; ``None`` where the device has no memory free to measure."""
+    size, megabytes = SIZES[device.type]
+    ceilings: dict[str, float | None] = {}
     try:
-        return version(package)
+        for dtype in dict.fromkeys((torch.float32, hardware.training_dtype(device))):
+            name = f"{_short(dtype)} TFLOP/s"
+            ceilings[name] = None
+            ceilings[name] = _gemm(device, dtype, size) / 1e12
+        ceilings["copy GB/s"] = None
+        ceilings["copy GB/s"] = hardware.measure_bandwidth(device, megabytes, SECONDS) / 1e9
+    except torch.OutOfMemoryError:
+        pass
+    return ceilings
+
+
+def _gemm(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a large product, PyTorch's or on a CPU ours, whichever is faster."""
+    pytorchs = hardware.measure_gemm_peak(device, dtype, size, SECONDS)
+    if device.type == "cuda" or ops.EXTENSION.library is None:
+        return pytorchs
+    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+    out = torch.zeros(size, size)
+    seconds = hardware.median_seconds(lambda: matmul_into(out, a, b, accumulate=True), device, SECONDS)
+    return max(pytorchs, 2 * size**3 / seconds)
+
+
+def _advice(gpu: torch.device | None, seen_by_driver: list[str]) -> list[str]:
+    """What would make the slow parts fast."""
+    advice = [_about_cpp(), _about_gpu(seen_by_driver) if gpu is None else _about_triton()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "OMP_NUM_THREADS" in os.environ and 2 * torch.get_num_threads() < cores:  # PyTorch's own choice may be half
+        threads = os.environ["OMP_NUM_THREADS"]
+        advice.append(f"OMP_NUM_THREADS={threads} leaves most of {cores} cores unused: unset it.")
+    if gpu is not None:
+        free, total = torch.cuda.mem_get_info(gpu)
+        if free < 0.8 * total:
+            advice.append(
+                f"{(total - free) / 2**30:.1f} GiB of the GPU's memory are in use: what else runs there (nvidia-smi "
+                "tells) takes memory and time from training."
+            )
+    if shutil.disk_usage(_existing(RUNS)).free < LITTLE_DISK:
+        advice.append("The disk is nearly full: GPT-2 124M's checkpoints take 4.5 GB; --out_dir puts a run elsewhere.")
+    return [line for line in advice if line]
+
+
+def _about_cpp() -> str:
+    reason = ops.EXTENSION.reason
+    if ops.EXTENSION.library is not None or reason.startswith("FASTGPT_BACKEND"):
+        return ""
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        return f"The C++ kernels are not used ({reason}): unset ATEN_CPU_CAPABILITY."
+    if _compiler() is None:
+        mend = "install g++ or clang++, then reinstall fastgpt"
+    else:
+        mend = (
+            "a compiler is here: reinstall fastgpt with pip install --force-reinstall --no-cache-dir --no-deps "
+            "--no-build-isolation -v and read the build's messages"
+        )
+    return f"The C++ kernels are missing ({reason}); {mend}."
+
+
+def _about_gpu(seen_by_driver: list[str]) -> str:
+    if not seen_by_driver:
+        return ""
+    name, _, driver = seen_by_driver[0].rpartition(", ")
+    if torch.version.cuda is None:
+        mend = "this torch is built without CUDA: install one that has it, https://pytorch.org/get-started/locally"
+    elif "CUDA_VISIBLE_DEVICES" in os.environ:
+        mend = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides it: unset it"
+    else:
+        mend = f"torch for CUDA {torch.version.cuda} cannot use it with driver {driver}: a newer driver may mend that"
+    return f"There is a GPU here, {name}, but {mend}."
+
+
+def _about_triton() -> str:
+    try:
+        version("triton")
     except PackageNotFoundError:
-        return "not installed"
+        return "Triton is missing, so the GPU runs plain PyTorch: pip install triton."
+    return ""
+
+
+def _existing(path: Path) -> Path:
+    """The path, or what is there of it."""
+    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# ---- words ----
+
+
+def _show(findings: dict[str, Any], console: Console) -> None:
+    tables = {title: findings[title] for title in ("software", "devices", "run")}
+    tables["measured ceilings"] = {
+        f"{device.upper()} {what.rpartition(' ')[0]}": _measured(rate, unit=what.rpartition(" ")[2])
+        for device, rates in findings["ceilings"].items()
+        for what, rate in rates.items()
+    }
+    for device, operators in findings["kernels"].items():
+        choices = set(operators.values())
+        tables[f"kernels on {device}"] = {"all": choices.pop()} if len(choices) == 1 else operators
+    for title, rows in tables.items():
+        if rows:
+            console.print(_table(title, rows))
+            console.print()
+    for line in findings["advice"]:
+        console.print(f"{line}\n")
+
+
+def _measured(rate: float | None, unit: str) -> str:
+    return "not measured: too little memory is free" if rate is None else f"{rate:.3g} {unit}"
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 if __name__ == "__main__":

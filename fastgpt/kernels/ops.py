@@ -238,12 +238,12 @@ def _backend_from_environment() -> str:
 
 
 _choice = _backend_from_environment()
-_cpp = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTGPT_BACKEND={_choice}")
+EXTENSION = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTGPT_BACKEND={_choice}")
 
 # What a compiled backend leaves to plain PyTorch, and why.
 _left_to_torch: dict[str, dict[str, str]] = {
     "triton": {"matmul_": "cuBLAS"},
-    "cpp": dict.fromkeys(_cpp.left_to_torch, "PyTorch's is faster on this CPU"),
+    "cpp": dict.fromkeys(EXTENSION.left_to_torch, "PyTorch's is faster on this CPU"),
     "reference": {},
 }
 
@@ -271,11 +271,11 @@ def use_backend(name: str) -> Iterator[None]:
 def _natural_backend(device_type: str, dtype: torch.dtype, rehearsing: bool) -> tuple[str, str]:
     """The best backend for such tensors, and the reason in a few words."""
     if device_type == "cpu":
-        if _cpp.library is None:
-            return "reference", _cpp.reason
+        if EXTENSION.library is None:
+            return "reference", EXTENSION.reason
         if dtype not in COMPILED_DTYPES["cpp"]:
             return "reference", f"the C++ kernels take float32 and bfloat16, not {dtype}"
-        return "cpp", _cpp.reason
+        return "cpp", EXTENSION.reason
     if device_type != "cuda":
         return "reference", f"no compiled kernels for {device_type}"
     if rehearsing:

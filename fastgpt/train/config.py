@@ -89,6 +89,8 @@ class TrainConfig:
     eval_iters: int = _option(200, "batches of each split in an evaluation")
     log_interval: int = _option(1, "updates between logged lines")
     checkpoint_interval: int = _option(0, "updates between checkpoints; 0 for one at each evaluation")
+    tensorboard: bool = _option(False, "also log to TensorBoard, in out_dir/tensorboard")
+    wandb: bool = _option(False, "also log to Weights & Biases, in the project fastgpt or that of WANDB_PROJECT")
 
     # machine
     device: str = _option("auto", "cpu, cuda, cuda:N; auto for a GPU if there is one")

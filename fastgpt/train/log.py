@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from fastgpt.train.trackers import Tracker
 
 
 class RunLog:
@@ -18,11 +21,15 @@ class RunLog:
         path: ``metrics.jsonl``; appended to.
         max_iters: the step that it ends at.
         console: where to show; standard output by default.
+        trackers: told of every record too, and closed with the log.
     """
 
-    def __init__(self, path: Path, max_iters: int, console: Console | None = None) -> None:
+    def __init__(
+        self, path: Path, max_iters: int, console: Console | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._file = path.open("a", buffering=1)
+        self._trackers = trackers
         self._max_iters = max_iters
         self._step_ms: float | None = None  # running mean
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -37,6 +44,8 @@ class RunLog:
     ) -> None:
         self._live.stop()
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -59,6 +68,9 @@ class RunLog:
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
+        numbers = {k: v for k, v in values.items() if k != "step" and v is not None}
+        for tracker in self._trackers:
+            tracker.log(kind, values["step"], numbers)
 
     def _progress(self, values: dict[str, Any]) -> str:
         step = values["step"]

@@ -1,4 +1,4 @@
-"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``."""
+"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, perhaps ``tensorboard/``."""
 
 import json
 import shutil
@@ -11,11 +11,12 @@ from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
 
 CONFIG, METRICS, PLOT, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+TENSORBOARD = "tensorboard"
 
 
 def held(run: Path) -> list[Path]:
     """The files and folders of a run that ``run`` holds already."""
-    return [run / name for name in (CONFIG, METRICS, CHECKPOINTS, PLOT) if (run / name).exists()]
+    return [run / name for name in (CONFIG, METRICS, CHECKPOINTS, PLOT, TENSORBOARD) if (run / name).exists()]
 
 
 def check(config: TrainConfig) -> Path:

@@ -21,7 +21,7 @@ from fastgpt.errors import RequestError
 from fastgpt.kernels import ops
 from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train import checkpoint, plan, run_folder
+from fastgpt.train import checkpoint, plan, run_folder, trackers
 from fastgpt.train.account import Setup
 from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.log import RunLog, plot_losses
@@ -52,6 +52,7 @@ class Trainer:
             ops.backend_of(self.device.type, self.dtype)
         except RuntimeError as error:
             raise RequestError(str(error)) from error
+        trackers.check(config)
         resuming = config.init_from == "resume"
         self.run = Path(config.out_dir) if resuming else run_folder.check(config)
         self.dataset = _open_or_prepare(config)
@@ -130,7 +131,8 @@ class Trainer:
         deadline = time.monotonic() + (config.max_hours * 3600 or math.inf)
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with RunLog(self.run / run_folder.METRICS, config.max_iters) as log:
+            told = trackers.start(config, self.run, self.step)
+            with RunLog(self.run / run_folder.METRICS, config.max_iters, trackers=told) as log:
                 log.say(self._introduction())
                 status = self._loop(log, deadline)
                 if status == 0:

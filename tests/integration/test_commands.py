@@ -1,7 +1,6 @@
 """The commands as a person types them; in this process wherever the outcome does not depend on a fresh one."""
 
 import ast
-import json
 import os
 import random
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastgpt
-from fastgpt import doctor, hardware, sample
+from fastgpt import doctor, sample
 from fastgpt.__main__ import VERBS
 from fastgpt.__main__ import main as fastgpt_main
 from fastgpt.cli import run
@@ -294,43 +293,6 @@ def test_every_verb_explains_itself(capsys, monkeypatch, name):
     out = capsys.readouterr().out
     assert f"usage: python -m fastgpt.{name}" in out
     assert "--" in out
-
-
-# ---- doctor ----
-
-
-@pytest.fixture
-def quick_doctor(monkeypatch):
-    monkeypatch.setattr(hardware, "measure_gemm_peak", lambda device, dtype: 123e9)
-    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device: 45e9)
-
-
-def test_doctor_as_json_holds_its_findings(capsys, quick_doctor):
-    doctor.main(["--json"])
-    findings = json.loads(capsys.readouterr().out)
-    assert findings.keys() == {"software", "devices", "kernels", "advice"}
-    assert {"Python", "torch", "Triton", "C++ compiler"} <= findings["software"].keys()
-    assert findings["devices"]["CPU GEMM"] == "fp32 123 GFLOP/s, bf16 123 GFLOP/s measured"
-    assert findings["devices"]["CPU memory"] == "45 GB/s measured (copy)"
-    assert {"layer_norm", "attention_qkv", "linear_cross_entropy", "adamw_"} <= findings["kernels"]["cpu"].keys()
-    assert all(choice.split(" ")[0] in ("cpp", "reference") for choice in findings["kernels"]["cpu"].values())
-
-
-def test_doctor_says_the_same_in_words(capsys, quick_doctor):
-    doctor.main([])
-    out = capsys.readouterr().out
-    assert "123 GFLOP/s measured" in out
-    assert "kernels on cpu" in out
-
-
-def test_doctor_says_how_to_get_the_cpp_kernels_where_they_are_missing(monkeypatch, quick_doctor):
-    monkeypatch.setattr(
-        doctor, "backends", lambda: {"cpu": {"layer_norm": "reference (the C++ kernels are not built)"}}
-    )
-    (advice,) = doctor.examine()["advice"]
-    assert "reinstall fastgpt" in advice
-    monkeypatch.setattr(doctor, "backends", lambda: {"cpu": {"layer_norm": "cpp (avx2)"}})
-    assert doctor.examine()["advice"] == []
 
 
 # ---- processes of their own ----

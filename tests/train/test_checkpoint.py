@@ -1,7 +1,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,7 @@ from fastgpt.errors import RequestError
 from fastgpt.train import checkpoint
 
 RUN_STATE = checkpoint.State(
-    step=3, best_val_loss=1 / 3, best_step=2, tokens=12345, loader={"rng": {"state": 2**100}}, model={"n_layer": 2}
+    step=3, best_val_loss=1 / 3, best_step=2, tokens=12345, loader={"epoch": 1, "visited": 70}, model={"n_layer": 2}
 )
 
 
@@ -57,17 +56,6 @@ def test_torchs_random_sequence_goes_on_where_it_stood(tmp_path):
     torch.manual_seed(6)
     checkpoint.load_moments(path)
     assert torch.equal(torch.rand(4), expected)
-
-
-def test_a_generators_state_of_128_bits_survives_json(tmp_path):
-    rng = np.random.Generator(np.random.PCG64(3))
-    rng.integers(10, size=3)  # leaves half of a word in the generator
-    saved = dataclasses.replace(RUN_STATE, loader={"rng": rng.bit_generator.state})
-    path = checkpoint.save(tmp_path, saved, *tensors())
-    expected = rng.integers(1000, size=9)
-    other = np.random.Generator(np.random.PCG64(4))
-    other.bit_generator.state = checkpoint.load_state(path).loader["rng"]
-    assert np.array_equal(other.integers(1000, size=9), expected)
 
 
 def test_saving_leaves_the_tensors_where_they_are(tmp_path):

@@ -201,7 +201,7 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size(trainer, tmp_path):
     flags = {"bias": False, "dtype": "float32"}
     whole = trainer(out_dir=tmp_path / "a", batch_size=8, **flags)
     halves = trainer(out_dir=tmp_path / "b", batch_size=4, gradient_accumulation_steps=2, **flags)
-    for _ in range(2):  # the loader draws the same crops either way, so the runs see the same tokens
+    for _ in range(2):  # the loader draws the same blocks either way, so the runs see the same tokens
         x, _ = whole.loaders["train"].next()
         parts = [halves.loaders["train"].next()[0] for _ in range(2)]
         assert torch.equal(x, torch.cat(parts))
@@ -368,6 +368,16 @@ def test_a_damaged_checkpoint_is_a_wrong_request(trainer, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(RequestError, match="cannot be read"):
         trainer(init_from="resume")
+
+
+def test_a_checkpoint_of_a_version_that_drew_batches_otherwise_is_refused_and_left_alone(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    file = checkpoint.newest(tmp_path / "run") / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "loader": {"rng": {"state": 1}}}))
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match=r"cannot resume: .*another version"):
+        trainer(init_from="resume")
+    assert files_of(tmp_path / "run") == before
 
 
 # ---- folders ----
