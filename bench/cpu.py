@@ -218,13 +218,6 @@ class Pool:
             sys.exit(f"error: the process of '{contender}' has died; is there memory for all of them?")
 
 
-def gemm_peak(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a square product, PyTorch's or ours, whichever is faster."""
-    a, b, out = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype), torch.zeros(size, size)
-    seconds = hardware.median_seconds(lambda: matmul_into(out, a, b, accumulate=True), CPU, 0.5)
-    return max(2 * size**3 / seconds, hardware.measure_gemm_peak(CPU, dtype, size))
-
-
 def measure(name: str, dtype: torch.dtype, threads: int, seconds: float) -> dict[str, Any]:
     """One model: every contender's times and losses, in turns for about so many seconds."""
     config, batch_size, steps = MODELS[name]
@@ -232,7 +225,7 @@ def measure(name: str, dtype: torch.dtype, threads: int, seconds: float) -> dict
     times: dict[str, list[float]] = {contender: [] for contender in everyone}
     losses: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     peaks: dict[str, float] = {}
-    gemm_peaks = [gemm_peak(dtype)]
+    gemm_peaks = [hardware.gemm_ceiling(CPU, dtype, 0.5)]
     with Pool(everyone, config, batch_size, dtype, threads) as pool:
         for contender in everyone:  # compile, and let memory settle
             pool.turn(contender, 2)
@@ -245,7 +238,7 @@ def measure(name: str, dtype: torch.dtype, threads: int, seconds: float) -> dict
                 peaks[contender] = turn.peak_mib
                 if contender in losses:
                     losses[contender] += turn.losses
-    gemm_peaks.append(gemm_peak(dtype))
+    gemm_peaks.append(hardware.gemm_ceiling(CPU, dtype, 0.5))
     rate = product_flops(config, batch_size) / (median(times[PRODUCTS]) * 1e-3)
     return {
         "model": name,

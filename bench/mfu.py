@@ -39,6 +39,7 @@ from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
+from fastgpt.plan import gigabytes
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
 from fastgpt.train.config import AUTO, TrainConfig
@@ -56,7 +57,6 @@ CONTENDERS: dict[str, Callable[..., Update]] = {
 OURS = "fastgpt"
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # largest relative difference of two losses
 WARM_UP = 3  # updates: compile, record graphs, replay them
-GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
@@ -307,7 +307,7 @@ def loss_curves(names: Sequence[str], request: Request, n_updates: int) -> dict[
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a large product and bytes/s of a large copy, now."""
     return {
-        "gemm_flops": hardware.measure_gemm_peak(device, dtype, GEMM_SIZE[device.type]),
+        "gemm_flops": hardware.gemm_ceiling(device, dtype, 1.0),
         "bandwidth": hardware.measure_bandwidth(device),
     }
 
@@ -501,14 +501,6 @@ def plot(record: dict[str, Any], image: Path) -> None:
     axes.set(xlabel="tokens per second", title=f"{title}, {record['environment']['device']}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(image)
-
-
-def gigabytes(text: str) -> float:
-    """``12GB``, ``12`` or ``11.5`` in GB of 2**30 bytes, as cards are sold."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
-    if number is None or float(number[1]) == 0:
-        raise RequestError(f"--vram takes an amount such as 12GB, not '{text}'")
-    return float(number[1])
 
 
 def requested(flags: Any) -> Request:

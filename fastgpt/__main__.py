@@ -10,6 +10,7 @@ from fastgpt.errors import RequestError
 
 # Each names a module whose main(argv) does the work.
 VERBS = {
+    "plan": ("fastgpt.plan", "what a run will take, before it runs"),
     "train": ("fastgpt.train.__main__", "train a GPT"),
     "data": ("fastgpt.data.__main__", "prepare a dataset"),
     "sample": ("fastgpt.sample", "let a trained model write"),

@@ -23,13 +23,12 @@ from fastgpt import hardware
 from fastgpt.cli import Parser, did_you_mean, run
 from fastgpt.errors import RequestError
 from fastgpt.kernels import backends, ops
-from fastgpt.kernels.matmul import matmul_into
 
 CPU = torch.device("cpu")
 RUNS = Path("runs")  # where fastgpt.train puts its runs
 
-# By type of device: side of a matrix and MiB of a copy, beside which launching, and waiting for the end, are short.
-SIZES = {"cpu": (2048, 256), "cuda": (8192, 1024)}
+# Of a copy, by type of device, beside which launching and waiting for the end are short.
+MEGABYTES = {"cpu": 256, "cuda": 1024}
 SECONDS = 0.2  # for each measurement
 
 LITTLE_DISK = 5e9  # bytes; three checkpoints of GPT-2 124M, the best, the newest and the one being written
@@ -76,7 +75,7 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     devices = {
         "CPU": f"{hardware.device_name(CPU)}, {torch.get_num_threads()} threads, "
         + torch.backends.cpu.get_cpu_capability(),
-        "RAM": _ram(),
+        "RAM": _free(CPU),
         **(_gpu(gpu, seen_by_driver) if gpu else {"GPU": _why_no_gpu()}),
     }
     a_run = {  # as fastgpt.train would have it
@@ -154,18 +153,13 @@ def _compiler() -> str | None:
     return path and ", ".join([path, *_output(*command, "--version").splitlines()[:1]])
 
 
-def _ram() -> str:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return f"{kib['MemAvailable'] / 2**20:.1f} of {kib['MemTotal'] / 2**20:.1f} GiB free"
+def _free(device: torch.device) -> str:
+    free, total = hardware.memory(device)
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def _gpu(gpu: torch.device, seen_by_driver: list[str]) -> dict[str, str]:
     properties = torch.cuda.get_device_properties(gpu)
-    free, total = torch.cuda.mem_get_info(gpu)
     driver = seen_by_driver[0].rpartition(", ")[2] if seen_by_driver else "unknown"
     known = hardware.known_gpu(gpu)
     ceiling = "unknown to the table: MFU will not be shown"
@@ -178,7 +172,7 @@ def _gpu(gpu: torch.device, seen_by_driver: list[str]) -> dict[str, str]:
     return {
         "GPU": f"{hardware.device_name(gpu)}, {properties.multi_processor_count} SMs, compute capability "
         f"{properties.major}.{properties.minor}" + (f"; {gpu}, one of {n}" if n > 1 else ""),
-        "GPU memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+        "GPU memory": _free(gpu),
         "GPU driver": f"{driver}; torch is built for CUDA {torch.version.cuda}",
         "GPU peak": ceiling,
     }
@@ -192,29 +186,17 @@ def _why_no_gpu() -> str:
 
 def _ceilings(device: torch.device) -> dict[str, float | None]:
     """GEMM rates and bandwidth of a copy; ``None`` where the device has no memory free to measure."""
-    size, megabytes = SIZES[device.type]
     ceilings: dict[str, float | None] = {}
     try:
         for dtype in dict.fromkeys((torch.float32, hardware.training_dtype(device))):
             name = f"{_short(dtype)} TFLOP/s"
             ceilings[name] = None
-            ceilings[name] = _gemm(device, dtype, size) / 1e12
+            ceilings[name] = hardware.gemm_ceiling(device, dtype, SECONDS) / 1e12
         ceilings["copy GB/s"] = None
-        ceilings["copy GB/s"] = hardware.measure_bandwidth(device, megabytes, SECONDS) / 1e9
+        ceilings["copy GB/s"] = hardware.measure_bandwidth(device, MEGABYTES[device.type], SECONDS) / 1e9
     except torch.OutOfMemoryError:
         pass
     return ceilings
-
-
-def _gemm(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a large product, PyTorch's or on a CPU ours, whichever is faster."""
-    pytorchs = hardware.measure_gemm_peak(device, dtype, size, SECONDS)
-    if device.type == "cuda" or ops.EXTENSION.library is None:
-        return pytorchs
-    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    out = torch.zeros(size, size)
-    seconds = hardware.median_seconds(lambda: matmul_into(out, a, b, accumulate=True), device, SECONDS)
-    return max(pytorchs, 2 * size**3 / seconds)
 
 
 def _advice(gpu: torch.device | None, seen_by_driver: list[str]) -> list[str]:
@@ -225,7 +207,7 @@ def _advice(gpu: torch.device | None, seen_by_driver: list[str]) -> list[str]:
         threads = os.environ["OMP_NUM_THREADS"]
         advice.append(f"OMP_NUM_THREADS={threads} leaves most of {cores} cores unused: unset it.")
     if gpu is not None:
-        free, total = torch.cuda.mem_get_info(gpu)
+        free, total = hardware.memory(gpu)
         if free < 0.8 * total:
             advice.append(
                 f"{(total - free) / 2**30:.1f} GiB of the GPU's memory are in use: what else runs there (nvidia-smi "

@@ -11,6 +11,8 @@ import torch
 
 from fastgpt.errors import RequestError
 from fastgpt.gpus import BF16_SINCE, GPU, GPUS
+from fastgpt.kernels import ops
+from fastgpt.kernels.matmul import matmul_into
 
 
 def find_device(name: str) -> torch.device:
@@ -75,17 +77,33 @@ def training_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new process could have on ``device``."""
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of ``device`` that are free for a process, and all that it has."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)
     try:
-        available = next(
-            line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
-        )
-        return int(available.split()[1]) << 10
-    except (OSError, StopIteration):  # not Linux: all that there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: what is free is not told
+        everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return everything, everything
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
+
+
+# Side of a matrix, by type of device, beside whose product launching and waiting for the end are short.
+LARGE = {"cpu": 2048, "cuda": 8192}
+
+
+def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matrix product: PyTorch's, or on a CPU ours where it is faster."""
+    size = LARGE[device.type]
+    pytorchs = measure_gemm_peak(device, dtype, size, seconds)
+    if device.type != "cpu" or ops.EXTENSION.library is None:
+        return pytorchs
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.zeros(size, size)
+    taken = median_seconds(lambda: matmul_into(out, a, b, accumulate=True), device, seconds)
+    return max(pytorchs, 2 * size**3 / taken)
 
 
 def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:

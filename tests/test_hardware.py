@@ -7,6 +7,7 @@ import torch
 from fastgpt import hardware
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS
+from fastgpt.kernels import ops
 from fastgpt.model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -129,3 +130,18 @@ def test_a_cpu_trains_in_bf16_only_if_it_multiplies_it_natively(monkeypatch, ins
 def test_a_gpu_trains_in_bf16_if_it_has_it_and_else_in_fp16(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert hardware.training_dtype(torch.device("cuda")) == expected
+
+
+@pytest.mark.skipif(ops.EXTENSION.library is None, reason="for a machine with the C++ kernels")
+def test_the_ceiling_of_products_is_ours_where_ours_is_faster(monkeypatch):
+    monkeypatch.setitem(hardware.LARGE, "cpu", 64)
+    monkeypatch.setattr(hardware, "median_seconds", lambda run, device, seconds: 1.0)
+    monkeypatch.setattr(hardware, "measure_gemm_peak", lambda device, dtype, size, seconds: 1.0)
+    assert hardware.gemm_ceiling(CPU, torch.float32) == 2 * 64**3
+    monkeypatch.setattr(hardware, "measure_gemm_peak", lambda device, dtype, size, seconds: 1e99)
+    assert hardware.gemm_ceiling(CPU, torch.float32) == 1e99
+
+
+def test_no_more_memory_is_free_than_there_is():
+    free, total = hardware.memory(CPU)
+    assert 0 < free <= total

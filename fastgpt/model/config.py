@@ -39,13 +39,21 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
+    def parameters_by_part(self) -> dict[str, int]:
+        """How many parameters each part has; the output layer shares the token embedding's."""
+        C, L, bias = self.n_embd, self.n_layer, int(self.bias)
+        return {
+            "token embedding": self.vocab_size * C,
+            "positions": self.block_size * C,
+            "attention": L * (4 * C * C + bias * 4 * C),
+            "MLP": L * (8 * C * C + bias * 5 * C),
+            "norms": (2 * L + 1) * (1 + bias) * C,
+        }
+
+    @property
     def n_params(self) -> int:
-        """All parameters; the output layer shares the token embedding's."""
-        C, bias = self.n_embd, int(self.bias)
-        norm = C + bias * C
-        attention = 4 * C * C + bias * 4 * C
-        mlp = 8 * C * C + bias * 5 * C
-        return (self.vocab_size + self.block_size) * C + self.n_layer * (2 * norm + attention + mlp) + norm
+        """All parameters."""
+        return sum(self.parameters_by_part.values())
 
     @property
     def n_params_without_positions(self) -> int:

@@ -175,7 +175,7 @@ class TrainConfig:
         except ValueError as error:
             raise RequestError(str(error)) from error
         if self.expect_params:
-            expected = _parse_count(self.expect_params)
+            expected = parse_count("expect_params", self.expect_params)
             if all(abs(n / expected - 1) > 0.02 for n in (config.n_params, config.n_params_without_positions)):
                 raise RequestError(
                     f"--expect_params {self.expect_params}, but this model has {config.n_params / 1e6:.2f}M parameters "
@@ -184,7 +184,12 @@ class TrainConfig:
         return config
 
 
-def _parse_count(text: str) -> float:
+def parse_count(flag: str, text: str) -> float:
+    """``124M`` as a number.
+
+    Raises:
+        RequestError: it is none; the message names the flag.
+    """
     try:
         number = text.strip().upper()
         factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(number[-1:], 1.0)
@@ -192,7 +197,7 @@ def _parse_count(text: str) -> float:
     except ValueError:
         count = 0.0
     if not count > 0:
-        raise RequestError(f"--expect_params takes a count such as 124M, not '{text}'")
+        raise RequestError(f"--{flag} takes a count such as 124M, not '{text}'")
     return count
 
 

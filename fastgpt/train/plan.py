@@ -116,7 +116,7 @@ def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
     if gpu is not None and gpu.tflops(dtype) is not None:
         return machine(gpu, dtype)
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
-    gemm, bandwidth = hardware.measure_gemm_peak(device, dtype, seconds=0.3), hardware.measure_bandwidth(device)
+    gemm, bandwidth = hardware.gemm_ceiling(device, dtype), hardware.measure_bandwidth(device)
     return Machine(hardware.device_name(device), gemm, bandwidth, n_sm=n_sm)
 
 

@@ -100,7 +100,7 @@ class Trainer:
 
     def _settled(self, config: TrainConfig) -> TrainConfig:
         """The request with what it leaves to the device: micro-batch and recomputation, within its free memory."""
-        memory = hardware.free_memory(self.device)
+        memory, _ = hardware.memory(self.device)
         setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
         kinds = plan.kinds_of_recompute(config.recompute, self.device.type)
         if config.batch_size != AUTO:

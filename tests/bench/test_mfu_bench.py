@@ -111,11 +111,6 @@ def test_a_wrong_request_is_refused_in_a_line(flags, said):
         mfu.main(flags)
 
 
-@pytest.mark.parametrize(("text", "amount"), [("12GB", 12.0), ("11.5", 11.5), ("8 gib", 8.0)])
-def test_memory_is_given_as_cards_are_sold(text, amount):
-    assert mfu.gigabytes(text) == amount
-
-
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [

@@ -1,0 +1,302 @@
+"""``python -m fastgpt.plan``: what a run will take, before anything runs.
+
+python -m fastgpt.plan --preset gpt2-124m --gpu rtx-4070      # on a card that need not be here
+python -m fastgpt.plan --preset gpt2-124m --vram 8GB          # on the device at hand, with less memory
+python -m fastgpt.plan --preset gpt2-350m --gpu 4090 --tokens 10B
+
+Takes every flag of ``python -m fastgpt.train``. Times and sizes are predictions; how far they have been off where a
+step was measured is said beside them.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastgpt import hardware
+from fastgpt.cli import Parser, run
+from fastgpt.data.shards import open_dataset
+from fastgpt.errors import RequestError
+from fastgpt.gpus import find_gpu
+from fastgpt.model import GPTConfig
+from fastgpt.model.config import padded_vocab_size
+from fastgpt.train import plan
+from fastgpt.train.account import Setup, count
+from fastgpt.train.config import AUTO, TrainConfig, add_flags, parse_count, resolve
+from fastgpt.train.log import duration
+from fastgpt.train.presets import PRESETS
+
+CHINCHILLA = 20  # tokens a parameter; Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022
+
+# Of datasets that may not have been prepared yet; any other is taken for GPT-2's.
+VOCABULARIES = {"stdlib": 256, "shakespeare-char": 65}
+GPT2_VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it is planned.
+
+    Attributes:
+        config: its flags, micro-batch and recomputation settled.
+        model: its shape.
+        machine: what it runs on.
+        memory: bytes that it may take.
+        parts: bytes by part at the peak, what CUDA keeps included.
+        prediction: of a step's time.
+        choices: other micro-batches that fit.
+        tokens: a budget to give the hours for, ``None`` if not asked.
+    """
+
+    config: TrainConfig
+    model: GPTConfig
+    machine: plan.Machine
+    memory: int
+    parts: dict[str, int]
+    prediction: plan.Prediction
+    choices: list[plan.Choice]
+    tokens: int | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted throughput."""
+        return self.prediction.tokens_per_second(self.config.gradient_accumulation_steps)
+
+    def milestones(self) -> dict[str, int]:
+        """Amounts of tokens worth a line, by name."""
+        found = {
+            "Chinchilla": CHINCHILLA * self.model.n_params_without_positions,
+            "max_iters": self.config.max_iters * self.config.tokens_per_step,
+        }
+        return found if self.tokens is None else {**found, "budget": self.tokens}
+
+
+def make(config: TrainConfig, model: GPTConfig, machine: plan.Machine, setup: Setup, memory: int) -> Plan:
+    """Settle what the flags leave to the device.
+
+    Raises:
+        RequestError: nothing fits, or no number of micro-batches makes the update exact.
+    """
+    kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
+    total = config.tokens_per_step if config.batch_size != AUTO else config.total_batch_size
+    found = plan.choices(setup, machine, memory, total, kinds)
+    if config.batch_size == AUTO:
+        chosen = plan.choose(found)
+        if chosen is None:
+            if total % config.block_size:
+                config.with_batch_size(1)  # says what would be exact
+            raise RequestError(
+                f"not one sequence of {config.block_size} fits {memory / 2**30:.1f} GiB: "
+                "--state_bits 8, --recompute block or a smaller model take less"
+            )
+        config = replace(config.with_batch_size(chosen.batch_size), recompute=chosen.recompute)
+    else:
+        kind = plan.least_recompute(setup, memory, kinds) or kinds[-1]
+        config = replace(config, recompute=kind)
+    setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
+    account = count(setup)
+    parts = dict(account.memory)
+    if plan.reserve(setup):
+        parts["CUDA's own, assumed"] = plan.reserve(setup)
+    return Plan(config, model, machine, memory, parts, plan.predict(setup, machine, account), found, None)
+
+
+# ---- words ----
+
+
+def lines(p: Plan) -> list[str]:
+    """The plan for a terminal, at most 100 columns."""
+    c, m, accumulation = p.config, p.model, p.config.gradient_accumulation_steps
+    parts = ", ".join(f"{name} {amount(n)}" for name, n in m.parameters_by_part.items())
+    gib = 2**30
+    update = p.prediction.seconds(accumulation)
+    peak = f" of {p.machine.peak / 1e12:.1f} TFLOP/s, dense" if p.machine.peak else ""
+    mfu = p.prediction.mfu(accumulation)
+    text = [
+        f"{c.preset}: {m.n_params_without_positions / 1e6:.2f}M parameters, {m.n_params / 1e6:.2f}M with positions; "
+        f"{m.n_layer} layers of {m.n_embd}",
+        f"  {parts}",
+        "",
+        f"{p.machine.name}, {p.memory / gib:.1f} GiB",
+        f"  an update   {c.tokens_per_step:,} tokens = {accumulation} x {c.batch_size} x {c.block_size}"
+        f", recompute {c.recompute}",
+        f"  memory      {p.peak / gib:.2f} GiB at the peak, predicted"
+        + ("" if p.peak <= p.memory else f": {(p.peak - p.memory) / gib:.2f} more than there is"),
+        *(f"    {label:<50}{size / gib:8.3f}" for label, size in sorted(p.parts.items(), key=lambda item: -item[1])),
+        f"  speed       {p.tokens_per_second:,.0f} tokens/s, {update:.3g} s an update, predicted"
+        + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; its peak is unknown, so there is no MFU"),
+        f"    by kind of call: {share(p.prediction)}",
+        f"    {error_words(p.machine.name)}",
+    ]
+    for name, tokens in p.milestones().items():
+        ratio = tokens / m.n_params_without_positions
+        text.append(
+            f"  {name:<12}{amount(tokens)} tokens, {ratio:.3g} a parameter ({ratio / CHINCHILLA:.2g} x Chinchilla), "
+            f"{tokens / c.tokens_per_step:,.0f} updates, {duration(tokens / p.tokens_per_second)}"
+        )
+    if p.choices:
+        text += ["", "  micro-batches that fit and keep the update exact"]
+        text.append(f"  {'batch':>7}{'accumulation':>14}  {'recompute':<11}{'GiB':>7}{'tokens/s':>12}{'MFU':>8}")
+    for choice in p.choices:
+        mfu = choice.prediction.mfu(choice.accumulation)
+        rate = choice.prediction.tokens_per_second(choice.accumulation)
+        held = choice.peak + p.parts.get("CUDA's own, assumed", 0)
+        text.append(
+            f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / gib:>7.2f}{rate:>12,.0f}"
+            + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
+        )
+    return text
+
+
+def amount(number: float) -> str:
+    """``2.47B``, ``38.63M``, ``9.2K``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def share(prediction: plan.Prediction) -> str:
+    """Where the time of a micro-batch goes."""
+    total = sum(prediction.micro_step.values())
+    kinds = sorted(prediction.micro_step.items(), key=lambda item: -item[1])
+    return ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in kinds)
+
+
+def error_words(device: str) -> str:
+    """How far off the model has been."""
+    errors = plan.errors()
+    if not errors:
+        return "no step has been measured yet, so nobody knows how far off this is"
+    here = [error for error in errors if error.device == device]
+    if here:
+        worst = max(here, key=lambda error: abs(error.time))
+        return f"on this device the model was off by {worst.time:+.0%} at most ({worst.model})"
+    low, high = min(error.time for error in errors), max(error.time for error in errors)
+    devices = sorted({error.device for error in errors})
+    gpus = "" if any(name.startswith("NVIDIA") for name in devices) else "; no GPU has been measured"
+    return f"where a step was measured ({', '.join(devices)}) the model was off by {low:+.0%} to {high:+.0%}{gpus}"
+
+
+def to_json(p: Plan) -> dict[str, Any]:
+    """The same for programs. Bytes and seconds."""
+    accumulation = p.config.gradient_accumulation_steps
+    return {
+        "preset": p.config.preset,
+        "model": asdict(p.model),
+        "parameters": p.model.n_params,
+        "parameters_without_positions": p.model.n_params_without_positions,
+        "parameters_by_part": p.model.parameters_by_part,
+        "device": asdict(p.machine),
+        "memory": p.memory,
+        "batch_size": p.config.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "tokens_per_step": p.config.tokens_per_step,
+        "recompute": p.config.recompute,
+        "peak": p.peak,
+        "memory_by_part": p.parts,
+        "fits": p.peak <= p.memory,
+        "predicted": {
+            "seconds_per_update": p.prediction.seconds(accumulation),
+            "tokens_per_second": p.tokens_per_second,
+            "mfu": p.prediction.mfu(accumulation),
+            "micro_step_seconds_by_kind": p.prediction.micro_step,
+            "update_seconds": p.prediction.update,
+        },
+        "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in plan.errors()],
+        "milestones": {
+            name: {
+                "tokens": tokens,
+                "tokens_per_parameter": tokens / p.model.n_params_without_positions,
+                "updates": tokens / p.config.tokens_per_step,
+                "hours": tokens / p.tokens_per_second / 3600,
+            }
+            for name, tokens in p.milestones().items()
+        },
+        "choices": [
+            {
+                "batch_size": c.batch_size,
+                "gradient_accumulation_steps": c.accumulation,
+                "recompute": c.recompute,
+                "peak": c.peak + p.parts.get("CUDA's own, assumed", 0),
+                "tokens_per_second": c.prediction.tokens_per_second(c.accumulation),
+                "mfu": c.prediction.mfu(c.accumulation),
+            }
+            for c in p.choices
+        ],
+    }
+
+
+# ---- the command ----
+
+
+def gigabytes(text: str) -> float:
+    """``12GB``, ``12`` or ``11.5``: in units of 2**30 bytes, as cards are sold."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise RequestError(f"--vram takes an amount such as 12GB, not '{text}'")
+    return float(number[1])
+
+
+def vocabulary(config: TrainConfig) -> int:
+    """The dataset's, if it is here or known; GPT-2's otherwise."""
+    try:
+        return open_dataset(config.dataset, config.data_dir).vocab_size or GPT2_VOCABULARY
+    except RequestError:
+        return VOCABULARIES.get(config.dataset, GPT2_VOCABULARY)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan."""
+    parser = Parser(prog="python -m fastgpt.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--gpu", help="a card such as rtx-4070, which need not be here")
+    parser.add_argument("--vram", help="its memory, if that is not all there is: 8GB")
+    parser.add_argument("--tokens", help="a budget to give the hours for: 10B")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    gpu_name, vram, tokens, as_json = (flags.pop(name) for name in ("gpu", "vram", "tokens", "json"))
+    config = resolve(flags, PRESETS)
+    model = config.model(padded_vocab_size(vocabulary(config)))
+    if gpu_name:
+        gpu = find_gpu(gpu_name)
+        dtype = _dtype(config.dtype, torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
+        if gpu.tflops(dtype) is None:
+            raise RequestError(f"the {gpu.name} has no {config.dtype}")
+        device_type, machine = "cuda", plan.machine(gpu, dtype)
+        memory = machine.memory or 0
+    else:
+        device = hardware.find_device(config.device)
+        dtype = _dtype(config.dtype, hardware.training_dtype(device))
+        device_type, machine, memory = device.type, plan.at_hand(device, dtype), hardware.memory(device)[0]
+    if vram:
+        memory = int(gigabytes(vram) * 2**30)
+    setup = Setup(model, max(config.batch_size, 1), device_type, dtype, config.state_bits)
+    planned = make(config, model, machine, setup, memory)
+    if tokens:
+        planned = replace(planned, tokens=int(parse_count("tokens", tokens)))
+    if as_json:
+        print(json.dumps(to_json(planned), indent=1))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines(planned):
+        console.print(line, markup=False)
+    return 0
+
+
+def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:
+    return automatic if name == "auto" else getattr(torch, name)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""``python -m fastgpt.plan``: what a run will take, said before it runs."""
+
+import json
+
+import pytest
+
+from fastgpt import hardware, plan
+from fastgpt.errors import RequestError
+from fastgpt.model import GPTConfig
+from fastgpt.train import plan as model_of_the_step
+
+
+def planned(capsys, *flags):
+    assert plan.main([*flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def words(capsys, *flags):
+    assert plan.main(flags) == 0
+    return capsys.readouterr().out
+
+
+def test_gpt2_124m_on_the_reference_card(capsys):
+    p = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert p["parameters_without_positions"] / 1e6 == pytest.approx(123.6, abs=0.05)
+    assert p["parameters"] / 1e6 == pytest.approx(124.4, abs=0.05)
+    assert p["fits"]
+    assert p["peak"] < 11 * 2**30
+    assert p["tokens_per_step"] == 524_288 == p["batch_size"] * p["gradient_accumulation_steps"] * 1024
+    assert p["device"]["peak"] / 1e12 == pytest.approx(58.3, abs=0.05)
+    assert 0.5 < p["predicted"]["mfu"] < 0.9
+    flops = 854.8e6  # a token, with the positions of the table; the embedding is padded
+    assert p["predicted"]["mfu"] == pytest.approx(flops * p["predicted"]["tokens_per_second"] / 58.3e12, rel=0.01)
+
+
+def test_the_parts_are_the_whole(capsys):
+    p = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert sum(p["parameters_by_part"].values()) == p["parameters"]
+    assert sum(p["memory_by_part"].values()) == p["peak"]
+    for part in ("weights, bf16", "weights, fp32", "gradients, fp32", "AdamW's moments, 32 bits", "logits"):
+        assert p["memory_by_part"][part] > 0
+
+
+def test_the_same_model_at_another_width_is_another_size(capsys):
+    text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070", "--n_embd", "384")
+    assert "40.56M parameters" in text
+
+
+def test_milestones_are_chinchilla_the_run_and_a_budget(capsys):
+    p = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070", "--tokens", "5B")
+    chinchilla, run, budget = (p["milestones"][name] for name in ("Chinchilla", "max_iters", "budget"))
+    assert chinchilla["tokens"] == 20 * p["parameters_without_positions"]
+    assert run["tokens"] == 19_073 * 524_288
+    assert run["tokens_per_parameter"] == pytest.approx(80.9, abs=0.05)
+    assert budget["tokens"] == 5e9
+    for milestone in (chinchilla, run, budget):
+        assert milestone["hours"] == pytest.approx(milestone["tokens"] / p["predicted"]["tokens_per_second"] / 3600)
+
+
+def test_less_memory_gets_a_smaller_micro_batch(capsys):
+    full = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    small = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070", "--vram", "5GB")
+    assert small["peak"] <= 5 * 2**30 < full["peak"]
+    assert small["tokens_per_step"] == full["tokens_per_step"]
+    assert all(choice["peak"] <= 5 * 2**30 for choice in small["choices"])
+
+
+def test_a_micro_batch_that_was_asked_for_is_taken_and_may_not_fit(capsys):
+    p = planned(capsys, "--preset", "gpt2-774m", "--gpu", "rtx-4070", "--batch_size", "64")
+    assert (p["batch_size"], p["gradient_accumulation_steps"], p["recompute"]) == (64, 8, "block")
+    assert not p["fits"]
+    assert "more than there is" in words(capsys, "--preset", "gpt2-774m", "--gpu", "rtx-4070", "--batch_size", "64")
+
+
+def test_the_error_of_the_model_is_said_beside_the_prediction(capsys, monkeypatch):
+    errors = model_of_the_step.errors
+    text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert "where a step was measured" in text
+    assert "no GPU has been measured" in text or any(e.device.startswith("NVIDIA") for e in errors())
+    monkeypatch.setattr(model_of_the_step, "errors", lambda: [])
+    assert "nobody knows how far off" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    own = model_of_the_step.Error("NVIDIA GeForce RTX 4070", "gpt2-124m", 108.0, 100.0, 1, 1)
+    monkeypatch.setattr(model_of_the_step, "errors", lambda: [own])
+    assert "on this device the model was off by +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+
+
+def test_a_cpu_is_planned_for_by_its_measured_ceilings(capsys, monkeypatch):
+    monkeypatch.setattr(hardware, "gemm_ceiling", lambda device, dtype: 2e11)
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device: 2e10)
+    p = planned(capsys, "--preset", "quickstart", "--device", "cpu", "--dtype", "float32")
+    assert p["device"]["gemm"] == 2e11
+    assert p["predicted"]["mfu"] is None
+    assert p["batch_size"] == 16
+    assert "its peak is unknown" in words(capsys, "--preset", "quickstart", "--device", "cpu")
+
+
+def test_lines_fit_a_terminal(capsys):
+    for line in words(capsys, "--preset", "gpt2-1558m", "--gpu", "h100 80gb hbm3", "--state_bits", "8").splitlines():
+        assert len(line) <= 110, line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu", "rtx-4071"], "4070"),
+        (["--preset", "gpt2-1558m", "--gpu", "rtx-4070"], "not one sequence of 1024 fits 12.0 GiB"),
+        (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--vram", "some"], "such as 12GB"),
+        (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--tokens", "lots"], "--tokens takes a count"),
+        (["--preset", "gpt2-124m", "--gpu", "t4", "--dtype", "bfloat16"], "has no bfloat16"),
+        (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--total_batch_size", "500000"], "no whole number"),
+        (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--expect_params", "350M"], "123.59M parameters|124.37M"),
+        (["--presett", "gpt2-124m"], "did you mean --preset"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_a_line(flags, said):
+    with pytest.raises(RequestError, match=said):
+        plan.main(flags)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("12GB", 12.0), ("11.5", 11.5), ("8 gib", 8.0)])
+def test_memory_is_given_as_cards_are_sold(text, expected):
+    assert plan.gigabytes(text) == expected
+
+
+@pytest.mark.parametrize(("number", "text"), [(2.47e9, "2.47B"), (38.63e6, "38.63M"), (9200, "9.20K"), (7, "7")])
+def test_amounts_are_short(number, text):
+    assert plan.amount(number) == text
+
+
+def test_the_parts_of_a_model_are_those_that_it_has():
+    from fastgpt.model import GPT
+
+    for bias in (True, False):
+        config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65, bias=bias)
+        model = GPT(config)
+        assert config.n_params == sum(p.numel() for p in model.parameters())
+        norms = sum(p.numel() for name, p in model.named_parameters() if "ln_" in name)
+        attention = sum(p.numel() for name, p in model.named_parameters() if ".attn." in name)
+        assert config.parameters_by_part["norms"] == norms
+        assert config.parameters_by_part["attention"] == attention
