@@ -63,6 +63,7 @@ GROUPS = 10  # whose means the slope is fitted to: noise that lasts shorter than
 FEWEST_IN_GROUP = 5  # updates
 DECAYED = 0.2  # of the peak; below this a falling rate flattens the loss by itself
 HIGH_RATE = 0.5  # of the peak; above this most of what the decay gives is still to come
+NOTHING_LEARNT = 0.9  # of a blind guess's loss; the tokens' frequencies alone give 0.7 to 0.8
 REPEATED = 4  # epochs; up to there repeated data is nearly as good as new (Muennighoff et al. 2023)
 DROPOUT_WINDOW = 0.2  # of the run so far; its trend is fitted, so that the loss at its end is not that of its middle
 RESOLUTION = 0.003  # relative; about what two evaluations late in a run differ by
@@ -347,10 +348,11 @@ class Diagnosis:
         self._losses.append(loss)
         if not loss - usual > max(SPIKE * spread, SPIKE_AT_LEAST["loss"] * usual):
             return None
+        clip = "" if self.facts.config.grad_clip else " and --grad_clip 1"
         text = (
             f"step {step:,}: the loss jumped to {loss:.2f} from a usual {usual:.2f}, {_z(loss - usual, spread)}. If "
             "it is back within some hundred updates, no harm is done; if not, go on from an earlier checkpoint with a "
-            "lower --learning_rate"
+            f"lower --learning_rate{clip}"
         )
         return Finding("loss-spike", step, text)
 
@@ -400,7 +402,13 @@ class Diagnosis:
         tokens = step * c.tokens_per_step
         ratio, epochs = f.tokens_per_parameter(tokens), f.epochs(tokens)
         causes = []
-        if lr > HIGH_RATE * c.learning_rate and c.min_lr < HIGH_RATE * c.learning_rate:
+        guess = math.log(f.model.vocab_size)
+        if loss > NOTHING_LEARNT * guess:
+            causes.append(
+                f"next to nothing has been learnt, since a blind guess has a loss of {guess:.2f}: a --learning_rate "
+                f"far too low or too high (now {c.learning_rate:g}), or data that is noise"
+            )
+        elif lr > HIGH_RATE * c.learning_rate and c.min_lr < HIGH_RATE * c.learning_rate:
             causes.append(
                 f"the learning rate is still at {lr / c.learning_rate:.0%} of its peak, and the loss falls once it "
                 f"decays (--lr_decay_iters, now {c.lr_decay_iters:,}, sets when)"
@@ -409,8 +417,8 @@ class Diagnosis:
             causes.append(f"the learning rate is at its floor of {c.min_lr:g}, so the run is as good as over")
         if ratio > CHINCHILLA:
             causes.append(
-                f"the model holds little more: {_tokens(tokens)} tokens so far are {ratio:.0f} a parameter, where "
-                f"Chinchilla's law has {CHINCHILLA} (a larger model would go lower)"
+                f"the model may be full: {_tokens(tokens)} tokens so far are {ratio:.0f} a parameter, past "
+                f"Chinchilla's {CHINCHILLA} (a larger one would go lower)"
             )
         if epochs > REPEATED:
             causes.append(

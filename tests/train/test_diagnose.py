@@ -294,6 +294,7 @@ def test_a_loss_spike_is_found_with_its_step_its_value_and_the_usual_one():
     losses[799] += 1.0
     found = only(feed(Diagnosis(run), steps, losses, norms, rates), "loss-spike")
     assert found.step == 800
+    assert "--grad_clip" not in found.text  # the preset clips
     usual = np.median(losses[698:799])
     assert f"step 800: the loss jumped to {losses[799]:.2f} from a usual {usual:.2f}" in found.text
 
@@ -359,6 +360,15 @@ def test_a_plateaus_causes_come_in_order():
     places = [text.index(cause) for cause in causes]
     assert "likeliest first" in text
     assert places == sorted(places)
+
+
+def test_a_run_that_has_learnt_nothing_is_told_that_first():
+    run = short(2000)
+    steps, _, norms, rates = series(run, 0, last=1500)
+    losses = 10.8 + np.random.default_rng(0).normal(0, 0.01, 1500)
+    found = only(feed(Diagnosis(run), steps, losses, norms, rates), "plateau")
+    assert "next to nothing has been learnt, since a blind guess has a loss of 10.83" in found.text
+    assert "of its peak" not in found.text
 
 
 @pytest.mark.parametrize("seed", range(5))
