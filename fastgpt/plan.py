@@ -27,11 +27,12 @@ from fastgpt.model import GPTConfig
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
-from fastgpt.train.config import AUTO, TrainConfig, add_flags, parse_count, resolve
+from fastgpt.train.config import TrainConfig, add_flags, parse_count, resolve
+from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, before, wanted_tokens_per_step
 from fastgpt.train.log import duration
 from fastgpt.train.presets import PRESETS
 
-CHINCHILLA = 20  # tokens a parameter; Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022
+RESERVE = "CUDA's own, assumed"
 
 # Of datasets that may not have been prepared yet; any other is taken for GPT-2's.
 VOCABULARIES = {"stdlib": 256, "shakespeare-char": 65}
@@ -49,7 +50,8 @@ class Plan:
         memory: bytes that it may take.
         parts: bytes by part at the peak, what CUDA keeps included.
         prediction: of a step's time.
-        choices: other micro-batches that fit.
+        choices: micro-batches that fit.
+        findings: what is wrong with it already.
         tokens: a budget to give the hours for, ``None`` if not asked.
     """
 
@@ -60,6 +62,7 @@ class Plan:
     parts: dict[str, int]
     prediction: plan.Prediction
     choices: list[plan.Choice]
+    findings: list[Finding]
     tokens: int | None
 
     @property
@@ -81,34 +84,33 @@ class Plan:
         return found if self.tokens is None else {**found, "budget": self.tokens}
 
 
-def make(config: TrainConfig, model: GPTConfig, machine: plan.Machine, setup: Setup, memory: int) -> Plan:
-    """Settle what the flags leave to the device.
+def make(
+    config: TrainConfig,
+    machine: plan.Machine,
+    setup: Setup,
+    memory: int,
+    dataset_tokens: int | None,
+    tokens: int | None,
+) -> Plan:
+    """Settle what the flags leave to the device, and count.
 
     Raises:
         RequestError: nothing fits, or no number of micro-batches makes the update exact.
     """
     kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
-    total = config.tokens_per_step if config.batch_size != AUTO else config.total_batch_size
-    found = plan.choices(setup, machine, memory, total, kinds)
-    if config.batch_size == AUTO:
-        chosen = plan.choose(found)
-        if chosen is None:
-            if total % config.block_size:
-                config.with_batch_size(1)  # says what would be exact
-            raise RequestError(
-                f"not one sequence of {config.block_size} fits {memory / 2**30:.1f} GiB: "
-                "--state_bits 8, --recompute block or a smaller model take less"
-            )
-        config = replace(config.with_batch_size(chosen.batch_size), recompute=chosen.recompute)
-    else:
-        kind = plan.least_recompute(setup, memory, kinds) or kinds[-1]
-        config = replace(config, recompute=kind)
+    found = plan.choices(setup, machine, memory, config.tokens_per_step, kinds)
+    config = plan.settle(config, setup, memory, machine)
     setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
     account = count(setup)
     parts = dict(account.memory)
     if plan.reserve(setup):
-        parts["CUDA's own, assumed"] = plan.reserve(setup)
-    return Plan(config, model, machine, memory, parts, plan.predict(setup, machine, account), found, None)
+        parts[RESERVE] = plan.reserve(setup)
+    prediction = plan.predict(setup, machine, account)
+    facts = Facts(
+        config, setup.model, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
+        machine.n_sm, wanted_tokens_per_step(config),
+    )  # fmt: skip
+    return Plan(config, setup.model, machine, memory, parts, prediction, found, before(facts), tokens)
 
 
 # ---- words ----
@@ -122,7 +124,9 @@ def lines(p: Plan) -> list[str]:
     update = p.prediction.seconds(accumulation)
     peak = f" of {p.machine.peak / 1e12:.1f} TFLOP/s, dense" if p.machine.peak else ""
     mfu = p.prediction.mfu(accumulation)
+    named = [finding.text for finding in p.findings if finding.code == NAMED_SIZE]
     text = [
+        *named,
         f"{c.preset}: {m.n_params_without_positions / 1e6:.2f}M parameters, {m.n_params / 1e6:.2f}M with positions; "
         f"{m.n_layer} layers of {m.n_embd}",
         f"  {parts}",
@@ -136,7 +140,7 @@ def lines(p: Plan) -> list[str]:
         f"  speed       {p.tokens_per_second:,.0f} tokens/s, {update:.3g} s an update, predicted"
         + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; its peak is unknown, so there is no MFU"),
         f"    by kind of call: {share(p.prediction)}",
-        f"    {error_words(p.machine.name)}",
+        f"    {plan.error_words(p.machine.name)}",
     ]
     for name, tokens in p.milestones().items():
         ratio = tokens / m.n_params_without_positions
@@ -144,13 +148,14 @@ def lines(p: Plan) -> list[str]:
             f"  {name:<12}{amount(tokens)} tokens, {ratio:.3g} a parameter ({ratio / CHINCHILLA:.2g} x Chinchilla), "
             f"{tokens / c.tokens_per_step:,.0f} updates, {duration(tokens / p.tokens_per_second)}"
         )
+    text += [f"  ! {finding.text}" for finding in p.findings if finding.code != NAMED_SIZE]
     if p.choices:
         text += ["", "  micro-batches that fit and keep the update exact"]
         text.append(f"  {'batch':>7}{'accumulation':>14}  {'recompute':<11}{'GiB':>7}{'tokens/s':>12}{'MFU':>8}")
     for choice in p.choices:
         mfu = choice.prediction.mfu(choice.accumulation)
         rate = choice.prediction.tokens_per_second(choice.accumulation)
-        held = choice.peak + p.parts.get("CUDA's own, assumed", 0)
+        held = choice.peak + p.parts.get(RESERVE, 0)
         text.append(
             f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / gib:>7.2f}{rate:>12,.0f}"
             + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
@@ -171,21 +176,6 @@ def share(prediction: plan.Prediction) -> str:
     total = sum(prediction.micro_step.values())
     kinds = sorted(prediction.micro_step.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in kinds)
-
-
-def error_words(device: str) -> str:
-    """How far off the model has been."""
-    errors = plan.errors()
-    if not errors:
-        return "no step has been measured yet, so nobody knows how far off this is"
-    here = [error for error in errors if error.device == device]
-    if here:
-        worst = max(here, key=lambda error: abs(error.time))
-        return f"on this device the model was off by {worst.time:+.0%} at most ({worst.model})"
-    low, high = min(error.time for error in errors), max(error.time for error in errors)
-    devices = sorted({error.device for error in errors})
-    gpus = "" if any(name.startswith("NVIDIA") for name in devices) else "; no GPU has been measured"
-    return f"where a step was measured ({', '.join(devices)}) the model was off by {low:+.0%} to {high:+.0%}{gpus}"
 
 
 def to_json(p: Plan) -> dict[str, Any]:
@@ -214,6 +204,7 @@ def to_json(p: Plan) -> dict[str, Any]:
             "update_seconds": p.prediction.update,
         },
         "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in plan.errors()],
+        "findings": [asdict(finding) for finding in p.findings],
         "milestones": {
             name: {
                 "tokens": tokens,
@@ -228,7 +219,7 @@ def to_json(p: Plan) -> dict[str, Any]:
                 "batch_size": c.batch_size,
                 "gradient_accumulation_steps": c.accumulation,
                 "recompute": c.recompute,
-                "peak": c.peak + p.parts.get("CUDA's own, assumed", 0),
+                "peak": c.peak + p.parts.get(RESERVE, 0),
                 "tokens_per_second": c.prediction.tokens_per_second(c.accumulation),
                 "mfu": c.prediction.mfu(c.accumulation),
             }
@@ -248,12 +239,13 @@ def gigabytes(text: str) -> float:
     return float(number[1])
 
 
-def vocabulary(config: TrainConfig) -> int:
-    """The dataset's, if it is here or known; GPT-2's otherwise."""
+def dataset_facts(config: TrainConfig) -> tuple[int, int | None]:
+    """The dataset's vocabulary and tokens, if it is here; otherwise the vocabulary that is known or likely."""
     try:
-        return open_dataset(config.dataset, config.data_dir).vocab_size or GPT2_VOCABULARY
+        dataset = open_dataset(config.dataset, config.data_dir)
     except RequestError:
-        return VOCABULARIES.get(config.dataset, GPT2_VOCABULARY)
+        return VOCABULARIES.get(config.dataset, GPT2_VOCABULARY), None
+    return dataset.vocab_size or GPT2_VOCABULARY, sum(map(len, dataset.train))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = vars(parser.parse_args(argv))
     gpu_name, vram, tokens, as_json = (flags.pop(name) for name in ("gpu", "vram", "tokens", "json"))
     config = resolve(flags, PRESETS)
-    model = config.model(padded_vocab_size(vocabulary(config)))
+    vocab_size, dataset_tokens = dataset_facts(config)
+    model = config.model(padded_vocab_size(vocab_size))
     if gpu_name:
         gpu = find_gpu(gpu_name)
         dtype = _dtype(config.dtype, torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
@@ -282,9 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if vram:
         memory = int(gigabytes(vram) * 2**30)
     setup = Setup(model, max(config.batch_size, 1), device_type, dtype, config.state_bits)
-    planned = make(config, model, machine, setup, memory)
-    if tokens:
-        planned = replace(planned, tokens=int(parse_count("tokens", tokens)))
+    budget = int(parse_count("tokens", tokens)) if tokens else None
+    planned = make(config, machine, setup, memory, dataset_tokens, budget)
     if as_json:
         print(json.dumps(to_json(planned), indent=1))
         return 0

@@ -74,6 +74,7 @@ EXPLAINS = 0.5  # of the excess that one cause must account for to be named as t
 MUCH_BESIDE = 0.1  # of the run's time spent on evaluations and checkpoints
 
 DATA, LOGGING, EVALUATION, CHECKPOINTS = "data loading", "logging", "evaluation", "checkpoints"
+NAMED_SIZE = "named-size"
 WITHIN_UPDATES = (DATA, LOGGING)  # their time is part of an update's
 
 
@@ -99,7 +100,7 @@ class Facts:
     Attributes:
         config: the request.
         model: the shape that it came to.
-        dataset_tokens: in the training split.
+        dataset_tokens: in the training split; ``None`` if it is not here.
         predicted_seconds: of an update; ``None`` if nobody predicted it.
         peak_flops: the device's dense peak in FLOP/s; ``None`` where it is not known.
         n_sm: the GPU's streaming multiprocessors; ``None`` for a CPU.
@@ -108,7 +109,7 @@ class Facts:
 
     config: TrainConfig
     model: GPTConfig
-    dataset_tokens: int
+    dataset_tokens: int | None
     predicted_seconds: float | None = None
     peak_flops: float | None = None
     n_sm: int | None = None
@@ -124,8 +125,13 @@ class Facts:
         return tokens / self.model.n_params_without_positions
 
     def epochs(self, tokens: int) -> float:
-        """How often so many tokens go through the training split."""
-        return tokens / self.dataset_tokens
+        """How often so many tokens go through the training split; NaN if nobody knows."""
+        return tokens / self.dataset_tokens if self.dataset_tokens else math.nan
+
+
+def wanted_tokens_per_step(config: TrainConfig) -> int | None:
+    """What an update should hold, if the preset says so."""
+    return PRESETS.get(config.preset, {}).get("total_batch_size")
 
 
 def before(facts: Facts) -> list[Finding]:
@@ -160,13 +166,13 @@ def named_size(facts: Facts) -> Finding | None:
         f"The model of that name has {_list(list(changes.values()))}; "
         f"--expect_params {model.n_params_without_positions / 1e6:.1f}M says that this one is meant"
     )
-    return Finding("named-size", 0, text)
+    return Finding(NAMED_SIZE, 0, text)
 
 
 def dropout_on_fresh_data(facts: Facts) -> Finding | None:
     """Dropout in a run that sees nothing twice."""
     dropout, epochs = facts.model.dropout, facts.epochs(facts.planned_tokens)
-    if dropout == 0 or epochs >= 1:
+    if dropout == 0 or facts.dataset_tokens is None or epochs >= 1:
         return None
     text = (
         f"dropout {dropout:g} in a run of {_tokens(facts.planned_tokens)} tokens on {_tokens(facts.dataset_tokens)}, "

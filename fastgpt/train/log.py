@@ -61,14 +61,23 @@ class RunLog:
             self.say(line)
 
     def evaluate(self, **values: Any) -> None:
-        """One evaluation's metrics: step, train_loss, val_loss."""
+        """One evaluation's metrics: step, train_loss, val_loss, and the standard error of the latter if it has one."""
         self._write("eval", values)
-        self.say(f"step {values['step']}: train loss {values['train_loss']:.4f}, val loss {values['val_loss']:.4f}")
+        error = values.get("val_loss_error")
+        give = f" ± {error:.4f}" if error is not None else ""
+        self.say(
+            f"step {values['step']}: train loss {values['train_loss']:.4f}, val loss {values['val_loss']:.4f}{give}"
+        )
+
+    def find(self, **values: Any) -> None:
+        """A finding: step, code, text. Said now, and once more at the end with the others."""
+        self._write("finding", values)
+        self.say(values["text"])
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
-        numbers = {k: v for k, v in values.items() if k != "step" and v is not None}
+        numbers = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
         for tracker in self._trackers:
             tracker.log(kind, values["step"], numbers)
 

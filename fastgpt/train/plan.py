@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from fastgpt import hardware
+from fastgpt.errors import RequestError
 from fastgpt.gpus import GPU
 from fastgpt.model import GPTConfig
 from fastgpt.train.account import Account, Call, Setup, count
+from fastgpt.train.config import AUTO, TrainConfig
 
 MEASURED = Path(__file__).parent / "measured.json"  # by bench.mfu; copied from its records
 
@@ -232,6 +234,35 @@ def choose(found: Sequence[Choice]) -> Choice | None:
     return min(near, key=lambda choice: choice.peak)
 
 
+def settle(config: TrainConfig, setup: Setup, memory: int, machine: Machine | None) -> TrainConfig:
+    """The request with what it leaves to the device: micro-batch, accumulation and recomputation.
+
+    Args:
+        config: its micro-batch is kept if it names one.
+        setup: the model, device type, dtype and bits of the moments.
+        memory: bytes that there are.
+        machine: predicts which micro-batch is fastest; needed only where that is left open.
+
+    Raises:
+        RequestError: nothing fits, or no number of micro-batches makes the update exact.
+    """
+    kinds = kinds_of_recompute(config.recompute, setup.device_type)
+    if config.batch_size != AUTO:
+        asked = replace(setup, batch_size=config.batch_size)
+        kind = kinds[0] if len(kinds) == 1 else least_recompute(asked, memory, kinds)
+        return replace(config, recompute=kind or kinds[-1])
+    assert machine is not None
+    choice = choose(choices(setup, machine, memory, config.total_batch_size, kinds))
+    if choice is not None:
+        return replace(config.with_batch_size(choice.batch_size), recompute=choice.recompute)
+    if config.total_batch_size % config.block_size:
+        config.with_batch_size(1)  # says what would be exact
+    raise RequestError(
+        f"not one sequence of {config.block_size} fits {memory / 2**30:.1f} GiB: --state_bits 8, --recompute block "
+        "or a smaller model take less"
+    )
+
+
 def reserve(setup: Setup) -> int:
     """Bytes that are taken beside the tensors."""
     return CUDA_RESERVE if setup.device_type == "cuda" else 0
@@ -305,3 +336,18 @@ def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
         predicted = predict(setup, at_hand, account).seconds(row["accumulation"])
         found.append(Error(row["device"], words, 1e3 * predicted, row["ms"], account.peak, row["peak_bytes"]))
     return found
+
+
+def error_words(device: str) -> str:
+    """How far off the model has been."""
+    known = errors()
+    if not known:
+        return "no step has been measured yet, so nobody knows how far off this is"
+    here = [error for error in known if error.device == device]
+    if here:
+        worst = max(here, key=lambda error: abs(error.time))
+        return f"on this device the model was off by {worst.time:+.0%} at most ({worst.model})"
+    low, high = min(error.time for error in known), max(error.time for error in known)
+    devices = sorted({error.device for error in known})
+    gpus = "" if any(name.startswith("NVIDIA") for name in devices) else "; no GPU has been measured"
+    return f"where a step was measured ({', '.join(devices)}) the model was off by {low:+.0%} to {high:+.0%}{gpus}"

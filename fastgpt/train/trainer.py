@@ -5,8 +5,10 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any
 
@@ -22,13 +24,24 @@ from fastgpt.kernels import ops
 from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import checkpoint, plan, run_folder, trackers
-from fastgpt.train.account import Setup
+from fastgpt.train.account import Setup, count
 from fastgpt.train.config import AUTO, TrainConfig
+from fastgpt.train.diagnose import (
+    CHECKPOINTS,
+    DATA,
+    EVALUATION,
+    NAMED_SIZE,
+    Diagnosis,
+    Facts,
+    Finding,
+    standard_error,
+    wanted_tokens_per_step,
+)
 from fastgpt.train.log import RunLog, plot_losses
 from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
-from fastgpt.train.step import TrainStep, leave_default_stream
+from fastgpt.train.step import Batch, TrainStep, leave_default_stream
 
 GPT2_VOCABULARY = 50257  # assumed of bare token files, which do not tell theirs
 
@@ -59,7 +72,15 @@ class Trainer:
         self.tokenizer = self.dataset.tokenizer()
         self.model_config = config.model(padded_vocab_size(self.dataset.vocab_size or GPT2_VOCABULARY))
         self._resizable = config.batch_size == AUTO
-        self.config = config = self._settled(config)
+        self.memory, _ = hardware.memory(self.device)
+        known = hardware.known_gpu(self.device) is not None
+        machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
+        setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
+        self.config = config = plan.settle(config, setup, self.memory, machine)
+        setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
+        self.account = count(setup)
+        # A CPU's ceilings are measured only where a choice depends on them: that takes a second.
+        self.prediction = plan.predict(setup, machine, self.account) if machine is not None else None
         resumed = self._find_checkpoint() if resuming else None
         pin = self.device.type == "cuda"
         self.loaders = {
@@ -96,26 +117,8 @@ class Trainer:
         self._late = self.device.type == "cuda"
         if resumed is not None:
             self._load(resumed)
+        self.diagnosis = Diagnosis(self._facts())
         self._signal: int | None = None
-
-    def _settled(self, config: TrainConfig) -> TrainConfig:
-        """The request with what it leaves to the device: micro-batch and recomputation, within its free memory."""
-        memory, _ = hardware.memory(self.device)
-        setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
-        kinds = plan.kinds_of_recompute(config.recompute, self.device.type)
-        if config.batch_size != AUTO:
-            kind = kinds[0] if len(kinds) == 1 else plan.least_recompute(setup, memory, kinds)
-            return replace(config, recompute=kind or kinds[-1])
-        machine = plan.at_hand(self.device, self.dtype)
-        choice = plan.choose(plan.choices(setup, machine, memory, config.total_batch_size, kinds))
-        if choice is None:
-            if config.total_batch_size % config.block_size:
-                return config.with_batch_size(1)  # which says what would be exact
-            raise RequestError(
-                f"not one sequence of {config.block_size} fits the {memory / 2**30:.1f} GiB that are free: "
-                "--state_bits 8, --recompute block or a smaller model take less"
-            )
-        return replace(config.with_batch_size(choice.batch_size), recompute=choice.recompute)
 
     # ---- the loop ----
 
@@ -133,8 +136,16 @@ class Trainer:
         try:
             told = trackers.start(config, self.run, self.step)
             with RunLog(self.run / run_folder.METRICS, config.max_iters, trackers=told) as log:
-                log.say(self._introduction())
+                known = self.diagnosis.findings
+                self._tell(log, [finding for finding in known if finding.code == NAMED_SIZE])
+                for line in self._introduction():
+                    log.say(line)
+                self._tell(log, [finding for finding in known if finding.code != NAMED_SIZE])
                 status = self._loop(log, deadline)
+                if self.diagnosis.findings:
+                    log.say("what this run should make you think of:")
+                for finding in self.diagnosis.findings:
+                    log.say(f"- {finding.text}")
                 if status == 0:
                     plot = self.run / run_folder.PLOT
                     plot_losses(self.run / run_folder.METRICS, plot, title=self._title())
@@ -185,11 +196,17 @@ class Trainer:
         while True:
             place = self.batches.state_dict()
             try:
-                self.train_step(self.batches.next, rate)
+                self.train_step(self._next_batch, rate)
                 return rate
             except torch.OutOfMemoryError as error:
                 self._shrink(error, log)
                 self.batches.load_state_dict(place)
+
+    def _next_batch(self) -> Batch:
+        start = time.perf_counter()
+        batch = self.batches.next()
+        self.diagnosis.time_spent(DATA, time.perf_counter() - start)
+        return batch
 
     def _shrink(self, error: torch.OutOfMemoryError, log: RunLog) -> None:
         """Half the micro-batch or less and as many more of them, so that an update has as many tokens as before."""
@@ -215,18 +232,30 @@ class Trainer:
     # ---- evaluation, logging, checkpoints ----
 
     @torch.no_grad()
-    def evaluate(self, split: str) -> float:
-        """Mean loss in eval mode over ``eval_iters`` batches: the same ones at every evaluation."""
+    def evaluate(self, split: str) -> list[float]:
+        """Losses in eval mode of ``eval_iters`` batches: the same ones at every evaluation."""
         self.model.eval()
         batches = self.loaders[split].evenly_spaced(self.config.eval_iters)
         losses = [self.train_step.forward(*(t.to(self.device, non_blocking=True) for t in batch)) for batch in batches]
         self.model.train()
-        return torch.stack(losses).mean().item()
+        return torch.stack(losses).tolist()
 
     def _evaluate(self, log: RunLog) -> None:
-        losses = {split: self.evaluate(split) for split in self.loaders}
-        log.evaluate(step=self.step, train_loss=losses["train"], val_loss=losses["val"])
-        self.val_loss = (self.step, losses["val"])
+        start = time.perf_counter()
+        train, val = self.evaluate("train"), self.evaluate("val")
+        self.diagnosis.time_spent(EVALUATION, time.perf_counter() - start)
+        self.val_loss = self.step, fmean(val)
+        log.evaluate(
+            step=self.step,
+            train_loss=fmean(train),
+            val_loss=fmean(val),
+            val_loss_error=standard_error(val) if len(val) > 1 else None,
+        )
+        self._tell(log, self.diagnosis.evaluation(self.step, train, val))
+
+    def _tell(self, log: RunLog, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            log.find(step=finding.step, code=finding.code, text=finding.text)
 
     def _diverged(self, log: RunLog, waiting: int) -> bool:
         """Log all updates that are to be but the last ``waiting``; whether the loss of one is no number."""
@@ -256,12 +285,14 @@ class Trainer:
             tflops=flops / 1e12,
             mfu=flops / peak if peak else None,
         )
+        self._tell(log, self.diagnosis.update(reading.step, reading.loss(), reading.grad_norm(), reading.lr, seconds))
 
     def _checkpoint_is_due(self, evaluated: bool) -> bool:
         interval = self.config.checkpoint_interval
         return self.step % interval == 0 if interval else evaluated
 
     def _save(self) -> Path:
+        start = time.perf_counter()
         evaluated, loss = self.val_loss or (-1, math.inf)
         if evaluated == self.step and loss < (math.inf if self.best_val_loss is None else self.best_val_loss):
             self.best_val_loss, self.best_step = loss, self.step
@@ -278,7 +309,9 @@ class Trainer:
             optimizer_seeds=[group["seed"] for group in self.train_step.optimizer.param_groups if "seed" in group],
         )
         moments = {kind: self.train_step.store.named(flat) for kind, flat in self.train_step.moments.items()}
-        return checkpoint.save(self.run, state, self.train_step.store.named(self.train_step.store.master), moments)
+        path = checkpoint.save(self.run, state, self.train_step.store.named(self.train_step.store.master), moments)
+        self.diagnosis.time_spent(CHECKPOINTS, time.perf_counter() - start)
+        return path
 
     def _find_checkpoint(self) -> Path:
         """The checkpoint to resume from, its architecture and its moments checked."""
@@ -313,16 +346,41 @@ class Trainer:
 
     # ---- words ----
 
-    def _introduction(self) -> str:
+    def _facts(self) -> Facts:
+        c = self.config
+        cuda = self.device.type == "cuda"
+        return Facts(
+            c,
+            self.model_config,
+            sum(map(len, self.dataset.train)),
+            self.prediction.seconds(c.gradient_accumulation_steps) if self.prediction is not None else None,
+            hardware.peak_flops(self.device, self.dtype),
+            torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else None,
+            wanted_tokens_per_step(c),
+        )
+
+    def _introduction(self) -> list[str]:
         c, m = self.config, self.model_config
         start = f"from step {self.step} to" if self.step else "for"
-        return (
+        planned = c.max_iters * c.tokens_per_step
+        told = f"{str(self.dtype).removeprefix('torch.')}, {self.account.peak / 2**30:.2f} GiB in tensors predicted"
+        lines = [
             f"{c.preset}: {m.n_params / 1e6:.2f}M parameters ({m.n_params_without_positions / 1e6:.2f}M without "
-            f"positions), {m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}\n"
-            f"data: {self.dataset.path}, {c.tokens_per_step:,} tokens a step {start} {c.max_iters:,} steps, "
-            f"learning rate {c.learning_rate:g} to {c.min_lr:g}\n"
-            f"device: {hardware.device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
-        )
+            f"positions), {m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}",
+            f"data: {self.dataset.path}, {c.tokens_per_step:,} tokens a step ({c.gradient_accumulation_steps} x "
+            f"{c.batch_size} x {c.block_size}) {start} {c.max_iters:,} steps, {planned / 1e6:,.1f}M tokens, "
+            f"{planned / m.n_params_without_positions:.3g} a parameter",
+            f"learning rate: {c.learning_rate:g} to {c.min_lr:g} over {c.lr_decay_iters:,} steps",
+            f"device: {hardware.device_name(self.device)}, {self.memory / 2**30:.1f} GiB free, {told}",
+        ]
+        if self.prediction is not None and self.prediction.peak is not None:
+            accumulation = c.gradient_accumulation_steps
+            rate, mfu = self.prediction.tokens_per_second(accumulation), self.prediction.mfu(accumulation)
+            lines.append(
+                f"predicted: {rate:,.0f} tokens/s, MFU {mfu:.1%} of {self.prediction.peak / 1e12:.1f} TFLOP/s; "
+                + plan.error_words(hardware.device_name(self.device))
+            )
+        return lines
 
     def _title(self) -> str:
         m = self.model_config

@@ -239,7 +239,7 @@ def test_evaluation_leaves_no_gradient(trainer):
 def test_the_best_checkpoint_stays_and_earlier_ones_go(trainer, tmp_path):
     one = trainer(eval_interval=2)
     scripted = iter([9.0, 3.0, 1.0, 2.0, 4.0])  # at steps 0, 2, 4, 6, 8
-    one.evaluate = lambda split: next(scripted) if split == "val" else 5.0
+    one.evaluate = lambda split: [next(scripted) if split == "val" else 5.0]
     one.train()
     assert checkpoint.steps(tmp_path / "run") == [4, 8]
     state = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))
@@ -256,7 +256,7 @@ def test_checkpoints_can_be_more_frequent_than_evaluations(trainer, tmp_path, mo
 def test_the_best_is_chosen_among_the_steps_that_have_a_checkpoint(trainer, tmp_path):
     one = trainer(eval_interval=1, checkpoint_interval=2)
     scripted = iter([9.0, 8.0, 5.0, 4.0, 6.0, 7.0, 7.0, 7.0, 7.0])  # step 3 is best, but is not saved
-    one.evaluate = lambda split: next(scripted) if split == "val" else 5.0
+    one.evaluate = lambda split: [next(scripted) if split == "val" else 5.0]
     one.train()
     assert checkpoint.steps(tmp_path / "run") == [2, 8]
     state = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))
@@ -296,7 +296,7 @@ def test_the_best_checkpoint_of_before_the_interruption_stays(trainer, tmp_path)
     for steps, scripted in ((4, [9.0, 1.0, 2.0]), (8, [3.0, 4.0])):  # at steps 0, 2, 4; at 6, 8
         losses = iter(scripted)
         one = trainer(eval_interval=2, max_iters=steps, init_from="resume" if steps == 8 else "scratch")
-        one.evaluate = lambda split, losses=losses: next(losses) if split == "val" else 5.0
+        one.evaluate = lambda split, losses=losses: [next(losses) if split == "val" else 5.0]
         one.train()
     assert checkpoint.steps(tmp_path / "run") == [2, 8]
 
