@@ -67,9 +67,8 @@ NOTHING_LEARNT = 0.9  # of a blind guess's loss; the tokens' frequencies alone g
 REPEATED = 4  # epochs; up to there repeated data is nearly as good as new (Muennighoff et al. 2023)
 DROPOUT_WINDOW = 0.2  # of the run so far; its trend is fitted, so that the loss at its end is not that of its middle
 RESOLUTION = 0.003  # relative; about what two evaluations late in a run differ by
-SLOW = 1.25  # times the predicted time; the prediction is itself off by some 10 %
-FIRST_TIMINGS = 5  # not counted: compilation, recording of graphs, cold caches
-FEWEST_TIMINGS = 30
+SLOW = 1.25  # times the predicted time; the prediction rests on assumed shares, and less may be its own error
+FEWEST_TIMINGS = 30  # so that the first few, with their compilation and cold caches, do not move the median
 EXPLAINS = 0.5  # of the excess that one cause must account for to be named as the cause
 MUCH_BESIDE = 0.1  # of the run's time spent on evaluations and checkpoints
 
@@ -294,7 +293,7 @@ class Diagnosis:
         self._history = _History()  # of losses since the warm-up
         self._next_slope_at = 0  # step
         self._timings: deque[float] = deque(maxlen=USUAL)
-        self._n_timings = self._last_step = self._n_updates = 0
+        self._last_step = self._n_updates = 0
         self._update_seconds = 0.0
         self._spent: defaultdict[str, float] = defaultdict(float)  # seconds
         self._best: _Evaluation | None = None  # by validation loss
@@ -531,13 +530,10 @@ class Diagnosis:
         since, self._last_step = step - self._last_step, step
         if seconds is None or not seconds > 0:
             return None
-        self._n_timings += 1
-        if self._n_timings == 1:
-            return None  # how many updates it stands for is not known after a resume
+        if since == step:
+            return None  # the first call: how many updates its time stands for is not known after a resume
         self._update_seconds += seconds * since
         self._n_updates += since
-        if self._n_timings <= FIRST_TIMINGS:
-            return None
         self._timings.append(seconds)
         predicted = self.facts.predicted_seconds
         if predicted is None or len(self._timings) < FEWEST_TIMINGS:

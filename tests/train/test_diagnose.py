@@ -295,6 +295,8 @@ def test_a_loss_spike_is_found_with_its_step_its_value_and_the_usual_one():
     found = only(feed(Diagnosis(run), steps, losses, norms, rates), "loss-spike")
     assert found.step == 800
     assert "--grad_clip" not in found.text  # the preset clips
+    spread = np.std(losses[698:799])
+    assert int(re.search(r"(\d+) times the usual spread", found.text)[1]) == pytest.approx(1.0 / spread, rel=0.25)
     usual = np.median(losses[698:799])
     assert f"step 800: the loss jumped to {losses[799]:.2f} from a usual {usual:.2f}" in found.text
 
@@ -310,11 +312,11 @@ def test_a_gradient_spike_is_found_and_told_whether_it_was_clipped():
         assert words in found.text
 
 
-def test_a_loss_that_falls_is_no_spike_and_neither_is_one_without_noise():
+def test_a_fall_is_no_spike_and_neither_is_a_small_rise_where_there_was_no_noise():
     run = short(1000)
     steps = np.arange(1, 101)
-    losses = 3.0 + 1e-9 * (steps % 2) - 2.0 * (steps > 60)
-    norms = 1.0 + 1e-6 * (steps % 2)
+    losses = 3.0 + 1e-9 * (steps % 2) + 0.05 * (steps == 50) - 2.0 * (steps > 60)
+    norms = 1.0 + 1e-6 * (steps % 2) + (steps == 50)
     assert feed(Diagnosis(run), steps, losses, norms, np.full(100, 6e-4)) == []
 
 
@@ -392,6 +394,13 @@ def test_a_flat_loss_says_nothing_where_noise_could_hide_a_fall(seed):
     assert feed(Diagnosis(run), steps, losses, norms, rates) == []
 
 
+def test_a_plateau_at_the_floor_long_after_the_decay_is_the_end_of_the_run():
+    run = short(10_000, lr_decay_iters=2000)
+    found = only(feed(Diagnosis(run), *stuck(run, 0, since=2000)), "plateau")
+    assert found.step > 2500
+    assert "at its floor of 6e-05, so the run is as good as over" in found.text
+
+
 def test_a_loss_that_is_flat_because_the_rate_has_decayed_is_on_no_plateau():
     run = short(6000, min_lr=0.0)
     steps, losses, norms, rates = stuck(run, 0, since=4800, noise=0.01)
@@ -447,16 +456,16 @@ def test_a_loss_that_falls_fast_is_not_taken_for_dropouts(seed):
     assert diagnosis.evaluation(200, batches(seed, falling[-1]), batches(seed, falling[-1])) == []
 
 
-def evaluate(run, trains, vals, seed=0, **how):
+def evaluate(run, trains, vals, seed=0, n=20, paired=0.008, val_paired=None):
     """Findings of evaluations every 250 steps with these mean losses."""
     diagnosis = Diagnosis(run)
-    return [
-        finding
-        for i, (train, val) in enumerate(zip(trains, vals, strict=True), 1)
-        for finding in diagnosis.evaluation(
-            250 * i, batches(seed, train, start=i, **how), batches(seed + 50, val, start=i, **how)
-        )
-    ]
+    val_paired = paired if val_paired is None else val_paired
+    found = []
+    for i, (train, val) in enumerate(zip(trains, vals, strict=True), 1):
+        train_losses = batches(seed, train, n, paired=paired, start=i)
+        val_losses = batches(seed + 50, val, n, paired=val_paired, start=i)
+        found += diagnosis.evaluation(250 * i, train_losses, val_losses)
+    return found
 
 
 SHAKESPEARE_TRAIN = [2.0, 1.5, 1.3, 1.2, 1.1, 1.0, 0.9]
@@ -499,8 +508,10 @@ def test_a_gap_that_grows_by_next_to_nothing_is_no_overfitting():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_overfitting_is_not_told_from_evaluations_too_noisy_to_show_it(seed):
-    found = evaluate(short(), [3.5, 3.4, 3.39, 3.38], [3.52, 3.42, 3.425, 3.42], seed, paired=0.1)
-    assert "overfitting" not in {finding.code for finding in found}
+    falling, standing = [3.5, 3.4, 3.35, 3.3], [3.52, 3.42, 3.45, 3.43]
+    for how in ({"paired": 0.3}, {"val_paired": 0.3}, {"n": 2, "paired": 0.0}):
+        found = evaluate(short(), falling, standing, seed, **how)
+        assert "overfitting" not in {finding.code for finding in found}, how
 
 
 def test_evaluations_too_small_for_their_difference_are_found_with_the_batches_that_would_do():
