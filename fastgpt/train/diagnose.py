@@ -19,10 +19,9 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from fastgpt.model.config import GPTConfig
@@ -30,6 +29,7 @@ from fastgpt.train.config import TrainConfig
 from fastgpt.train.plan import TILES
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.schedule import learning_rate
+from fastgpt.train.statistics import History, difference, fit, standard_error, usual_and_spread
 
 # ---- thresholds of what is known before the run ----
 
@@ -51,7 +51,6 @@ SURE = 3.0  # standard errors; many comparisons are made in a run, of which none
 SPIKE = 10.0  # robust standard deviations; single updates of text reach 5 (quickstart's gradient norms)
 SPIKE_AT_LEAST = {"loss": 0.05, "grad_norm": math.log(3.0)}  # relative; keeps a series without noise from alarming
 USUAL = 101  # updates that make the usual
-FEWEST_UPDATES = 32  # below this a median absolute deviation is itself too uncertain
 FEWEST_BATCHES = 4  # below this a standard error is itself too uncertain for three of it to mean anything
 VISIBLE = 0.01  # in loss, nats a token; smaller differences are nobody's worry
 EVALUATIONS_WITHOUT_GAIN = 2  # after the best one; a single one may be chance
@@ -59,8 +58,6 @@ EVALUATIONS_WITHOUT_GAIN = 2  # after the best one; a single one may be chance
 # 124M parameters fall by 0.6 to 1.1 % in every tenth up to 5 times Chinchilla's tokens, and by 0.45 % at 10 times.
 FALLING = 0.002
 PLATEAU_WINDOWS = (0.1, 0.2, 0.3)  # of the run so far: the longer ones see through more noise
-GROUPS = 10  # whose means the slope is fitted to: noise that lasts shorter than one of them does no harm
-FEWEST_IN_GROUP = 5  # updates
 DECAYED = 0.2  # of the peak; below this a falling rate flattens the loss by itself
 HIGH_RATE = 0.5  # of the peak; above this most of what the decay gives is still to come
 NOTHING_LEARNT = 0.9  # of a blind guess's loss; the tokens' frequencies alone give 0.7 to 0.8
@@ -290,7 +287,7 @@ class Diagnosis:
         self.findings = before(facts)
         self._losses: deque[float] = deque(maxlen=USUAL)
         self._log_norms: deque[float] = deque(maxlen=USUAL)
-        self._history = _History()  # of losses since the warm-up
+        self._history = History()  # of losses since the warm-up
         self._next_slope_at = 0  # step
         self._timings: deque[float] = deque(maxlen=USUAL)
         self._last_step = self._n_updates = 0
@@ -349,7 +346,7 @@ class Diagnosis:
     # ---- single updates ----
 
     def _loss_spike(self, step: int, loss: float) -> Finding | None:
-        usual, spread = _usual(self._losses)
+        usual, spread = usual_and_spread(self._losses)
         self._losses.append(loss)
         if not loss - usual > max(SPIKE * spread, SPIKE_AT_LEAST["loss"] * usual):
             return None
@@ -362,7 +359,7 @@ class Diagnosis:
         return Finding("loss-spike", step, text)
 
     def _gradient_spike(self, step: int, norm: float) -> Finding | None:
-        usual, spread = _usual(self._log_norms)  # norms vary by factors
+        usual, spread = usual_and_spread(self._log_norms)  # norms vary by factors
         log_norm = math.log(norm)
         self._log_norms.append(log_norm)
         if not log_norm - usual > max(SPIKE * spread, SPIKE_AT_LEAST["grad_norm"]):
@@ -395,7 +392,7 @@ class Diagnosis:
             groups = self._history.groups(start)
             if groups is None:
                 continue
-            line = _fit(*groups)
+            line = fit(*groups)
             fall, error = -line.slope * 0.1 * step, line.slope_error * 0.1 * step
             still_learning = FALLING * line.mean
             if SURE * error < still_learning and fall + SURE * error < still_learning:
@@ -448,7 +445,7 @@ class Diagnosis:
         recent = self._history.since((1 - DROPOUT_WINDOW) * now.step)
         if dropout == 0 or recent is None or len(now.train) < FEWEST_BATCHES:
             return None
-        line = _fit(*recent)
+        line = fit(*recent)
         logged = line.mean + line.slope * (now.step - line.middle)
         logged_error = math.hypot(line.mean_error, line.slope_error * (now.step - line.middle))
         train, val = fmean(now.train), fmean(now.val)
@@ -578,98 +575,9 @@ def _rate(config: TrainConfig, step: int) -> float:
     )  # fmt: skip
 
 
-# ---- statistics ----
-
-
-def standard_error(losses: Sequence[float]) -> float:
-    """Of the mean of an evaluation's batches, as an estimate for the whole split; NaN for fewer than two."""
-    return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-
-
-def difference(earlier: Sequence[float], later: Sequence[float]) -> tuple[float, float]:
-    """How much ``later`` lies above ``earlier``, and the standard error of that.
-
-    Both are losses of the same batches, so what makes one batch harder than another falls out: the error is much
-    smaller than those of the two means.
-    """
-    changes = [b - a for a, b in zip(earlier, later, strict=True)]
-    return fmean(changes), standard_error(changes)
-
-
 def _paired(a: _Evaluation, b: _Evaluation) -> bool:
     """Whether two evaluations can have used the same batches; not if a resumed run has other ``eval_iters``."""
     return len(a.train) == len(b.train) and len(a.val) == len(b.val)
-
-
-def _usual(values: Sequence[float]) -> tuple[float, float]:
-    """Median, and the standard deviation that the median absolute deviation stands for; NaN for too few values."""
-    if len(values) < FEWEST_UPDATES:
-        return math.nan, math.nan
-    middle = median(values)
-    return middle, 1.4826 * median(abs(value - middle) for value in values)
-
-
-class _Line(NamedTuple):
-    """A least-squares line: its value and its place in the middle of the points, its slope, and standard errors."""
-
-    mean: float
-    mean_error: float
-    middle: float
-    slope: float
-    slope_error: float
-
-
-def _fit(steps: np.ndarray, losses: np.ndarray) -> _Line:
-    n, middle, mean = len(steps), steps.mean(), losses.mean()
-    away = steps - middle
-    square = (away**2).sum()
-    slope = (away * losses).sum() / square
-    residual = math.sqrt(((losses - mean - slope * away) ** 2).sum() / (n - 2))
-    return _Line(float(mean), residual / math.sqrt(n), float(middle), float(slope), float(residual / math.sqrt(square)))
-
-
-class _History:
-    """The means of blocks of consecutive losses: single losses at first, then ever longer blocks, never many."""
-
-    MOST = 512  # blocks; a tenth of them, after two have become one, is still two dozen
-
-    def __init__(self) -> None:
-        self._size = 1  # losses in a block
-        self._blocks: list[tuple[float, float]] = []  # mean step and mean loss
-        self._open: list[tuple[float, float]] = []
-
-    def add(self, step: int, loss: float) -> None:
-        self._open.append((step, loss))
-        if len(self._open) == self._size:
-            self._blocks.append(_mean(self._open))
-            self._open = []
-        if len(self._blocks) == self.MOST:
-            self._blocks = [_mean(pair) for pair in zip(self._blocks[::2], self._blocks[1::2], strict=True)]
-            self._size *= 2
-
-    def since(self, start: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """Steps and losses from ``start`` on; ``None`` if the history does not go back so far, or holds too little."""
-        if not self._blocks or self._blocks[0][0] > start:
-            return None
-        recent = np.array([block for block in self._blocks if block[0] >= start])
-        if len(recent) < GROUPS or len(recent) * self._size < FEWEST_UPDATES:
-            return None
-        return recent[:, 0], recent[:, 1]
-
-    def groups(self, start: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """The same as means of ``GROUPS`` equal parts."""
-        recent = self.since(start)
-        if recent is None:
-            return None
-        size = len(recent[0]) // GROUPS
-        if size * self._size < FEWEST_IN_GROUP:
-            return None
-        steps, losses = (values[-size * GROUPS :].reshape(GROUPS, size).mean(axis=1) for values in recent)
-        return steps, losses
-
-
-def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return fmean(step for step, _ in points), fmean(loss for _, loss in points)
 
 
 # ---- words ----

@@ -34,13 +34,13 @@ from fastgpt.train.diagnose import (
     Diagnosis,
     Facts,
     Finding,
-    standard_error,
     wanted_tokens_per_step,
 )
 from fastgpt.train.log import RunLog, plot_losses
 from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
+from fastgpt.train.statistics import standard_error
 from fastgpt.train.step import Batch, TrainStep, leave_default_stream
 
 GPT2_VOCABULARY = 50257  # assumed of bare token files, which do not tell theirs

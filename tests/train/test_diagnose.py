@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.train.config import TrainConfig
+from fastgpt.train.config import AUTO, resolve
 from fastgpt.train.diagnose import (
     CHECKPOINTS,
     DATA,
@@ -14,12 +14,11 @@ from fastgpt.train.diagnose import (
     Diagnosis,
     Facts,
     before,
-    difference,
     mfu_sentence,
-    standard_error,
 )
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.schedule import learning_rate
+from fastgpt.train.statistics import difference, standard_error
 
 TRAINING_TOKENS = {
     "stdlib": 8_999_893, "shakespeare-char": 1_003_854, "openwebtext": 9_035_582_198, "fineweb10b": 9_853_989_344,
@@ -29,7 +28,9 @@ VOCABULARY = {"stdlib": 256, "shakespeare-char": 65}
 
 def facts(preset="gpt2-124m", *, vocab_size=None, known=None, **flags):
     """A preset with flags; ``known`` holds what else the trainer can tell."""
-    config = TrainConfig(**{**PRESETS[preset], "preset": preset, **flags})
+    config = resolve({"preset": preset, "learning_rate": PRESETS[preset]["learning_rate"], **flags}, PRESETS)
+    if config.batch_size == AUTO:
+        config = config.with_batch_size(16)
     model = config.model(vocab_size or VOCABULARY.get(config.dataset, 50304))
     return Facts(config, model, **{"dataset_tokens": TRAINING_TOKENS[config.dataset], **(known or {})})
 
