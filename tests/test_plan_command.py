@@ -81,7 +81,7 @@ def test_the_error_of_the_model_is_said_beside_the_prediction(capsys, monkeypatc
     assert "nobody knows how far off" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
     own = model_of_the_step.Error("NVIDIA GeForce RTX 4070", "gpt2-124m", 108.0, 100.0, 1, 1)
     monkeypatch.setattr(model_of_the_step, "errors", lambda: [own])
-    assert "on this device the model was off by +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert "on this device the model is off by +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
 
 
 def test_a_cpu_is_planned_for_by_its_measured_ceilings(capsys, monkeypatch):

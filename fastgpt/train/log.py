@@ -105,12 +105,15 @@ def duration(seconds: float) -> str:
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """``metrics.jsonl`` by kind. Of a step logged twice, before and after a resume, the later one counts."""
-    records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    """``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``.
+
+    Of a step logged twice, before and after a resume, the later one counts.
+    """
+    records: dict[str, dict[Any, dict[str, Any]]] = {"train": {}, "eval": {}, "finding": {}}
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        records.setdefault(record["kind"], {})[record["step"]] = record
-    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}
+        records[record["kind"]][record["step"], record.get("code", "")] = record
+    return {kind: [found[key] for key in sorted(found)] for kind, found in records.items()}
 
 
 def plot_losses(metrics: Path, image: Path, title: str) -> None:

@@ -31,8 +31,28 @@ MEASURED = Path(__file__).parent / "measured.json"  # by bench.mfu; copied from 
 GEMM_SHARE = {80: 0.85, 86: 0.9, 89: 0.9, 90: 0.72, 100: 0.72, 120: 0.9}
 OTHER_GEMM_SHARE = 0.8
 COPY_SHARE = 0.9  # assumed, of the memory's bandwidth
-ATTENTION_SHARE = 0.6  # assumed, of a large product's FLOP/s
 LAUNCH_SECONDS = 2e-6  # assumed, of the shortest kernel in a CUDA graph
+HOST_SECONDS = 50e-6  # of a call on a CPU, beside its work; fitted, as below
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What of a device's ceilings the parts of a step get to.
+
+    Attributes:
+        product: of a large product's FLOP/s, products whose tiles fill the device.
+        attention: of a large product's FLOP/s, attention.
+        elementwise: of a copy's bandwidth, norms, GELU and the loss, which also compute.
+    """
+
+    product: float
+    attention: float
+    elementwise: float
+
+
+GPU_SHARES = Shares(1.0, 0.6, 1.0)  # assumed
+# Fitted to bench/results/amd-epyc/mfu-*.json, two cores of an AMD EPYC: there the errors below are no test of them.
+CPU_SHARES = Shares(0.87, 0.42, 0.27)
 
 # Rows and columns of a product that one block computes, and the share of the best rate that it gets to. Assumed.
 TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
@@ -135,11 +155,14 @@ def predict(setup: Setup, machine: Machine, account: Account | None = None) -> P
 
 def seconds(call: Call, machine: Machine) -> float:
     """What one call takes."""
-    moving = call.bytes / machine.bandwidth
-    shortest = 0.0 if machine.n_sm is None else LAUNCH_SECONDS
+    shares = CPU_SHARES if machine.n_sm is None else GPU_SHARES
+    bandwidth = machine.bandwidth * (shares.elementwise if call.kind in ("norm", "GELU", "loss") else 1.0)
     if call.product is not None:
-        return max(_product_seconds(call, machine), moving, shortest)
-    return max(call.flops / (ATTENTION_SHARE * machine.gemm), moving, shortest)
+        computing = _product_seconds(call, machine) / shares.product
+    else:
+        computing = call.flops / (shares.attention * machine.gemm)
+    work = max(computing, call.bytes / bandwidth)
+    return work + HOST_SECONDS if machine.n_sm is None else max(work, LAUNCH_SECONDS)
 
 
 def _product_seconds(call: Call, machine: Machine) -> float:
@@ -346,8 +369,8 @@ def error_words(device: str) -> str:
     here = [error for error in known if error.device == device]
     if here:
         worst = max(here, key=lambda error: abs(error.time))
-        return f"on this device the model was off by {worst.time:+.0%} at most ({worst.model})"
+        return f"on this device the model is off by {worst.time:+.0%} at most ({worst.model})"
     low, high = min(error.time for error in known), max(error.time for error in known)
     devices = sorted({error.device for error in known})
     gpus = "" if any(name.startswith("NVIDIA") for name in devices) else "; no GPU has been measured"
-    return f"where a step was measured ({', '.join(devices)}) the model was off by {low:+.0%} to {high:+.0%}{gpus}"
+    return f"where a step was measured ({', '.join(devices)}) the model is off by {low:+.0%} to {high:+.0%}{gpus}"

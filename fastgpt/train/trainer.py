@@ -34,9 +34,10 @@ from fastgpt.train.diagnose import (
     Diagnosis,
     Facts,
     Finding,
+    mfu_sentence,
     wanted_tokens_per_step,
 )
-from fastgpt.train.log import RunLog, plot_losses
+from fastgpt.train.log import RunLog, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
@@ -72,15 +73,7 @@ class Trainer:
         self.tokenizer = self.dataset.tokenizer()
         self.model_config = config.model(padded_vocab_size(self.dataset.vocab_size or GPT2_VOCABULARY))
         self._resizable = config.batch_size == AUTO
-        self.memory, _ = hardware.memory(self.device)
-        known = hardware.known_gpu(self.device) is not None
-        machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
-        setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
-        self.config = config = plan.settle(config, setup, self.memory, machine)
-        setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
-        self.account = count(setup)
-        # A CPU's ceilings are measured only where a choice depends on them: that takes a second.
-        self.prediction = plan.predict(setup, machine, self.account) if machine is not None else None
+        self.config = config = self._settled(config)
         resumed = self._find_checkpoint() if resuming else None
         pin = self.device.type == "cuda"
         self.loaders = {
@@ -113,12 +106,28 @@ class Trainer:
         self.best_val_loss: float | None = None  # among the checkpoints
         self.best_step: int | None = None
         self._readings: deque[Reading] = deque()  # of updates that are to be logged yet
+        self._flops_per_second: float | None = None  # of the update logged last
         # A GPU tells of an update once the next one is under way, so that it never waits for the host.
         self._late = self.device.type == "cuda"
         if resumed is not None:
             self._load(resumed)
         self.diagnosis = Diagnosis(self._facts())
+        if resumed is not None:
+            self._recall()
         self._signal: int | None = None
+
+    def _settled(self, config: TrainConfig) -> TrainConfig:
+        """The request with what it leaves to the device; counts and predicts the step on the way."""
+        self.memory, _ = hardware.memory(self.device)
+        # A CPU's ceilings are measured only where a choice depends on them: that takes a second.
+        known = hardware.known_gpu(self.device) is not None
+        machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
+        setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
+        config = plan.settle(config, setup, self.memory, machine)
+        setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
+        self.account = count(setup)
+        self.prediction = plan.predict(setup, machine, self.account) if machine is not None else None
+        return config
 
     # ---- the loop ----
 
@@ -142,10 +151,7 @@ class Trainer:
                     log.say(line)
                 self._tell(log, [finding for finding in known if finding.code != NAMED_SIZE])
                 status = self._loop(log, deadline)
-                if self.diagnosis.findings:
-                    log.say("what this run should make you think of:")
-                for finding in self.diagnosis.findings:
-                    log.say(f"- {finding.text}")
+                self._conclude(log)
                 if status == 0:
                     plot = self.run / run_folder.PLOT
                     plot_losses(self.run / run_folder.METRICS, plot, title=self._title())
@@ -272,7 +278,7 @@ class Trainer:
 
     def _log_update(self, log: RunLog, reading: Reading) -> None:
         seconds = reading.seconds()
-        flops = self.model_config.flops_per_token * self.config.tokens_per_step / seconds
+        self._flops_per_second = flops = self.model_config.flops_per_token * self.config.tokens_per_step / seconds
         peak = hardware.peak_flops(self.device, self.dtype)
         log.train(
             step=reading.step,
@@ -344,6 +350,14 @@ class Trainer:
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
         self.batches.load_state_dict(state.loader)
 
+    def _recall(self) -> None:
+        """Show the diagnosis what the run logged before it was resumed; what was said then is not said again."""
+        metrics = self.run / run_folder.METRICS
+        for record in read_metrics(metrics)["train"] if metrics.exists() else []:
+            if record["step"] <= self.step:
+                loss = math.nan if record["loss"] is None else record["loss"]
+                self.diagnosis.update(record["step"], loss, record["grad_norm"], record["lr"])
+
     # ---- words ----
 
     def _facts(self) -> Facts:
@@ -381,6 +395,16 @@ class Trainer:
                 + plan.error_words(hardware.device_name(self.device))
             )
         return lines
+
+    def _conclude(self, log: RunLog) -> None:
+        """Speed and findings, once more and all together."""
+        if self._flops_per_second is not None:
+            device, peak = hardware.device_name(self.device), hardware.peak_flops(self.device, self.dtype)
+            log.say(f"speed: {mfu_sentence(self._flops_per_second, peak, device, self.dtype)}")
+        if self.diagnosis.findings:
+            log.say("what this run should make you think of:")
+        for finding in self.diagnosis.findings:
+            log.say(f"- {finding.text}")
 
     def _title(self) -> str:
         m = self.model_config

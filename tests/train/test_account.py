@@ -8,9 +8,12 @@ import torch
 from fastgpt.kernels import use_backend
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.account import Setup, _Ledger, count
+from fastgpt.train.config import TrainConfig
+from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import TrainStep
 
 GPT2 = GPTConfig(bias=False)  # 124M
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 TINY = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
 
 
@@ -102,6 +105,40 @@ def test_a_step_with_data_calls_and_holds_what_the_rehearsal_counted(backend, dt
         assert sum(ledger.at_peak.values()) == expected.peak
     else:  # PyTorch makes its one-hot vectors in another way where there is no data
         assert sum(ledger.at_peak.values()) == pytest.approx(expected.peak, rel=0.02)
+
+
+def allocated_at_most(work):
+    """Bytes that PyTorch's allocator handed out beyond what was there before, at the peak, by its own report."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("preset", "vocab_size"), [("quickstart", 256), ("shakespeare-char-cpu", 65), ("gpt2-30m", 50304)]
+)
+def test_on_a_cpu_the_account_of_a_preset_is_the_peak_that_the_allocator_reports(preset, vocab_size, backend):
+    batch_size = {"gpt2-30m": 1}.get(preset) or PRESETS[preset]["batch_size"]
+    shape = {name: PRESETS[preset].get(name, getattr(TrainConfig, name)) for name in SHAPE}
+    setup = Setup(GPTConfig(vocab_size=vocab_size, **shape, bias=False), batch_size, "cpu", torch.float32)
+    if preset == "gpt2-30m":  # sixteen times the memory would be the same test
+        setup = replace(setup, model=replace(setup.model, block_size=64))
+    with use_backend(backend):
+        predicted = count(setup)
+        step = TrainStep(GPT(setup.model))
+        x, y = torch.randint(vocab_size, (2, batch_size, setup.model.block_size))
+        step(lambda: (x, y), 1e-3)  # what is made once has been made
+        measured = allocated_at_most(lambda: step(lambda: (x, y), 1e-3))
+    at_rest = ("weights", "gradients", "AdamW", "batches")
+    held = sum(size for part, size in predicted.memory.items() if part.startswith(at_rest))
+    assert held + measured == pytest.approx(predicted.peak, rel=0.01)
+    assert measured > 0.02 * predicted.peak
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

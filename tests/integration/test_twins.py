@@ -1,0 +1,93 @@
+"""A run that was never the run that was meant, replayed small, and its clean twin.
+
+The original: "gpt2-124m" with n_embd=384, which makes 40.56M parameters; dropout 0.1 on data seen once; a validation
+loss below the training loss; 7.6 billion tokens, ten times Chinchilla's; "MFU 11 %", of an A100's peak on an RTX 4070.
+Scaled down by 2000, on the source of Python's library, byte by byte; it takes ten seconds.
+"""
+
+import json
+import re
+
+import pytest
+
+from fastgpt import hardware
+from fastgpt.data.prepare import prepare
+from fastgpt.gpus import find_gpu
+from fastgpt.train import diagnose, plan
+from fastgpt.train.config import parse
+from fastgpt.train.presets import PRESETS
+from fastgpt.train.trainer import Trainer
+
+N_UPDATES = 3800
+SMALL = [
+    "--dataset=stdlib", "--device=cpu", "--dtype=float32", "--n_layer=1", "--n_head=2", "--block_size=64",
+    "--batch_size=16", "--gradient_accumulation_steps=1", "--learning_rate=3e-3", "--min_lr=3e-4",
+    "--eval_interval=950", "--eval_iters=20", "--log_interval=10", "--warmup_iters=100",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare("stdlib", data_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def run(data_dir, tmp_path, monkeypatch, capsys):
+    """Trains and gives the output and the findings' codes."""
+    # Chinchilla's law is not claimed for models as small as these; and the CPU stands in for the card of the original.
+    monkeypatch.setattr(diagnose, "LAW_HOLDS_FROM", 0)
+    monkeypatch.setattr(diagnose, "SMALLEST_SUBWORD_VOCABULARY", 0)
+
+    def train(*flags):
+        flags = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *flags]
+        one = Trainer(parse(flags, PRESETS))
+        monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 58.3e12)
+        monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA GeForce RTX 4070")
+        assert one.train() == 0
+        return capsys.readouterr().out, [finding.code for finding in one.diagnosis.findings]
+
+    return train
+
+
+def test_every_fault_of_the_run_is_named(run, tmp_path):
+    length = [f"--max_iters={N_UPDATES}", f"--lr_decay_iters={N_UPDATES}"]
+    said, codes = run("--preset=gpt2-124m", "--n_embd=32", "--dropout=0.1", *length)
+    lines = said.splitlines()
+    # 1: the size, in the first line
+    assert re.match(r"gpt2-124m with n_layer=1, n_embd=32.*: 0\.02M parameters, not 124M", lines[0])
+    # 2: dropout on data seen once
+    assert "of an epoch: what is seen once cannot be learnt by heart" in said
+    # 3: validation below training
+    assert re.search(r"That validation is 0\.\d+ below the logged loss is no riddle: dropout adds 0\.\d+", said)
+    # 4: ten times the tokens
+    times = float(re.search(r"a parameter, ([\d.]+) times Chinchilla's 20", said)[1])
+    assert times == pytest.approx(N_UPDATES * 1024 / (20 * 20_608), rel=0.1)
+    # 5: whose peak the MFU divides by
+    assert "of the NVIDIA GeForce RTX 4070's 58.3 TFLOP/s, dense" in said
+    assert "nanoGPT, which divides by an A100's 312 on any device, would say" in said
+    assert {"named-size", "dropout-on-fresh-data", "dropout-gap", "past-chinchilla"} <= set(codes)
+    # each once when it shows, and once more at the end
+    for code in codes:
+        records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        (found,) = [r for r in records if r["kind"] == "finding" and r["code"] == code]
+        assert said.count(found["text"]) == 2
+
+
+def test_the_clean_twin_has_no_fault(run):
+    length = ["--max_iters=1600", "--lr_decay_iters=1600", "--eval_interval=400"]  # four times Chinchilla's tokens
+    said, codes = run("--preset=quickstart", "--n_embd=32", *length)
+    assert codes == []
+    assert "what this run should make you think of" not in said
+
+
+def test_the_plan_of_the_original_says_what_it_is_not(data_dir):
+    config = parse(["--preset=gpt2-124m", "--n_embd=384", "--dropout=0.1", "--max_iters=14500"], PRESETS)
+    config = config.with_batch_size(16)
+    facts = diagnose.Facts(config, config.model(50304), 9_035_582_198)
+    found = {finding.code: finding.text for finding in diagnose.before(facts)}
+    assert found["named-size"].startswith("gpt2-124m with n_embd=384: 40.56M parameters, not 124M")
+    assert "of an epoch" in found["dropout-on-fresh-data"]
+    assert "9.4 times Chinchilla's 20" in found["past-chinchilla"]
+    assert plan.machine(find_gpu("rtx-4070")).peak == pytest.approx(58.3e12, rel=1e-3)
