@@ -155,7 +155,7 @@ def lines(p: Plan) -> list[str]:
     for choice in p.choices:
         mfu = choice.prediction.mfu(choice.accumulation)
         rate = choice.prediction.tokens_per_second(choice.accumulation)
-        held = choice.peak + p.parts.get(RESERVE, 0)
+        held = choice.prediction.memory + p.parts.get(RESERVE, 0)
         text.append(
             f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / gib:>7.2f}{rate:>12,.0f}"
             + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
@@ -219,7 +219,7 @@ def to_json(p: Plan) -> dict[str, Any]:
                 "batch_size": c.batch_size,
                 "gradient_accumulation_steps": c.accumulation,
                 "recompute": c.recompute,
-                "peak": c.peak + p.parts.get(RESERVE, 0),
+                "peak": c.prediction.memory + p.parts.get(RESERVE, 0),
                 "tokens_per_second": c.prediction.tokens_per_second(c.accumulation),
                 "mfu": c.prediction.mfu(c.accumulation),
             }

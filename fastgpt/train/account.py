@@ -1,8 +1,9 @@
 """What a training step calls and what memory it holds, counted by running it on tensors without data.
 
 The step that is counted is the one that trains (``TrainStep``), on meta tensors that stand for those of a CPU or a
-GPU; so the account cannot disagree with the code, and takes a tenth of a second for GPT-2 124M. Not seen are the
-temporaries inside a kernel, none of which grows with both batch and width, and what CUDA itself keeps.
+GPU; so the account cannot disagree with the code. It takes a tenth of a second for GPT-2 124M; the first one takes
+another second, in which PyTorch imports its compiler. Not seen are the temporaries inside a kernel, none of which grows
+with both batch and width, and what CUDA itself keeps.
 """
 
 import weakref

@@ -95,6 +95,7 @@ class Prediction:
         tokens: in a micro-batch.
         flops: of a micro-batch, as MFU counts them.
         peak: the machine's dense peak.
+        memory: bytes that tensors hold at most.
     """
 
     micro_step: dict[str, float]
@@ -102,6 +103,7 @@ class Prediction:
     tokens: int
     flops: float
     peak: float | None
+    memory: int
 
     def seconds(self, accumulation: int = 1) -> float:
         """Of an update of so many micro-batches."""
@@ -150,7 +152,7 @@ def predict(setup: Setup, machine: Machine, account: Account | None = None) -> P
         micro_step[call.kind] = micro_step.get(call.kind, 0.0) + seconds(call, machine)
     flops = float(setup.model.flops_per_token) * setup.tokens
     update = sum(seconds(call, machine) for call in account.update)
-    return Prediction(micro_step, update, setup.tokens, flops, machine.peak)
+    return Prediction(micro_step, update, setup.tokens, flops, machine.peak, account.peak)
 
 
 def seconds(call: Call, machine: Machine) -> float:
@@ -208,14 +210,12 @@ class Choice:
         batch_size: sequences, B.
         recompute: ``none``, ``cheap`` or ``block``.
         accumulation: micro-batches in an update.
-        peak: bytes that tensors hold at most.
-        prediction: of its time.
+        prediction: of its time and memory.
     """
 
     batch_size: int
     recompute: str
     accumulation: int
-    peak: int
     prediction: Prediction
 
 
@@ -238,7 +238,7 @@ def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequ
             if account.peak + reserve(setup) > memory:
                 break
             prediction = predict(tried, machine, account)
-            found.append(Choice(batch_size, kind, sequences // batch_size, account.peak, prediction))
+            found.append(Choice(batch_size, kind, sequences // batch_size, prediction))
     return found
 
 
@@ -254,7 +254,7 @@ def choose(found: Sequence[Choice]) -> Choice | None:
         return None
     best = max(choice.prediction.tokens_per_second(choice.accumulation) for choice in found)
     near = [c for c in found if c.prediction.tokens_per_second(c.accumulation) >= 0.99 * best]
-    return min(near, key=lambda choice: choice.peak)
+    return min(near, key=lambda choice: choice.prediction.memory)
 
 
 def settle(config: TrainConfig, setup: Setup, memory: int, machine: Machine | None) -> TrainConfig:

@@ -193,8 +193,9 @@ def _record(function: Callable[[], None], pool: Any) -> Any:
     try:
         with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
             function()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        for cause in (error, error.__context__):  # what ends the recording may fail over what interrupted it
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
         raise RuntimeError(f"a CUDA graph could not be recorded; cuda_graphs=False works without: {error}") from error
     return graph

@@ -24,7 +24,7 @@ from fastgpt.kernels import ops
 from fastgpt.model import GPT
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import checkpoint, plan, run_folder, trackers
-from fastgpt.train.account import Setup, count
+from fastgpt.train.account import Setup
 from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.diagnose import (
     CHECKPOINTS,
@@ -117,16 +117,15 @@ class Trainer:
         self._signal: int | None = None
 
     def _settled(self, config: TrainConfig) -> TrainConfig:
-        """The request with what it leaves to the device; counts and predicts the step on the way."""
+        """The request with what it leaves to the device; predicts the step on the way."""
         self.memory, _ = hardware.memory(self.device)
-        # A CPU's ceilings are measured only where a choice depends on them: that takes a second.
+        # On a CPU only where a choice depends on it: measuring its ceilings and counting take two seconds.
         known = hardware.known_gpu(self.device) is not None
         machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
         setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
         config = plan.settle(config, setup, self.memory, machine)
         setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
-        self.account = count(setup)
-        self.prediction = plan.predict(setup, machine, self.account) if machine is not None else None
+        self.prediction = plan.predict(setup, machine) if machine is not None else None
         return config
 
     # ---- the loop ----
@@ -205,8 +204,14 @@ class Trainer:
                 self.train_step(self._next_batch, rate)
                 return rate
             except torch.OutOfMemoryError as error:
-                self._shrink(error, log)
-                self.batches.load_state_dict(place)
+                smaller = self._smaller_micro_batch()
+                if smaller is None:
+                    raise RequestError(
+                        f"out of memory with micro-batches of {config.batch_size}: a smaller --batch_size, "
+                        "--recompute block or --state_bits 8 take less"
+                    ) from error
+            self._shrink(smaller, log)  # not before the exception is gone, which holds what filled the memory
+            self.batches.load_state_dict(place)
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
@@ -214,17 +219,15 @@ class Trainer:
         self.diagnosis.time_spent(DATA, time.perf_counter() - start)
         return batch
 
-    def _shrink(self, error: torch.OutOfMemoryError, log: RunLog) -> None:
-        """Half the micro-batch or less and as many more of them, so that an update has as many tokens as before."""
-        config = self.config
-        sequences = config.tokens_per_step // config.block_size
-        smaller = max((n for n in range(1, config.batch_size // 2 + 1) if sequences % n == 0), default=None)
-        if not self._resizable or smaller is None:
-            raise RequestError(
-                f"out of memory with micro-batches of {config.batch_size}: a smaller --batch_size, --recompute block "
-                "or --state_bits 8 take less"
-            ) from error
-        self.config = config = config.with_batch_size(smaller)
+    def _smaller_micro_batch(self) -> int | None:
+        """Half or less, such that an update can have as many tokens as before; ``None`` where it is not ours to say."""
+        sequences = self.config.tokens_per_step // self.config.block_size
+        half = self.config.batch_size // 2
+        return max((n for n in range(1, half + 1) if sequences % n == 0), default=None) if self._resizable else None
+
+    def _shrink(self, smaller: int, log: RunLog) -> None:
+        """Go on with smaller micro-batches, and as many more of them."""
+        self.config = config = self.config.with_batch_size(smaller)
         for loader in self.loaders.values():
             loader.batch_size = smaller
         self.train_step.start_over(config.gradient_accumulation_steps)
@@ -377,7 +380,6 @@ class Trainer:
         c, m = self.config, self.model_config
         start = f"from step {self.step} to" if self.step else "for"
         planned = c.max_iters * c.tokens_per_step
-        told = f"{str(self.dtype).removeprefix('torch.')}, {self.account.peak / 2**30:.2f} GiB in tensors predicted"
         lines = [
             f"{c.preset}: {m.n_params / 1e6:.2f}M parameters ({m.n_params_without_positions / 1e6:.2f}M without "
             f"positions), {m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}",
@@ -385,14 +387,15 @@ class Trainer:
             f"{c.batch_size} x {c.block_size}) {start} {c.max_iters:,} steps, {planned / 1e6:,.1f}M tokens, "
             f"{planned / m.n_params_without_positions:.3g} a parameter",
             f"learning rate: {c.learning_rate:g} to {c.min_lr:g} over {c.lr_decay_iters:,} steps",
-            f"device: {hardware.device_name(self.device)}, {self.memory / 2**30:.1f} GiB free, {told}",
+            f"device: {hardware.device_name(self.device)}, {self.memory / 2**30:.1f} GiB free, "
+            f"{str(self.dtype).removeprefix('torch.')}, recompute {c.recompute}",
         ]
-        if self.prediction is not None and self.prediction.peak is not None:
-            accumulation = c.gradient_accumulation_steps
-            rate, mfu = self.prediction.tokens_per_second(accumulation), self.prediction.mfu(accumulation)
+        p, accumulation = self.prediction, c.gradient_accumulation_steps
+        if p is not None:
+            mfu = f", MFU {p.mfu(accumulation):.1%} of {p.peak / 1e12:.1f} TFLOP/s" if p.peak is not None else ""
             lines.append(
-                f"predicted: {rate:,.0f} tokens/s, MFU {mfu:.1%} of {self.prediction.peak / 1e12:.1f} TFLOP/s; "
-                + plan.error_words(hardware.device_name(self.device))
+                f"predicted: {p.tokens_per_second(accumulation):,.0f} tokens/s{mfu}, {p.memory / 2**30:.2f} GiB in "
+                f"tensors; {plan.error_words(hardware.device_name(self.device))}"
             )
         return lines
 

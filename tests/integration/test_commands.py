@@ -319,11 +319,11 @@ from pathlib import Path
 from fastgpt.train.__main__ import main
 from fastgpt.train.trainer import Trainer
 update = Trainer._update
-def watched(trainer):
-    loss = update(trainer)
+def watched(trainer, log):
+    rate = update(trainer, log)
     if trainer.step + 1 in (100, 2000):
         print("resident kB:", Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0], file=sys.stderr)
-    return loss
+    return rate
 Trainer._update = watched
 sys.exit(main(sys.argv[1:]))
 """

@@ -157,7 +157,13 @@ TARGETS = {
     "linear_cross_entropy": Target(
         kernels.linear_cross_entropy,
         {"x": floats(4, 8), "weight": floats(7, 8), "targets": INDICES},
-        {"x": PLAIN, "weight": Argument(any_size=(-2,)), "targets": SEVEN, "ignore_index": INDEX},
+        {
+            "x": PLAIN,
+            "weight": Argument(any_size=(-2,)),
+            "targets": SEVEN,
+            "ignore_index": INDEX,
+            "gradient_scale": Argument((2.0, "1", True, 1j, [1.0], torch.ones(2), torch.ones((), dtype=torch.float64))),
+        },
     ),
     # The modules: what they do not inherit from torch.nn, and what they are called with.
     "Linear": Target(

@@ -62,7 +62,7 @@ def test_nothing_on_a_gpu_takes_less_than_a_launch_and_on_a_cpu_than_a_call():
 
 
 def test_an_update_is_its_micro_batches_and_the_optimizer():
-    p = plan.Prediction({"GEMM": 0.2, "norm": 0.1}, update=0.4, tokens=1000, flops=3e11, peak=1e12)
+    p = plan.Prediction({"GEMM": 0.2, "norm": 0.1}, update=0.4, tokens=1000, flops=3e11, peak=1e12, memory=1)
     assert p.seconds(4) == pytest.approx(1.6)
     assert p.tokens_per_second(4) == pytest.approx(2500)
     assert p.mfu(4) == pytest.approx(4 * 3e11 / 1.6 / 1e12)
@@ -113,7 +113,7 @@ def test_less_memory_takes_a_smaller_micro_batch_or_more_recomputation_and_at_la
     speeds = []
     for memory in (24 * GB, 12 * GB, 6 * GB, 4 * GB):
         chosen = choice("gpt2-124m", memory)
-        assert chosen.peak + plan.CUDA_RESERVE <= memory
+        assert chosen.prediction.memory + plan.CUDA_RESERVE <= memory
         speeds.append(chosen.prediction.tokens_per_second(chosen.accumulation))
     assert speeds == sorted(speeds, reverse=True)
     assert choice("gpt2-124m", 2 * GB) is None

@@ -1,6 +1,7 @@
 """One update: what it leaves behind, and that a GPU would never have to wait for the host."""
 
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,41 @@ def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkey
         step(source.__next__, 1e-3)
         made.append(Graph.made)
     assert made == [0, 2, 2]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_memory_that_runs_out_while_recording_is_told_as_that(monkeypatch, masked):
+    """Ending a recording that was interrupted may fail too, and hide why."""
+
+    @contextmanager
+    def recording(graph, pool, stream):
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if masked:
+                raise RuntimeError("operation failed due to a previous error during capture") from None
+            raise
+
+    def full():
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        step_module._record(full, pool=None)
+
+
+def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext())
+
+    def broken():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="cuda_graphs=False works without: operation not permitted"):
+        step_module._record(broken, pool=None)
 
 
 class Waiting(GPT):
