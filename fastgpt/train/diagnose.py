@@ -126,8 +126,8 @@ class Facts:
 
 
 def wanted_tokens_per_step(config: TrainConfig) -> int | None:
-    """What an update should hold, if the preset says so."""
-    return PRESETS.get(config.preset, {}).get("total_batch_size")
+    """What an update should hold, by the request or else by its preset; ``None`` if neither says."""
+    return config.total_batch_size or PRESETS.get(config.preset, {}).get("total_batch_size")
 
 
 def before(facts: Facts) -> list[Finding]:

@@ -15,6 +15,7 @@ from fastgpt.train.diagnose import (
     Facts,
     before,
     mfu_sentence,
+    wanted_tokens_per_step,
 )
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.schedule import learning_rate
@@ -268,6 +269,13 @@ def test_tokens_that_the_accumulation_misses_are_found_with_the_choice_that_reac
 @pytest.mark.parametrize("wanted", [None, 16 * 32 * 1024])
 def test_tokens_that_are_reached_or_were_not_asked_for_are_not_found(wanted):
     assert before(facts(known={"wanted_tokens_per_step": wanted})) == []
+
+
+def test_the_tokens_asked_for_are_the_flags_or_the_presets():
+    assert wanted_tokens_per_step(facts().config) == 2**19
+    assert wanted_tokens_per_step(facts(total_batch_size=4096, block_size=64).config) == 4096
+    assert wanted_tokens_per_step(facts(batch_size=12, gradient_accumulation_steps=40).config) == 2**19
+    assert wanted_tokens_per_step(facts("quickstart").config) is None
 
 
 def test_products_that_cannot_fill_the_gpu_are_found():
