@@ -38,6 +38,7 @@ from bench.timing import commit, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
+from fastgpt.model.branches import RECOMPUTE
 from fastgpt.model.config import GPTConfig
 from fastgpt.plan import gigabytes
 from fastgpt.train import plan
@@ -111,6 +112,7 @@ class Request:
         config: the model, without dropout.
         batch_size: of a micro-batch.
         accumulation: micro-batches in an update.
+        recompute: by fastgpt: ``none``, ``cheap`` or ``block``.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Request:
     accumulation: int
     device: torch.device
     dtype: torch.dtype
+    recompute: str = "cheap"
 
     @property
     def tokens(self) -> int:
@@ -127,7 +130,12 @@ class Request:
 
     def setup(self) -> Setup:
         """The step of fastgpt, as the plan wants it."""
-        return Setup(self.config, self.batch_size, self.device.type, self.dtype)
+        return Setup(self.config, self.batch_size, self.device.type, self.dtype, recompute=self.recompute)
+
+    def make(self, name: str) -> Update:
+        """A contender's update."""
+        options = {"recompute": self.recompute} if name.startswith(OURS) else {}
+        return CONTENDERS[name](self.config, self.device, self.dtype, self.accumulation, **options)
 
     def batches(self, seed: int = 2) -> Iterator[list[Batch]]:
         """An update's micro-batches, again and again."""
@@ -150,7 +158,7 @@ def prepare(name: str, request: Request) -> Contender:
     before = torch.cuda.memory_allocated(request.device) if cuda else 0
     torch.manual_seed(1)
     try:
-        contender.update = CONTENDERS[name](request.config, request.device, request.dtype, request.accumulation)
+        contender.update = request.make(name)
         batches = request.batches(seed=3)
         for _ in range(WARM_UP):
             contender.losses.append(contender.update(next(batches)).item())
@@ -214,7 +222,7 @@ def largest(name: str, request: Request, seconds: float) -> dict[str, Any]:
     tried: dict[int, bool] = {}
 
     def fits(batch_size: int) -> bool:
-        resized = Request(request.name, request.config, batch_size, 1, request.device, request.dtype)
+        resized = replace(request, batch_size=batch_size, accumulation=1, recompute="cheap")
         contender = prepare(name, resized)
         if contender.update is not None:
             take_turns({name: contender}, resized, seconds, least=2)
@@ -287,11 +295,15 @@ def loss_curves(names: Sequence[str], request: Request, n_updates: int) -> dict[
     """Each one's losses from the first update on, and plain PyTorch's in fp32."""
     curves = {}
     for name in (*names, "eager, fp32"):
-        make, dtype = (plain_update, torch.float32) if name == "eager, fp32" else (CONTENDERS[name], request.dtype)
         release()
         torch.manual_seed(1)
         try:
-            update = make(request.config, request.device, dtype, request.accumulation)
+            exact = name == "eager, fp32"
+            update = (
+                plain_update(request.config, request.device, torch.float32, request.accumulation)
+                if exact
+                else request.make(name)
+            )
             losses = [update(batches) for batches, _ in zip(request.batches(), range(n_updates), strict=False)]
             curves[name] = torch.stack(losses).tolist()
         except Exception as error:
@@ -517,7 +529,8 @@ def requested(flags: Any) -> Request:
     model = replace(config.model(vocabulary), dropout=0.0)  # without chance, so that losses can be compared
     device = hardware.find_device(flags.device)
     dtype = hardware.training_dtype(device) if flags.dtype == "auto" else getattr(torch, flags.dtype)
-    return Request(flags.preset, model, config.batch_size, flags.accumulation, device, dtype)
+    recompute = flags.recompute or ("none" if device.type == "cuda" else "cheap")
+    return Request(flags.preset, model, config.batch_size, flags.accumulation, device, dtype, recompute)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -532,6 +545,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=None, help="default all")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto for a GPU if there is one")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--recompute", choices=RECOMPUTE, help="by fastgpt; default none, on a CPU and for the largest cheap"
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="for the turns; default 30")
     parser.add_argument("--vram", help="limit for the largest micro-batch, such as 12GB; on a GPU")
     parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of kernel")

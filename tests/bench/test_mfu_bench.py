@@ -142,4 +142,6 @@ def mfu_flags():
     from types import SimpleNamespace
 
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size")
-    return SimpleNamespace(preset="quickstart", device="cpu", dtype="float32", accumulation=2, **dict.fromkeys(names))
+    return SimpleNamespace(
+        preset="quickstart", device="cpu", dtype="float32", accumulation=2, recompute=None, **dict.fromkeys(names)
+    )
