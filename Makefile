@@ -25,7 +25,8 @@ gpu:  ## test and time kernels and steps on an NVIDIA GPU, in ten minutes, with 
 	mkdir -p "$$folder"; \
 	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
 	echo "testing; output goes to $$folder/tests.txt"; \
-	OMP_NUM_THREADS=2 timeout -s INT 220 $(PYTHON) -m pytest tests/kernels tests/train tests/data/test_prefetch.py \
+	OMP_NUM_THREADS=2 timeout -s INT 220 $(PYTHON) -m pytest tests/kernels tests/train/test_step.py \
+		tests/train/test_account.py tests/data/test_prefetch.py \
 		-k "(triton or compile or ops or on_a_gpu) and not ahead_of_time" $$workers \
 		--tb=short --durations=10 -W "default:fastgpt runs on plain PyTorch:UserWarning" > "$$folder/tests.txt" 2>&1; \
 	status=$$?; \

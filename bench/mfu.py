@@ -40,10 +40,9 @@ from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.model.branches import RECOMPUTE
 from fastgpt.model.config import GPTConfig
-from fastgpt.plan import gigabytes
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
-from fastgpt.train.config import AUTO, TrainConfig
+from fastgpt.train.config import AUTO, TrainConfig, parse_gigabytes
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import Batch, leave_default_stream
 
@@ -555,7 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
     flags = parser.parse_args(argv)
     request = requested(flags)
-    vram = gigabytes(flags.vram) if flags.vram else None
+    vram = parse_gigabytes("vram", flags.vram) if flags.vram else None
     if vram and request.device.type != "cuda":
         raise RequestError("--vram limits a GPU's memory; there is none here")
     names = [name for name in CONTENDERS if flags.contenders is None or name in flags.contenders]
@@ -616,7 +615,10 @@ def write(record: dict[str, Any], folder: Path) -> None:
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(record))
     if any("ms" in c for c in record["contenders"].values()):
-        plot(record, stem.with_suffix(".png"))
+        try:
+            plot(record, stem.with_suffix(".png"))
+        except ModuleNotFoundError as error:  # a machine lent for its GPU may have PyTorch and little else
+            print(f"no picture: {error}")
 
 
 if __name__ == "__main__":

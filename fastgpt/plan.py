@@ -10,7 +10,6 @@ step was measured is said beside them.
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from fastgpt.model import GPTConfig
 from fastgpt.model.config import padded_vocab_size
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
-from fastgpt.train.config import TrainConfig, add_flags, parse_count, resolve
+from fastgpt.train.config import TrainConfig, add_flags, parse_count, parse_gigabytes, resolve
 from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, before, wanted_tokens_per_step
 from fastgpt.train.log import duration
 from fastgpt.train.presets import PRESETS
@@ -231,14 +230,6 @@ def to_json(p: Plan) -> dict[str, Any]:
 # ---- the command ----
 
 
-def gigabytes(text: str) -> float:
-    """``12GB``, ``12`` or ``11.5``: in units of 2**30 bytes, as cards are sold."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
-    if number is None or float(number[1]) == 0:
-        raise RequestError(f"--vram takes an amount such as 12GB, not '{text}'")
-    return float(number[1])
-
-
 def dataset_facts(config: TrainConfig) -> tuple[int, int | None]:
     """The dataset's vocabulary and tokens, if it is here; otherwise the vocabulary that is known or likely."""
     try:
@@ -273,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = _dtype(config.dtype, hardware.training_dtype(device))
         device_type, machine, memory = device.type, plan.at_hand(device, dtype), hardware.memory(device)[0]
     if vram:
-        memory = int(gigabytes(vram) * 2**30)
+        memory = int(parse_gigabytes("vram", vram) * 2**30)
     setup = Setup(model, max(config.batch_size, 1), device_type, dtype, config.state_bits)
     budget = int(parse_count("tokens", tokens)) if tokens else None
     planned = make(config, machine, setup, memory, dataset_tokens, budget)

@@ -117,11 +117,6 @@ def test_a_wrong_request_is_refused_in_a_line(flags, said):
         plan.main(flags)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("12GB", 12.0), ("11.5", 11.5), ("8 gib", 8.0)])
-def test_memory_is_given_as_cards_are_sold(text, expected):
-    assert plan.gigabytes(text) == expected
-
-
 @pytest.mark.parametrize(("number", "text"), [(2.47e9, "2.47B"), (38.63e6, "38.63M"), (9200, "9.20K"), (7, "7")])
 def test_amounts_are_short(number, text):
     assert plan.amount(number) == text

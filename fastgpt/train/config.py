@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -199,6 +200,18 @@ def parse_count(flag: str, text: str) -> float:
     if not count > 0:
         raise RequestError(f"--{flag} takes a count such as 124M, not '{text}'")
     return count
+
+
+def parse_gigabytes(flag: str, text: str) -> float:
+    """``12GB``, ``12`` or ``11.5``: in units of 2**30 bytes, as cards are sold.
+
+    Raises:
+        RequestError: it is none; the message names the flag.
+    """
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise RequestError(f"--{flag} takes an amount such as 12GB, not '{text}'")
+    return float(number[1])
 
 
 def _parse_batch_size(text: str) -> int:

@@ -2,10 +2,8 @@ import random
 
 import pytest
 
-from fastgpt.data.prepare import prepare
 from fastgpt.train.config import parse
 from fastgpt.train.presets import PRESETS
-from fastgpt.train.trainer import Trainer
 
 # A run of a tenth of a second.
 TINY = {
@@ -18,6 +16,8 @@ TINY = {
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A folder with the dataset ``words``: random words, a few per line."""
+    from fastgpt.data.prepare import prepare
+
     folder = tmp_path_factory.mktemp("datasets")
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 7))) for _ in range(8)]
@@ -30,6 +30,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def trainer(data_dir, tmp_path):
     """Makes a trainer of a tiny model from flags given as keywords, in ``tmp_path/run`` if not told otherwise."""
+    from fastgpt.train.trainer import Trainer  # here, so that tests of the step alone need torch alone
 
     def make(**flags):
         flags = {"dataset": "words", "data_dir": data_dir, "out_dir": tmp_path / "run", **TINY, **flags}

@@ -4,7 +4,7 @@ import pytest
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train.config import AUTO, TrainConfig, parse
+from fastgpt.train.config import AUTO, TrainConfig, parse, parse_gigabytes
 from fastgpt.train.presets import PRESETS
 
 _NAMES = """
@@ -268,3 +268,8 @@ def test_a_preset_of_gpt2_leaves_the_micro_batch_to_the_device_and_says_the_toke
 def test_nanogpts_two_flags_mean_what_they_mean_there_whatever_the_preset():
     config = parse(["--preset=gpt2-124m", "--batch_size=12", "--gradient_accumulation_steps=40"], PRESETS)
     assert config.tokens_per_step == 12 * 40 * 1024
+
+
+@pytest.mark.parametrize(("text", "expected"), [("12GB", 12.0), ("11.5", 11.5), ("8 gib", 8.0)])
+def test_memory_is_given_as_cards_are_sold(text, expected):
+    assert parse_gigabytes("vram", text) == expected
