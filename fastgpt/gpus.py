@@ -4,12 +4,12 @@ Peaks are not written down but reckoned: SMs x clock x FLOP a cycle. All are den
 as high, that data sheets like to print are used nowhere.
 """
 
+import difflib
 import re
 from dataclasses import dataclass
 
 import torch
 
-from fastgpt.cli import did_you_mean
 from fastgpt.errors import RequestError
 
 
@@ -259,9 +259,10 @@ def find_gpu(text: str) -> GPU:
         return GPUS[candidates[0]]
     if alike:
         raise RequestError(f"'{text}' does not name one GPU; say which: {', '.join(candidates or alike)}")
-    nearest = did_you_mean(" ".join(words), [" ".join(_words(name)) for name in GPUS])
-    known = ", ".join(name.removeprefix("NVIDIA ").removeprefix("GeForce ") for name in GPUS)
-    raise RequestError(f"'{text}' is no GPU of the table{nearest or '.'} It has {known}")
+    by_words = {" ".join(_words(name)): name.removeprefix("NVIDIA ").removeprefix("GeForce ") for name in GPUS}
+    nearest = [by_words[match] for match in difflib.get_close_matches(" ".join(words), by_words, n=3, cutoff=0.5)]
+    said = f"near it are {', '.join(nearest)}" if nearest else "it has names such as RTX 4070, A100-SXM4-80GB, L4"
+    raise RequestError(f"'{text}' is no GPU of the table of {len(GPUS)} in fastgpt/gpus.py; {said}")
 
 
 def _may_be(words: list[str], gpu: GPU) -> bool:

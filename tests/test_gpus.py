@@ -1,5 +1,4 @@
 import math
-import re
 
 import pytest
 import torch
@@ -292,13 +291,17 @@ def test_a_name_that_may_mean_several_cards_is_refused_with_their_names(text, ca
 
 
 @pytest.mark.parametrize(
-    ("text", "nearest"),
-    [("rtx 4075", "; did you mean 40"), ("h100 nvlink", "; did you mean h100 nvl"), ("quantum", "")],
+    ("text", "said"),
+    [
+        ("rtx 4075", "near it are RTX 40"),
+        ("h100 nvlink", "near it are H100 NVL"),
+        ("quantum", "it has names such as RTX 4070"),
+    ],
 )
-def test_an_unknown_card_is_refused_with_the_nearest_and_all_names(text, nearest):
-    with pytest.raises(RequestError, match=f"^'{text}' is no GPU of the table{re.escape(nearest or '. It has')}") as e:
+def test_an_unknown_card_is_refused_with_the_nearest_names(text, said):
+    with pytest.raises(RequestError, match=f"^'{text}' is no GPU of the table of {len(GPUS)} in .*; {said}") as e:
         find_gpu(text)
-    assert "RTX 4070," in str(e.value)
+    assert len(str(e.value)) < 160
     assert "\n" not in str(e.value)
 
 
