@@ -564,17 +564,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = [name for name in names if name != "compile, chunked loss"]
     if not names:
         raise RequestError("--contenders: none of these can run here")
+    folder = flags.out or results_folder(request.device)
     leave_default_stream(request.device)
     record = {
         **provenance("bench.mfu", argv, request.device),
         **measure(names, request, flags.seconds, flags.profile),
     }
+    write(record, folder)  # what there is, in case the rest takes longer than it may
     if flags.loss_steps:
         record |= {"loss_steps": flags.loss_steps, "loss_curves": loss_curves(names, request, flags.loss_steps)}
+        write(record, folder)
     if vram:
         record |= {"vram_gb": vram, "largest": within(vram, names, request)}
-    folder = flags.out or results_folder(request.device)
-    write(record, folder)
+        write(record, folder)
     titles, rows = columns(record), table(record)
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     for row in [titles, *rows]:
