@@ -25,15 +25,15 @@ gpu:  ## test and time kernels and steps on an NVIDIA GPU, in ten minutes, with 
 	mkdir -p "$$folder"; \
 	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
 	echo "testing; output goes to $$folder/tests.txt"; \
-	OMP_NUM_THREADS=2 timeout -s INT 210 $(PYTHON) -m pytest tests/kernels tests/train/test_step.py \
+	OMP_NUM_THREADS=2 timeout -s INT 170 $(PYTHON) -m pytest tests/kernels tests/train/test_step.py \
 		tests/train/test_account.py tests/data/test_prefetch.py \
 		-k "(triton or compile or ops or on_a_gpu) and not ahead_of_time" $$workers \
 		--tb=short --durations=10 -W "default:fastgpt runs on plain PyTorch:UserWarning" > "$$folder/tests.txt" 2>&1; \
 	status=$$?; \
 	tail -n 20 "$$folder/tests.txt"; \
-	timeout -s INT 250 $(PYTHON) -m bench.mfu --device cuda --preset gpt2-124m --seconds 15 --profile --loss_steps 200 \
+	timeout -s INT 240 $(PYTHON) -m bench.mfu --device cuda --preset gpt2-124m --seconds 15 --profile --loss_steps 200 \
 		--contenders fastgpt "fastgpt, no graphs" eager compile || status=$$?; \
-	timeout -s INT 120 $(PYTHON) -m bench.kernels --device cuda --seconds 45 || status=$$?; \
+	timeout -s INT 180 $(PYTHON) -m bench.kernels --device cuda --seconds 60 || status=$$?; \
 	exit $$status
 
 mfu:  ## time whole training steps against torch.compile, on a GPU with the python3 at hand (ARGS=… for flags)
