@@ -619,7 +619,7 @@ def write(record: dict[str, Any], folder: Path) -> None:
     if any("ms" in c for c in record["contenders"].values()):
         try:
             plot(record, stem.with_suffix(".png"))
-        except ModuleNotFoundError as error:  # a machine lent for its GPU may have PyTorch and little else
+        except ModuleNotFoundError as error:  # a machine with a GPU may have PyTorch and little else
             print(f"no picture: {error}")
 
 
