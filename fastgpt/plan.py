@@ -23,7 +23,7 @@ from fastgpt.data.shards import open_dataset
 from fastgpt.errors import RequestError
 from fastgpt.gpus import find_gpu
 from fastgpt.model import GPTConfig
-from fastgpt.model.config import padded_vocab_size
+from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
 from fastgpt.train.config import TrainConfig, add_flags, parse_count, parse_gigabytes, resolve
@@ -35,7 +35,6 @@ RESERVE = "CUDA's own, assumed"
 
 # Of datasets that may not have been prepared yet; any other is taken for GPT-2's.
 VOCABULARIES = {"stdlib": 256, "shakespeare-char": 65}
-GPT2_VOCABULARY = 50257
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def make(
     """
     kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
     found = plan.choices(setup, machine, memory, config.tokens_per_step, kinds)
-    config = plan.settle(config, setup, memory, machine)
+    config = plan.settle(config, setup, memory, found)
     setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
     account = count(setup)
     parts = dict(account.memory)
@@ -254,14 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = config.model(padded_vocab_size(vocab_size))
     if gpu_name:
         gpu = find_gpu(gpu_name)
-        dtype = _dtype(config.dtype, torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
+        dtype = config.torch_dtype(torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
         if gpu.tflops(dtype) is None:
             raise RequestError(f"the {gpu.name} has no {config.dtype}")
         device_type, machine = "cuda", plan.machine(gpu, dtype)
         memory = machine.memory or 0
     else:
         device = hardware.find_device(config.device)
-        dtype = _dtype(config.dtype, hardware.training_dtype(device))
+        dtype = config.torch_dtype(hardware.training_dtype(device))
         device_type, machine, memory = device.type, plan.at_hand(device, dtype), hardware.memory(device)[0]
     if vram:
         memory = int(parse_gigabytes("vram", vram) * 2**30)
@@ -275,10 +274,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in lines(planned):
         console.print(line, markup=False)
     return 0
-
-
-def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:
-    return automatic if name == "auto" else getattr(torch, name)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,9 @@ class GPTConfig:
         return 6 * self.n_params_without_positions + 12 * self.n_layer * self.n_embd * self.block_size
 
 
+GPT2_VOCABULARY = 50257
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """Vocabularies of a thousand and more are rounded up to a multiple of 128, which GEMMs like: 50257 to 50304."""
     return vocab_size if vocab_size < 1000 else -(-vocab_size // 128) * 128

@@ -23,6 +23,8 @@ from fastgpt.train.step import TrainStep
 
 aten = torch.ops.aten
 
+SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -100,7 +102,7 @@ def count(setup: Setup) -> Account:
         store = step.store
         ledger.hold("gradients, fp32", store.grad)
         ledger.hold("weights, fp32", store.master)
-        ledger.hold(f"weights, {_short(setup.dtype)}", store.working)
+        ledger.hold(f"weights, {SHORT_NAMES[setup.dtype]}", store.working)
         ledger.hold(f"AdamW's moments, {setup.state_bits} bits", *step.moments.values())
         ledger.hold("batches", *batches)
         with ledger:
@@ -108,10 +110,6 @@ def count(setup: Setup) -> Account:
             micro_step, ledger.calls = ledger.calls, []
             step._update()
     return Account(micro_step, ledger.calls, ledger.at_peak)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 class _Ledger(TorchDispatchMode):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
 from fastgpt.cli import Parser, did_you_mean, parse_bool
 from fastgpt.errors import RequestError
 from fastgpt.kernels.ops import BACKENDS
@@ -137,6 +139,10 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens in one update."""
         return self.total_batch_size or self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+    def torch_dtype(self, automatic: torch.dtype) -> torch.dtype:
+        """What ``--dtype`` names; ``automatic`` for auto."""
+        return automatic if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def with_batch_size(self, batch_size: int) -> "TrainConfig":
         """The same run with this micro-batch, and with as many of them in an update as make it exact.

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.model.config import GPTConfig
+from fastgpt.train.account import SHORT_NAMES
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.plan import TILES
 from fastgpt.train.presets import PRESETS
@@ -582,7 +583,6 @@ def _paired(a: _Evaluation, b: _Evaluation) -> bool:
 
 # ---- words ----
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 A100 = 312e12  # FLOP/s, dense bf16: what nanoGPT divides by
 
 
@@ -596,7 +596,7 @@ def mfu_sentence(flops_per_second: float, peak: float | None, device: str, dtype
         dtype: of the products.
     """
     reached = f"{flops_per_second / 1e12:.3g} TFLOP/s"
-    kind = _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+    kind = SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
     if peak is None:
         return f"{reached} on {device} in {kind}, whose peak is not known: no MFU"
     text = f"MFU {flops_per_second / peak:.1%}: {reached} of the {device}'s {peak / 1e12:.4g} TFLOP/s, dense {kind}"

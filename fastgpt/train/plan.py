@@ -257,25 +257,24 @@ def choose(found: Sequence[Choice]) -> Choice | None:
     return min(near, key=lambda choice: choice.prediction.memory)
 
 
-def settle(config: TrainConfig, setup: Setup, memory: int, machine: Machine | None) -> TrainConfig:
+def settle(config: TrainConfig, setup: Setup, memory: int, found: Sequence[Choice]) -> TrainConfig:
     """The request with what it leaves to the device: micro-batch, accumulation and recomputation.
 
     Args:
         config: its micro-batch is kept if it names one.
         setup: the model, device type, dtype and bits of the moments.
         memory: bytes that there are.
-        machine: predicts which micro-batch is fastest; needed only where that is left open.
+        found: what :func:`choices` found in it; needed only where the micro-batch is left open.
 
     Raises:
         RequestError: nothing fits, or no number of micro-batches makes the update exact.
     """
-    kinds = kinds_of_recompute(config.recompute, setup.device_type)
     if config.batch_size != AUTO:
+        kinds = kinds_of_recompute(config.recompute, setup.device_type)
         asked = replace(setup, batch_size=config.batch_size)
         kind = kinds[0] if len(kinds) == 1 else least_recompute(asked, memory, kinds)
         return replace(config, recompute=kind or kinds[-1])
-    assert machine is not None
-    choice = choose(choices(setup, machine, memory, config.total_batch_size, kinds))
+    choice = choose(found)
     if choice is not None:
         return replace(config.with_batch_size(choice.batch_size), recompute=choice.recompute)
     if config.total_batch_size % config.block_size:

@@ -22,7 +22,7 @@ from fastgpt.data.shards import Dataset, open_dataset
 from fastgpt.errors import RequestError
 from fastgpt.kernels import ops
 from fastgpt.model import GPT
-from fastgpt.model.config import padded_vocab_size
+from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
 from fastgpt.train import checkpoint, plan, run_folder, trackers
 from fastgpt.train.account import Setup
 from fastgpt.train.config import AUTO, TrainConfig
@@ -44,8 +44,6 @@ from fastgpt.train.schedule import learning_rate
 from fastgpt.train.statistics import standard_error
 from fastgpt.train.step import Batch, TrainStep, leave_default_stream
 
-GPT2_VOCABULARY = 50257  # assumed of bare token files, which do not tell theirs
-
 
 class Trainer:
     """One run, from its configuration to its last checkpoint.
@@ -61,7 +59,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.device = hardware.find_device(config.device)
-        self.dtype = _dtype(config.dtype, self.device)
+        self.dtype = config.torch_dtype(hardware.training_dtype(self.device))
         try:
             ops.backend_of(self.device.type, self.dtype)
         except RuntimeError as error:
@@ -71,6 +69,7 @@ class Trainer:
         self.run = Path(config.out_dir) if resuming else run_folder.check(config)
         self.dataset = _open_or_prepare(config)
         self.tokenizer = self.dataset.tokenizer()
+        # bare token files do not tell their vocabulary, and are taken for GPT-2's
         self.model_config = config.model(padded_vocab_size(self.dataset.vocab_size or GPT2_VOCABULARY))
         self._resizable = config.batch_size == AUTO
         self.config = config = self._settled(config)
@@ -123,7 +122,11 @@ class Trainer:
         known = hardware.known_gpu(self.device) is not None
         machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
         setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
-        config = plan.settle(config, setup, self.memory, machine)
+        found: list[plan.Choice] = []
+        if machine is not None and config.batch_size == AUTO:
+            kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
+            found = plan.choices(setup, machine, self.memory, config.total_batch_size, kinds)
+        config = plan.settle(config, setup, self.memory, found)
         setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
         self.prediction = plan.predict(setup, machine) if machine is not None else None
         return config
@@ -434,9 +437,3 @@ def _open_or_prepare(config: TrainConfig) -> Dataset:
         if config.dataset != "stdlib":
             raise
         return open_dataset(prepare("stdlib", data_dir=config.data_dir))
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return hardware.training_dtype(device)
-    return getattr(torch, name)
