@@ -20,7 +20,7 @@ class Extension:
 
     library: Path | None
     reason: str
-    left_to_torch: frozenset[str] = frozenset()  # operators that PyTorch does faster on this CPU
+    products: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()  # operands, result: faster than PyTorch's
 
 
 def load() -> Extension:
@@ -41,8 +41,9 @@ def load() -> Extension:
         torch.ops.load_library(str(built[0]))
     except OSError as error:
         return _without(f"{built[0].name} does not load: {str(error).splitlines()[0]}")
-    slower = frozenset() if torch.ops.fastgpt.matmul_beats_torch() else frozenset({"matmul_"})
-    return Extension(built[0], built[0].name.split(".")[0].removeprefix("_cpu_"), slower)
+    kinds = ((a, out) for a in (torch.float32, torch.bfloat16) for out in {a, torch.float32})
+    faster = (k for k in kinds if torch.ops.fastgpt.matmul_beats_torch(*(dtype == torch.bfloat16 for dtype in k)))
+    return Extension(built[0], built[0].name.split(".")[0].removeprefix("_cpu_"), frozenset(faster))
 
 
 def _without(reason: str) -> Extension:

@@ -11,6 +11,7 @@ from fastgpt.kernels import autocast, checks
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
+from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
 from fastgpt.kernels.rehearsal import on_gpu
 
 
@@ -59,6 +60,16 @@ class _Embedding(Function):
         return ()
 
 
+def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` on whole tiles where it would read past the rows of ``x``, or its backward past those of ``dy``."""
+    if not (reads_past_rows(x) or reads_past_rows(weight.T)):
+        return F.linear(x, weight, bias)
+    (C_out, C_in), tile = weight.shape, TILE_DEPTH
+    bias = None if bias is None else F.pad(bias, (0, -C_out % tile))
+    y = F.linear(F.pad(x, (0, -C_in % tile)), F.pad(weight, (0, -C_in % tile, 0, -C_out % tile)), bias)
+    return y[..., :C_out]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: ``F.linear``, its weight gradient added into ``weight.main_grad`` if there is one.
 
@@ -86,10 +97,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         checks.shape("bias", bias, (weight.shape[0],))
     if autocast.enabled(x.device.type) and torch.float64 not in (t.dtype for t in (x, weight, bias) if t is not None):
         checks.on_one_device("x", x=x, weight=weight, bias=bias)
-        return F.linear(x, weight, bias)
+        return _pytorchs(*autocast.in_autocast_dtype(x, weight, bias))
     checks.same("x", x=x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
+        return _pytorchs(x, weight, bias)
     return apply(_Linear, x, weight, bias, main_grad_of(weight))
 
 

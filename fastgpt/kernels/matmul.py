@@ -28,8 +28,7 @@ def matmul_into(
         accumulate: add to what ``out`` holds; excludes ``bias``.
         row_sums: ``(M,)``, dtype of ``a``, becomes ``a.sum(1)``.
     """
-    # with a result of bf16 PyTorch's has nothing to lose
-    packable = min(out.shape) >= SMALLEST_PACKED and out.dtype == torch.float32 and a.dtype != torch.float16
+    packable = min(out.shape) >= SMALLEST_PACKED and (a.dtype, out.dtype) in ops.EXTENSION.products
     multiply = ops.resolve("matmul_", a) if packable else reference.matmul_
     multiply(out, a, b, bias, accumulate, row_sums)
     return out

@@ -243,7 +243,7 @@ EXTENSION = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"
 # What a compiled backend leaves to plain PyTorch, and why.
 _left_to_torch: dict[str, dict[str, str]] = {
     "triton": {"matmul_": "cuBLAS"},
-    "cpp": dict.fromkeys(EXTENSION.left_to_torch, "PyTorch's is faster on this CPU"),
+    "cpp": {} if EXTENSION.products else {"matmul_": "PyTorch's is faster on this CPU"},
     "reference": {},
 }
 

@@ -27,10 +27,26 @@ def _result(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ---- matrix product ----
 
+# On AMX oneDNN's products of bf16 read past the end of a row of the left operand, up to a whole tile's, and multiply
+# what they find by zero: a NaN or an infinity there makes their result NaN.
+TILE_DEPTH = 32
+
+
+def reads_past_rows(x: Tensor) -> bool:
+    """Whether PyTorch's product of ``x``, as the left operand, may depend on what lies behind its rows."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.shape[-1] % TILE_DEPTH != 0
+
+
+def _with_zeros_behind(a: Tensor) -> Tensor:
+    """``a``, behind whose rows there are zeros wherever PyTorch's product would read them."""
+    K = a.shape[1]
+    return F.pad(a, (0, -K % TILE_DEPTH))[:, :K] if reads_past_rows(a) else a
+
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool, row_sums: Tensor | None) -> None:
     if row_sums is not None:
         torch.sum(a, 1, out=row_sums)
+    a = _with_zeros_behind(a)
     if accumulate and a.dtype == out.dtype:
         out.addmm_(a, b)
     elif accumulate and on_gpu(out):  # half-precision operands, summed in fp32 inside the product
@@ -244,13 +260,13 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    logits = x @ weight.T
+    logits = _with_zeros_behind(x) @ weight.T
     losses, lse = cross_entropy(logits, targets, ignore_index)
     inverse_count = 1.0 / (targets != ignore_index).sum()
     scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
     dlogits = _dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index)
-    dx = dlogits @ weight if needs_dx else x.new_empty(0)
-    dweight = dlogits.T @ x if needs_dweight else weight.new_empty(0)
+    dx = _with_zeros_behind(dlogits) @ weight if needs_dx else x.new_empty(0)
+    dweight = _with_zeros_behind(dlogits.T) @ x if needs_dweight else weight.new_empty(0)
     return losses.sum() * inverse_count, dx, dweight
 
 

@@ -27,6 +27,7 @@ from fastgpt.kernels import (
     linear_cross_entropy,
 )
 from fastgpt.kernels.reference import dropout_factors
+from tests.kernels.peers import product
 
 # fp16 is for Triton and the reference. The interpreter is a thousand times slower than C++.
 DTYPES = {
@@ -258,7 +259,7 @@ def a_linear_cross_entropy(draw: Draw) -> Call:
     x, weight, targets = draw.tensor(N, C), draw.tensor(V, C, scale=1 / C), draw.targets(N, V, ignore_index)
     return Call(
         lambda x, weight: linear_cross_entropy(x, weight, targets, ignore_index),
-        lambda x, weight: F.cross_entropy(wide(x @ weight.T), targets, ignore_index=ignore_index),
+        lambda x, weight: F.cross_entropy(wide(product(x, weight)), targets, ignore_index=ignore_index),
         [x, weight],
         result=torch.float32,
     )
@@ -267,7 +268,7 @@ def a_linear_cross_entropy(draw: Draw) -> Call:
 def a_linear(draw: Draw) -> Call:
     C_in, C_out = draw.one_of(WIDTHS), draw.one_of(WIDTHS)
     sizes = [(*draw.one_of(LEADING), C_in), (C_out, C_in), (C_out,)][: 2 + draw.flag()]
-    return Call(linear, F.linear, [draw.tensor(*size) for size in sizes])
+    return Call(linear, product, [draw.tensor(*size) for size in sizes])
 
 
 CALLS = {

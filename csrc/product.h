@@ -1,0 +1,55 @@
+// What a matrix product is asked for: C = A B + bias, or C += A B, with any strides of A and B.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "tensor.h"
+
+namespace fastgpt {
+
+template <class T>
+struct Matrix {
+  const T* base;
+  int64_t row, column;  // strides, in elements
+
+  Matrix at(int64_t i, int64_t j) const { return {base + i * row + j * column, row, column}; }
+  Matrix transposed() const { return {base, column, row}; }
+  T operator()(int64_t i, int64_t j) const { return base[i * row + j * column]; }
+};
+
+template <class T, class Out>
+struct Product {
+  int64_t M, N, K;
+  Matrix<T> a, b;     // (M, K), (K, N)
+  const float* bias;  // (N) or null
+  bool accumulate;
+  Out* c;  // (M, N), rows contiguous
+  int64_t ldc;
+  float* sums;      // (M, N), rows ldc apart, for the partial sums of a C that is narrower than fp32; or null
+  float* row_sums;  // (M): each row of A is added to it; or null
+
+  // The rows from i and the columns from j on, at most so many of them. The cells of column 0 sum the rows of A.
+  Product cell(int64_t i, int64_t j, int64_t rows, int64_t columns) const {
+    return {std::min(rows, M - i),
+            std::min(columns, N - j),
+            K,
+            a.at(i, 0),
+            b.at(0, j),
+            bias ? bias + j : nullptr,
+            accumulate,
+            c + i * ldc + j,
+            ldc,
+            sums ? sums + i * ldc + j : nullptr,
+            row_sums && j == 0 ? row_sums + i : nullptr};
+  }
+};
+
+// Stretches of K that are summed one after the other, all alike but the last: at most `deepest` each, a multiple of
+// `step`. They depend on K alone, so that the same sums are rounded alike on any number of threads.
+inline int64_t even_stretch(int64_t K, int64_t deepest, int64_t step) {
+  const int64_t stretches = std::max<int64_t>(1, (K + deepest - 1) / deepest);
+  return std::max(step, round_up((K + stretches - 1) / stretches, step));
+}
+
+}  // namespace fastgpt
