@@ -15,6 +15,8 @@ Writes step-N-threads.json, .md and .png into bench/results/DEVICE; models and a
 part of their names, and so is the instruction set where the environment holds the run to less than the CPU has, as
 ATEN_CPU_CAPABILITY=avx2 holds PyTorch and fastgpt (``hardware.LIMITS`` lists the variables). Exit status: 0 done; 1 a
 contender failed or the losses disagree; 2 the request was wrong.
+
+Ends with the rows that the run adds to the table of CPUs (cpu_table.py), and how to send them.
 """
 
 import json
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders import AGREE, Update, difference, fastgpt_update, plain_update
+from bench.cpu_table import addition, isa
 from bench.timing import commit, conditions, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
@@ -301,7 +304,8 @@ def markdown(record: dict[str, Any]) -> str:
             f"# A training step on {e['device']}",
             "",
             f"`{record['command']}`, {record['date']}, {commit(e)};",
-            f"torch {e['torch']}, Python {e['python']}, {e['isa']}, {record['threads']} threads, {record['dtype']}.",
+            f"torch {e['torch']}, Python {e['python']}, {isa(e, record['dtype'])}, {record['threads']} threads, "
+            f"{record['dtype']}.",
             "Medians of contenders in turns; peak memory is a whole process's. Models: "
             + "; ".join(
                 f"{r['model']}: {r['config']['n_layer']} layers of {r['config']['n_embd']}, vocabulary "
@@ -341,7 +345,7 @@ def plot(record: dict[str, Any], image: Path) -> None:
         [f"{r['model']}\n{r['contenders']['fastgpt']['median_ms']:.0f} ms" for r in record["models"]],
     )
     threads = f"{record['threads']} thread{'s'[: record['threads'] > 1]}"
-    machine = f"{record['environment']['device']}, {record['environment']['isa']}"
+    machine = f"{record['environment']['device']}, {isa(record['environment'], record['dtype'])}"
     axes.set(ylabel="time of a step, fastgpt = 1", title=f"Training step, {machine}, {threads}, {record['dtype']}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=8)
@@ -393,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [who for who, difference in apart.items() if difference > AGREE[DTYPES[flags.dtype]]]
     if wrong:
         print(f"disagree with fastgpt: {', '.join(wrong)}")
+    print(f"\n{addition(record, folder, stem)}")
     return int(bool(wrong))
 
 
