@@ -4,6 +4,7 @@ A contender is made for a model's shape and then called once an update, with its
 on the device. All start from the weights that the seed gives.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,14 @@ from fastgpt.train.step import Batch, TrainStep
 Update = Callable[[Sequence[Batch]], Tensor]
 
 LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.95), 0.1, 1.0
+
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # largest relative difference of two losses
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest relative difference of two sequences of losses; infinite where one is no number."""
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 class ChunkedReferenceGPT(ReferenceGPT):

@@ -11,15 +11,17 @@ Each has a process of its own, as memory is at stake; they train on the same tok
 turns, a few steps each; medians count. Beside fastgpt's step its matrix products alone are timed, the outputs
 allocated before, the same products by PyTorch, and the GEMM peak: the better of both at 2048 x 2048.
 
-Writes step.json, step.md and step.png (what is not as usual is part of their names; ATEN_CPU_CAPABILITY=avx2 is how
-PyTorch and fastgpt are held to AVX2) into bench/results/DEVICE. Exit status: 0 done; 1 a contender failed or the
-losses disagree; 2 the request was wrong.
+Writes step-N-threads.json, .md and .png into bench/results/DEVICE; models and a dtype that are not the usual ones are
+part of their names, and so is the instruction set where the environment holds the run to less than the CPU has, as
+ATEN_CPU_CAPABILITY=avx2 holds PyTorch and fastgpt (``hardware.LIMITS`` lists the variables). Exit status: 0 done; 1 a
+contender failed or the losses disagree; 2 the request was wrong.
+
+Ends with the rows that the run adds to the table of CPUs (cpu_table.py), and how to send them.
 """
 
 import json
 import math
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders import Update, fastgpt_update, plain_update
-from bench.timing import commit, provenance, results_folder
+from bench.contenders import AGREE, Update, difference, fastgpt_update, plain_update
+from bench.cpu_table import addition, isa
+from bench.timing import commit, conditions, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
@@ -47,7 +50,6 @@ from fastgpt.train.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}  # largest relative difference of two losses
 
 # Each model's shape, its batch size, and the steps that a contender takes in one turn.
 MODELS: dict[str, tuple[GPTConfig, int, int]] = {
@@ -266,12 +268,6 @@ def measure(name: str, dtype: torch.dtype, threads: int, seconds: float) -> dict
     }
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest relative difference of two sequences of losses; infinite where one is no number."""
-    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
-    return max(differences) if all(map(math.isfinite, differences)) else math.inf
-
-
 # ---- the records ----
 
 COLUMNS = ("model", "contender", "ms", "quartiles", "/ fastgpt", "/ products", "peak MiB", "/ eager's", "last loss")
@@ -308,7 +304,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"# A training step on {e['device']}",
             "",
             f"`{record['command']}`, {record['date']}, {commit(e)};",
-            f"torch {e['torch']}, Python {e['python']}, {e['cpu_capability']}, {record['threads']} threads, "
+            f"torch {e['torch']}, Python {e['python']}, {isa(e, record['dtype'])}, {record['threads']} threads, "
             f"{record['dtype']}.",
             "Medians of contenders in turns; peak memory is a whole process's. Models: "
             + "; ".join(
@@ -349,7 +345,7 @@ def plot(record: dict[str, Any], image: Path) -> None:
         [f"{r['model']}\n{r['contenders']['fastgpt']['median_ms']:.0f} ms" for r in record["models"]],
     )
     threads = f"{record['threads']} thread{'s'[: record['threads'] > 1]}"
-    machine = f"{record['environment']['device']}, {record['environment']['cpu_capability']}"
+    machine = f"{record['environment']['device']}, {isa(record['environment'], record['dtype'])}"
     axes.set(ylabel="time of a step, fastgpt = 1", title=f"Training step, {machine}, {threads}, {record['dtype']}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=8)
@@ -367,7 +363,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if flags.threads < 1:
         raise RequestError("--threads is at least 1")
-    usual = torch.get_num_threads()
     torch.set_num_threads(flags.threads)
     folder = flags.out or results_folder(CPU)
     folder.mkdir(parents=True, exist_ok=True)
@@ -379,11 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     unusual = (
         *(flags.models if tuple(flags.models) != USUAL else ()),
-        flags.dtype if flags.dtype != "float32" else "",
-        f"{flags.threads}-threads" if flags.threads != usual else "",
-        os.environ.get("ATEN_CPU_CAPABILITY", ""),
+        *([flags.dtype] if flags.dtype != "float32" else ()),
     )
-    stem = "-".join(["step", *filter(None, unusual)])
+    stem = "-".join(["step", *unusual]) + conditions(CPU)
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(markdown(record))
     plot(record, folder / f"{stem}.png")
@@ -404,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [who for who, difference in apart.items() if difference > AGREE[DTYPES[flags.dtype]]]
     if wrong:
         print(f"disagree with fastgpt: {', '.join(wrong)}")
+    print(f"\n{addition(record, folder, stem)}")
     return int(bool(wrong))
 
 

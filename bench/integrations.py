@@ -3,7 +3,8 @@
 Two copies of one model with random weights, at GPT-2 124M's widths and without dropout, take the same tokens in
 turns; a step is forward, backward and ``torch.optim.AdamW``. Medians count, and the losses are shown to agree.
 
-Writes gpt2.json into bench/results/DEVICE. Exit status: 0 done; 1 the losses differ; 2 the request was wrong.
+Writes gpt2.json into bench/results/DEVICE; a CPU's is named after its threads too. Exit status: 0 done; 1 the losses
+differ; 2 the request was wrong.
 """
 
 import copy
@@ -14,7 +15,7 @@ from statistics import median, quantiles
 
 import torch
 
-from bench.timing import CPUTimer, CUDATimer, Timer, Unit, interleave, provenance, results_folder
+from bench.timing import CPUTimer, CUDATimer, Timer, Unit, conditions, interleave, provenance, results_folder
 from fastgpt.cli import Parser, run
 from fastgpt.hardware import find_device
 from fastgpt.integrations import patch_gpt2
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record["environment"]["transformers"] = version("transformers")
     folder = results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpt2.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"gpt2{conditions(device)}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, ms in times.items():
         print(f"{name:<14}{median(ms):>9.1f} ms a step")
     print(f"{'ratio':<14}{record['ratio']:>9.2f}      losses differ by at most {apart:.1e} of themselves")

@@ -8,8 +8,8 @@ timed, its outputs and gradients are held against the eager computation in fp32 
 an error more than ten times that of eager PyTorch at the operands' dtype is wrong. The share of the ceiling
 divides by the GEMM rate or the copy bandwidth of the same run, the better of a measurement before and one after.
 
-Writes kernels.json and kernels.md into bench/results/DEVICE. Exit status: 0 done; 1 a kernel of fastgpt's was
-wrong or did not run; 2 the request was wrong.
+Writes kernels.json and kernels.md into bench/results/DEVICE; a CPU's are named after its threads too. Exit status:
+0 done; 1 a kernel of fastgpt's was wrong or did not run; 2 the request was wrong.
 """
 
 import gc
@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt.kernels as ours
 from bench.report import Row, markdown, summarise, table
-from bench.timing import CPUTimer, CUDATimer, Timer, Unit, interleave, provenance, results_folder
+from bench.timing import CPUTimer, CUDATimer, Timer, Unit, conditions, interleave, provenance, results_folder
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.hardware import find_device, measure_bandwidth, measure_gemm_peak
@@ -556,9 +556,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         row["share_of_ceiling"] = row["rate"] / record["ceilings"][row["unit"]] if row["status"] == "timed" else None
     record["summary"] = summarise(record["rows"])
     record["seconds"] = time.perf_counter() - start
-    (folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "kernels.md").write_text(markdown(record))
-    print(f"{folder}/kernels.json, kernels.md: {record['environment']['device']}, {record['seconds']:.0f} s\n")
+    stem = folder / f"kernels{conditions(device)}"
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(record))
+    print(f"{stem}.json, {stem.name}.md: {record['environment']['device']}, {record['seconds']:.0f} s\n")
     print(table(record["summary"]))
     return int(any(row["ours"] and row["status"] != "timed" for row in record["rows"]))
 

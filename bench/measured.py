@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.mfu import OURS
-from bench.timing import REPOSITORY
+from bench.timing import REPOSITORY, RESULTS
 from fastgpt.cli import Parser, run
 from fastgpt.train.plan import MEASURED
 
@@ -36,7 +36,7 @@ def rows(results: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file."""
     Parser(prog="python -m bench.measured", description=__doc__).parse_args(argv)
-    found = rows(REPOSITORY / "bench" / "results")
+    found = rows(RESULTS)
     MEASURED.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{len(found)} measurements in {MEASURED.relative_to(REPOSITORY)}")
     return 0

@@ -13,8 +13,8 @@ device's dense peak (``fastgpt/gpus.py``), *achievable* by the rate of a large m
 ``--profile`` adds where the time goes, by kind of kernel. ``--loss_steps N`` also trains each for N updates, and plain
 PyTorch in fp32 beside them.
 
-Writes mfu-PRESET.json, .md and .png into bench/results/DEVICE. Exit status: 0 done; 1 fastgpt failed, or the losses
-disagree; 2 the request was wrong.
+Writes mfu-PRESET.json, .md and .png (named after micro-batch and dtype too, a CPU's also after threads) into
+bench/results/DEVICE. Exit status: 0 done; 1 fastgpt failed, or the losses disagree; 2 the request was wrong.
 """
 
 import gc
@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from bench.contenders import Update, fastgpt_update, plain_update
-from bench.timing import commit, provenance, results_folder
+from bench.contenders import AGREE, Update, fastgpt_update, plain_update
+from bench.timing import commit, conditions, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
@@ -55,7 +55,6 @@ CONTENDERS: dict[str, Callable[..., Update]] = {
     "compile, max-autotune": partial(plain_update, mode="max-autotune"),
 }
 OURS = "fastgpt"
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # largest relative difference of two losses
 WARM_UP = 3  # updates: compile, record graphs, replay them
 
 
@@ -613,7 +612,8 @@ def write(record: dict[str, Any], folder: Path) -> None:
     """The record, as JSON, as a page and as a picture."""
     folder.mkdir(parents=True, exist_ok=True)
     size = record["batch_size"], record["model"]["block_size"]
-    stem = folder / f"mfu-{record['name']}-{size[0]}x{size[1]}-{record['dtype']}"
+    name = f"mfu-{record['name']}-{size[0]}x{size[1]}-{record['dtype']}{conditions(record['device_type'])}"
+    stem = folder / name
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(record))
     if any("ms" in c for c in record["contenders"].values()):

@@ -23,6 +23,10 @@ import torch
 from fastgpt import hardware
 
 REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "bench" / "results"
+
+# In the name of a CPU: trademarks, its kind, its cores and its clock.
+NOISE = r"\((?:R|TM)\)|\b(?:CPU|Processor|\d+-Core)\b|@\s*[\d.]+\s*GHz"
 
 # A GPU spins this many cycles a millisecond at most, whatever its clock (Ada boosts to 2.8 GHz).
 CYCLES_PER_MS = 3_000_000
@@ -154,14 +158,36 @@ def interleave(
 
 
 def results_folder(device: torch.device | str) -> Path:
-    """Where the records of this device lie: its name in lower case and hyphens, under ``bench/results``."""
-    name = hardware.device_name(torch.device(device)).lower()
-    return Path(__file__).parent / "results" / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    """Where the records of this device lie: its full name in lower case and hyphens, under ``bench/results``.
+
+    A CPU's goes without the words that say nothing, and ends with the widest instruction set that the CPU has, which a
+    hypervisor may hide from one machine and not from another.
+    """
+    name = hardware.device_name(torch.device(device))
+    if torch.device(device).type == "cpu":
+        name = " ".join([re.sub(NOISE, " ", name), *hardware.processor().isas[-1:]])
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def conditions(device: torch.device | str) -> str:
+    """What the names of a CPU's records end with: ``-2-threads``, and ``-avx2`` where the run was held to that.
+
+    The threads are told always: how many are usual depends on the machine. Empty for a GPU.
+    """
+    if torch.device(device).type != "cpu":
+        return ""
+    threads, isa, has = torch.get_num_threads(), hardware.isa(), hardware.processor().isas
+    held = f"-{isa}" if has and isa != has[-1] else ""
+    return f"-{threads}-thread{'s'[: threads != 1]}{held}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a record must name: device, versions, commit. A figure that cannot be had is ``None``."""
-    cuda = device.type == "cuda"
+    """What a record must name: device, versions, commit. A figure that cannot be had is ``None``.
+
+    ``cpu`` is the host's where the device is a GPU; ``isa`` is the widest instruction set that the run could use, and
+    ``held_to`` what held it.
+    """
+    cuda, cpu = device.type == "cuda", hardware.processor()
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
@@ -170,6 +196,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
+        "cpu": {"name": cpu.name, **cpu.ids, "cores": cpu.cores, "isas": cpu.isas},
+        "isa": hardware.isa(),
+        "held_to": hardware.held_to(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -181,9 +210,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def provenance(module: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
     """What every record begins with: environment, command and date."""
+    command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
     return {
         "environment": environment(device),
-        "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join([*(f"{name}={value}" for name, value in hardware.held_to().items()), command]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -2,9 +2,12 @@
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,14 +40,132 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls this device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    """What the maker calls this device; of a CPU see :attr:`Processor.full_name`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor().full_name
+
+
+# ---- the CPU ----
+
+# The instruction sets that decide how long a step takes, narrowest first, and the kernel's flags for each.
+ISAS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+
+# What the kernel calls the generation of a CPU, on x86 and on Arm, and the word for it here.
+IDS = {
+    "cpu family": "family",
+    "model": "model",
+    "stepping": "stepping",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+    "CPU variant": "variant",
+    "CPU revision": "revision",
+}
+
+_ONEDNN = {
+    **dict.fromkeys(("SSE41", "AVX"), "default"),
+    **dict.fromkeys(("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"), "avx2"),
+    **dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), "avx512"),
+    **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), "avx512_bf16"),
+}
+
+# Environment variables that hold a library to narrower instructions than the CPU has, and the widest of ISAS that each
+# of their values leaves, as the libraries spell them; oneDNN takes lower case too. Other values leave everything.
+# Sources: ATen's DispatchStub.cpp, oneDNN's "CPU Dispatcher Control", oneMKL's "mkl_enable_instructions".
+LIMITS = {
+    "ATEN_CPU_CAPABILITY": {"default": "default", "avx2": "avx2"},
+    "ONEDNN_MAX_CPU_ISA": {**_ONEDNN, **{value.lower(): left for value, left in _ONEDNN.items()}},
+    "MKL_ENABLE_INSTRUCTIONS": {
+        **dict.fromkeys(("SSE4_2", "AVX"), "default"),
+        **dict.fromkeys(("AVX2", "AVX2_E1"), "avx2"),
+        **dict.fromkeys(("AVX512", "AVX512_E1", "AVX512_E2"), "avx512"),
+        "AVX512_E3": "avx512_bf16",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A CPU, as the kernel describes it.
+
+    Attributes:
+        name: the model name, such as ``AMD EPYC 9R14``; a hypervisor may leave ``AMD EPYC`` of it.
+        ids: family, model and stepping on x86, implementer, part, variant and revision on Arm, as the kernel writes
+            them; empty where it does not tell.
+        cores: of the machine, each counted once however many threads it runs.
+        isas: those of ``ISAS`` that it has, narrowest first; empty where the kernel does not tell.
+    """
+
+    name: str
+    ids: dict[str, str]
+    cores: int
+    isas: tuple[str, ...]
+
+    @property
+    def full_name(self) -> str:
+        """The model name, and ``ids`` where it does not tell the generation: where no word of it has a model number.
+
+        A model number has three digits: ``7950X``, ``9R14``, ``E5-2680``.
+        """
+        words = re.sub(r"@.*", "", self.name).split()
+        if not self.ids or any(len(re.findall(r"\d", word)) >= 3 for word in words):
+            return self.name
+        return f"{self.name} ({', '.join(f'{what} {value}' for what, value in self.ids.items())})"
+
+
+def parse_cpuinfo(text: str) -> Processor:
+    """The CPU that ``/proc/cpuinfo`` describes; where ``text`` is empty, what Python knows of it."""
+    blocks = [
+        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        for block in text.split("\n\n")
+    ]
+    threads = [block for block in blocks if "processor" in block]
+    first = threads[0] if threads else {}
+    flags = set(first.get("flags", "").split())
+    cores = {(thread.get("physical id"), thread.get("core id", thread["processor"])) for thread in threads}
+    return Processor(
+        first.get("model name") or platform.processor() or platform.machine(),
+        {word: first[key] for key, word in IDS.items() if key in first},
+        len(cores) or os.cpu_count() or 1,
+        tuple(isa for isa, needed in ISAS.items() if needed <= flags),
+    )
+
+
+@cache
+def processor() -> Processor:
+    """The CPU at hand."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+    except OSError:  # not Linux
+        return parse_cpuinfo("")
+
+
+def held_to() -> dict[str, str]:
+    """The variables of ``LIMITS`` that are set, and their values."""
+    return {variable: os.environ[variable] for variable in LIMITS if variable in os.environ}
+
+
+def isa() -> str:
+    """The widest instruction set that every library of this process may use: one of ``ISAS``, or ``default`` for none.
+
+    It is what the CPU has, less what the environment forbids to PyTorch, oneDNN or MKL. Where the kernel lists none of
+    ``ISAS`` it is what PyTorch found.
+    """
+    has, found = processor().isas, torch.backends.cpu.get_cpu_capability().lower()
+    if not has:
+        return found
+    order = ["default", *ISAS]
+    limits = [LIMITS[variable].get(value, order[-1]) for variable, value in held_to().items()]
+    if found in ("default", "avx2"):  # AVX-512 is the widest that PyTorch tells apart: no limit
+        limits.append(found)
+    narrowest = min(map(order.index, limits), default=len(order))
+    return ["default", *(name for name in has if order.index(name) <= narrowest)][-1]
+
+
+# ---- what a device can do ----
 
 
 def known_gpu(device: torch.device) -> GPU | None:

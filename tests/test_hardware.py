@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +71,145 @@ def test_no_peak_is_claimed_of_a_cpu(dtype):
 
 def test_this_cpu_has_a_name():
     assert hardware.device_name(CPU).strip()
+
+
+# ---- the CPU ----
+
+AVX2, AVX512 = "avx2 fma", "avx2 fma avx512f avx512bw avx512dq avx512vl"
+AMX = f"{AVX512} avx512_bf16 amx_tile amx_bf16"
+
+
+def cpuinfo(name, family, model, stepping, flags, threads=2, cores=2):
+    """What Linux says on x86."""
+    return "\n".join(
+        f"processor\t: {i}\nvendor_id\t: X\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\n"
+        f"stepping\t: {stepping}\nphysical id\t: 0\ncore id\t\t: {i % cores}\nflags\t\t: {flags}\n"
+        for i in range(threads)
+    )
+
+
+ARM = """processor\t: 0
+BogoMIPS\t: 2100.00
+Features\t: fp asimd sve
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x1
+CPU part\t: 0xd40
+CPU revision\t: 1
+
+processor\t: 1
+CPU part\t: 0xd40
+"""
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Puts this process on a CPU, with nothing that holds it to less and with what PyTorch finds there."""
+    for variable in hardware.LIMITS:
+        monkeypatch.delenv(variable, raising=False)
+
+    def put(text, found="AVX512"):
+        monkeypatch.setattr(hardware, "processor", lambda: hardware.parse_cpuinfo(text))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: found)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("name", "full_name"),
+    [
+        ("Intel(R) Xeon(R) Processor", "Intel(R) Xeon(R) Processor (family 6, model 85, stepping 7)"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85, stepping 7)"),
+        ("AMD EPYC", "AMD EPYC (family 6, model 85, stepping 7)"),
+        ("QEMU Virtual CPU version 2.5+", "QEMU Virtual CPU version 2.5+ (family 6, model 85, stepping 7)"),
+        ("AMD Ryzen 9 7950X 16-Core Processor", "AMD Ryzen 9 7950X 16-Core Processor"),
+        ("AMD EPYC 9R14", "AMD EPYC 9R14"),
+        ("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", "Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz"),
+    ],
+)
+def test_a_name_without_a_model_number_is_told_with_family_model_and_stepping(on_cpu, name, full_name):
+    on_cpu(cpuinfo(name, 6, 85, 7, AVX512))
+    assert hardware.device_name(CPU) == full_name
+
+
+def test_a_cpu_is_what_the_kernel_says_of_it():
+    found = hardware.parse_cpuinfo(cpuinfo("AMD EPYC", 26, 2, 1, f"{AVX512} avx512_bf16", threads=8, cores=4))
+    assert found.name == "AMD EPYC"
+    assert found.ids == {"family": "26", "model": "2", "stepping": "1"}
+    assert found.cores == 4  # of eight threads
+    assert found.isas == ("avx2", "avx512", "avx512_bf16")
+
+
+def test_an_arm_cpu_is_told_by_its_part(monkeypatch):
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "aarch64")
+    found = hardware.parse_cpuinfo(ARM)
+    assert found.ids == {"implementer": "0x41", "part": "0xd40", "variant": "0x1", "revision": "1"}
+    assert found.full_name == "aarch64 (implementer 0x41, part 0xd40, variant 0x1, revision 1)"
+    assert found.cores == 2
+
+
+def test_a_kernel_that_tells_nothing_leaves_what_python_knows():
+    found = hardware.parse_cpuinfo("")
+    assert found.full_name == found.name
+    assert found.cores >= 1
+    assert found.isas == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "widest"),
+    [(AVX2, "avx2"), (AVX512, "avx512"), (f"{AVX512} avx512_bf16", "avx512_bf16"), (AMX, "amx")],
+)
+def test_nothing_in_the_environment_leaves_all_that_the_cpu_has(on_cpu, flags, widest):
+    on_cpu(cpuinfo("X", 1, 1, 1, flags))
+    assert hardware.isa() == widest
+    assert hardware.held_to() == {}
+
+
+@pytest.mark.parametrize(
+    ("held_to", "widest"),
+    [
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, "avx2"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "default"),
+        ({"ATEN_CPU_CAPABILITY": "avx512"}, "amx"),  # all that PyTorch itself can use
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "avx512"),
+        ({"ONEDNN_MAX_CPU_ISA": "avx512_core"}, "avx512"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "avx512_bf16"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, "amx"),
+        ({"MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"}, "avx512_bf16"),
+        ({"MKL_ENABLE_INSTRUCTIONS": "avx2"}, "amx"),  # no value of MKL's, which goes on as it was
+        ({"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "avx2"),
+    ],
+)
+def test_the_narrowest_limit_of_the_environment_counts(on_cpu, monkeypatch, held_to, widest):
+    on_cpu(cpuinfo("X", 1, 1, 1, AMX))
+    for variable, value in held_to.items():
+        monkeypatch.setenv(variable, value)
+    assert hardware.isa() == widest
+    assert hardware.held_to() == held_to
+
+
+def test_a_limit_beyond_what_the_cpu_has_gives_it_nothing(on_cpu, monkeypatch):
+    on_cpu(cpuinfo("X", 1, 1, 1, AVX2), found="AVX2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert hardware.isa() == "avx2"
+
+
+def test_what_pytorch_found_counts_where_it_is_less_and_where_the_kernel_lists_none(on_cpu):
+    on_cpu(cpuinfo("X", 1, 1, 1, AMX), found="AVX2")
+    assert hardware.isa() == "avx2"
+    on_cpu(ARM, found="SVE256")
+    assert hardware.isa() == "sve256"
+    on_cpu(cpuinfo("X", 1, 1, 1, "sse4_2"), found="DEFAULT")
+    assert hardware.isa() == "default"
+
+
+@pytest.mark.skipif("avx2" not in hardware.processor().isas, reason="for a CPU with AVX2")
+@pytest.mark.parametrize("value", list(hardware.LIMITS["ATEN_CPU_CAPABILITY"]))
+def test_pytorch_takes_the_limits_that_are_listed(value):
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": value}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == hardware.LIMITS["ATEN_CPU_CAPABILITY"][value]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from bench import cpu
+from bench import cpu, cpu_table
+from bench.timing import conditions
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 
@@ -39,13 +40,23 @@ def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys, dtype):
     assert f"{ours['median_ms']:.1f}" in capsys.readouterr().out
 
 
-def test_a_record_is_named_after_what_is_not_as_usual(tiny, tmp_path, monkeypatch):
+def test_a_record_is_named_after_the_threads_and_what_is_not_as_usual(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "USUAL", ())
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     flags = ["--models", "tiny", "--dtype", "bfloat16", "--threads", "1", "--seconds", "0", "--out", str(tmp_path)]
     torch.set_num_threads(2)
     assert cpu.main(flags) == 0
-    assert (tmp_path / "step-tiny-bfloat16-1-threads-avx2.json").exists()
+    assert (tmp_path / f"step-tiny-bfloat16{conditions('cpu')}.json").exists()
+    assert conditions("cpu").startswith("-1-thread")
+
+
+def test_the_run_ends_with_its_rows_of_the_table(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(cpu, "results_folder", lambda device: tmp_path / "a-cpu")
+    assert cpu.main(["--threads", "1", "--seconds", "0"]) == 0
+    out = capsys.readouterr().out
+    (row,) = cpu_table.collect(tmp_path)
+    assert "\n".join(cpu_table.table([row])) in out
+    assert "bench/results/a-cpu, bench/results/cpus.md and README.md to a pull request" in out
 
 
 def test_a_loss_that_is_no_number_agrees_with_none():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import measured, mfu
+from bench.timing import conditions
 from fastgpt.errors import RequestError
 from fastgpt.train import plan
 
@@ -27,7 +28,7 @@ def measurement(tmp_path_factory):
 
 def test_the_record_holds_what_was_measured(measurement):
     record, path = measurement
-    assert path.name == "mfu-quickstart-2x16-float32.json"
+    assert path.name == f"mfu-quickstart-2x16-float32{conditions('cpu')}.json"
     ours, eager = (record["contenders"][name] for name in ("fastgpt", "eager"))
     for contender in (ours, eager):
         assert contender["updates"] == 3
@@ -64,7 +65,7 @@ def test_the_losses_fall_and_agree_with_fp32(measurement):
 def test_a_record_becomes_a_row_by_which_the_plan_tells_its_error(measurement):
     record, path = measurement
     (row,) = measured.rows(path.parents[1])
-    assert row["record"] == "a-device/mfu-quickstart-2x16-float32.json"
+    assert row["record"] == f"a-device/{path.name}"
     assert row["ms"] == record["contenders"]["fastgpt"]["ms"]
     (error,) = plan.errors([row])
     assert error.measured_ms == row["ms"]

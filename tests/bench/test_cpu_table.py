@@ -1,0 +1,144 @@
+"""``python -m bench.cpu_table``: the page says what the records say."""
+
+import json
+
+import pytest
+
+from bench import cpu_table
+from bench.timing import RESULTS
+
+CONFIG = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 10, "vocab_size": 5}
+
+
+def contender(ms, losses=(2.0, 1.0)):
+    return {"median_ms": ms, "losses": list(losses)}
+
+
+def record(dtype="float32", model="124m", batch_size=3, config=CONFIG, **contenders):
+    """One as ``bench.cpu`` writes it, of one model."""
+    names = {"memory_kept": "eager, memory kept", "compile_kept": "compile, memory kept"}
+    return {
+        "environment": {
+            "cpu": {"name": "X", "cores": 8, "isas": ["avx2", "avx512", "avx512_bf16", "amx"]}, "isa": "amx",
+            "cpu_capability": "AVX512", "torch": "2.13.0", "commit": "0123456789abcdef", "uncommitted_changes": False,
+        },
+        "command": "python -m bench.cpu", "date": "2026-11-26T10:00:00+00:00", "dtype": dtype, "threads": 4,
+        "models": [{
+            "model": model, "config": config, "batch_size": batch_size,
+            "contenders": {names.get(name, name): c for name, c in contenders.items()},
+        }],
+    }  # fmt: skip
+
+
+def cells(a_record):
+    (row,) = cpu_table.rows(a_record, "a-cpu/step-4-threads.md")
+    return row.cells
+
+
+def test_the_page_and_the_readme_are_those_of_the_records():
+    found = cpu_table.collect(RESULTS)
+    assert cpu_table.PAGE.read_text() == cpu_table.page(found)
+    readme = cpu_table.README.read_text()
+    assert readme == cpu_table.readme(readme, found)
+
+
+def test_every_record_of_a_step_is_on_the_page():
+    page = cpu_table.PAGE.read_text()
+    records = sorted(RESULTS.glob("*/step*.json"))
+    assert records
+    for path in records:
+        models = len(json.loads(path.read_text())["models"])
+        assert page.count(f"({path.parent.name}/{path.stem}.md)") == models
+        assert path.with_suffix(".md").exists()
+
+
+def test_a_row_has_the_speed_of_fastgpt_and_how_many_times_as_long_the_others_take():
+    ours = {"fastgpt": contender(50.0), "eager": contender(100.0), "compile": contender(75.0)}
+    assert cells(record(**ours, memory_kept=contender(70.0), compile_kept=contender(60.0))) == {
+        "CPU": "[a-cpu](a-cpu/step-4-threads.md)",
+        "cores / threads": "8 / 4",
+        "threads": "4",
+        "ISA": "avx512",  # products of fp32 have no use for AMX
+        "dtype": "float32",
+        "tokens/s": "600",  # 3 x 10 tokens in 50 ms
+        "ms a step": "50.0",
+        "eager": "2.00",
+        "compile": "1.50",
+        "best tuned": "1.20",
+        "torch": "2.13.0",
+        "date": "2026-11-26",
+        "commit": "0123456789",
+        "command": "`python -m bench.cpu`",
+    }
+
+
+@pytest.mark.parametrize("losses", [(2.0, float("nan")), (2.0, 1.1)])
+def test_a_contender_whose_losses_are_others_is_compared_with_nothing(losses):
+    wrong = contender(40.0, losses)
+    row = cells(record(fastgpt=contender(50.0), compile=wrong, memory_kept=contender(70.0), compile_kept=wrong))
+    assert row["compile"] == "differs"
+    assert row["best tuned"] == "1.40"
+    assert row["eager"] == "-"  # took no part
+
+
+def test_bf16_may_use_all_that_the_cpu_has():
+    assert cells(record("bfloat16", fastgpt=contender(50.0)))["ISA"] == "amx"
+
+
+def test_a_run_that_was_held_to_less_says_so():
+    for dtype in ("bfloat16", "float32"):
+        held = record(dtype, fastgpt=contender(50.0))
+        held["environment"]["isa"] = "avx2"
+        assert cells(held)["ISA"] == "avx2"
+
+
+def test_what_an_old_record_does_not_tell_is_not_made_up():
+    for dtype, isa in (("float32", "avx512"), ("bfloat16", "avx512 or wider")):
+        old = record(dtype, fastgpt=contender(50.0))
+        del old["environment"]["cpu"], old["environment"]["isa"]
+        assert cells(old)["cores / threads"] == "- / 4"
+        assert cells(old)["ISA"] == isa
+
+
+@pytest.mark.parametrize(("changed", "commit"), [(True, "0123456789, changed"), (False, "0123456789")])
+def test_a_commit_that_is_not_all_that_was_measured_says_so(changed, commit):
+    measured = record(fastgpt=contender(50.0))
+    measured["environment"]["uncommitted_changes"] = changed
+    assert cells(measured)["commit"] == commit
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two CPUs' records of a large model, and a small model's."""
+    for path, written in {
+        "slow/step-4-threads.json": record(fastgpt=contender(100.0)),
+        "fast/step-4-threads.json": record(fastgpt=contender(20.0)),
+        "fast/step-1-thread.json": record(fastgpt=contender(60.0)),
+        "fast/step-small-4-threads.json": record(
+            model="small", config={**CONFIG, "vocab_size": 2}, fastgpt=contender(1.0)
+        ),
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(written))
+    return tmp_path
+
+
+def test_the_largest_model_comes_first_and_of_one_model_the_fastest_row(results):
+    found = cpu_table.collect(results)
+    assert [(row.model, row.cells["ms a step"]) for row in found] == [
+        ("124m", "20.0"), ("124m", "60.0"), ("124m", "100.0"), ("small", "1.0"),
+    ]  # fmt: skip
+    page = cpu_table.page(found)
+    assert page.index("## 124m: 1 layers of 8") < page.index("## small")
+
+
+def test_the_short_form_has_each_cpus_best_and_leaves_the_rest_of_the_text_alone(results):
+    text = f"before\n{cpu_table.START}old\n{cpu_table.END}after\n"
+    short = cpu_table.readme(text, cpu_table.collect(results))
+    lines = short.splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert [line.split(" | ")[:2] for line in lines if line.startswith("| [")] == [
+        ["| [fast](bench/results/fast/step-4-threads.md)", "4"],
+        ["| [slow](bench/results/slow/step-4-threads.md)", "4"],
+    ]
+    assert cpu_table.readme(short, cpu_table.collect(results)) == short
