@@ -31,6 +31,7 @@ from triton.runtime import driver
 
 from bench import sass
 from bench.bounds import GPUS, blocks_per_sm, bound
+from fastgpt import limits
 from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
@@ -220,7 +221,7 @@ def _attempt(job: tuple[str, int, dict[str, int]]) -> list[Row]:
 
 def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
     """Rows in the order of the jobs, compiled on all cores."""
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(limits.threads().amount, get_context("spawn")) as pool:
         for rows in pool.map(_attempt, jobs):
             yield from rows
 

@@ -354,10 +354,11 @@ def plot(record: dict[str, Any], image: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the records, print the table."""
+    usual = hardware.use_threads().amount
     parser = Parser(prog="python -m bench.cpu", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=USUAL, help=f"default {' '.join(USUAL)}")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default torch's own choice")
+    parser.add_argument("--threads", type=int, default=usual, help="default as many as can run at a time")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each model, its start and end not counted")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
     flags = parser.parse_args(argv)

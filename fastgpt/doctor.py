@@ -19,10 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import hardware
+from fastgpt import hardware, limits
 from fastgpt.cli import Parser, did_you_mean, run
 from fastgpt.errors import RequestError
 from fastgpt.kernels import backends, ops
+from fastgpt.limits import Bound
 
 CPU = torch.device("cpu")
 RUNS = Path("runs")  # where fastgpt.train puts its runs
@@ -64,6 +65,7 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     device, problems = _device(device_name)
     gpu = device if device.type == "cuda" else torch.device("cuda", 0) if torch.cuda.is_available() else None
     problems += _backend_problems(None if problems else device)
+    threads, (free, total) = hardware.use_threads(), hardware.memory(CPU)
     seen_by_driver = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
     software = {
         "Python": platform.python_version(),
@@ -73,9 +75,9 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
         "C++ kernels": ops.EXTENSION.reason if ops.EXTENSION.library else f"none: {ops.EXTENSION.reason}",
     }
     devices = {
-        "CPU": f"{hardware.device_name(CPU)}, {torch.get_num_threads()} threads, "
-        + torch.backends.cpu.get_cpu_capability(),
-        "RAM": _free(CPU),
+        "CPU": f"{hardware.device_name(CPU)}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": f"{threads.amount}, the limit is {threads.source}",
+        "RAM": _free(free, total),
         **(_gpu(gpu, seen_by_driver) if gpu else {"GPU": _why_no_gpu()}),
     }
     a_run = {  # as fastgpt.train would have it
@@ -87,10 +89,13 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     return {
         "software": software,
         "devices": devices,
+        "limits": {  # bytes and threads, each with what sets it
+            name: bound._asdict() for name, bound in (("free", free), ("total", total), ("threads", threads))
+        },
         "run": a_run,
         "ceilings": {} if quick else {name: _ceilings(at) for name, at in measured.items()},
         "kernels": backends(),
-        "advice": _advice(gpu, seen_by_driver),
+        "advice": _advice(gpu, seen_by_driver, threads),
         "problems": problems,
     }
 
@@ -153,9 +158,11 @@ def _compiler() -> str | None:
     return path and ", ".join([path, *_output(*command, "--version").splitlines()[:1]])
 
 
-def _free(device: torch.device) -> str:
-    free, total = hardware.memory(device)
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+def _free(free: Bound, total: Bound) -> str:
+    amounts = f"{free.amount / 2**30:.1f} of {total.amount / 2**30:.1f} GiB free"
+    if free.source == total.source:
+        return f"{amounts}, the limit is {free.source}"
+    return f"{amounts}, the limits are {free.source} for what is free and {total.source} for all"
 
 
 def _gpu(gpu: torch.device, seen_by_driver: list[str]) -> dict[str, str]:
@@ -172,7 +179,7 @@ def _gpu(gpu: torch.device, seen_by_driver: list[str]) -> dict[str, str]:
     return {
         "GPU": f"{hardware.device_name(gpu)}, {properties.multi_processor_count} SMs, compute capability "
         f"{properties.major}.{properties.minor}" + (f"; {gpu}, one of {n}" if n > 1 else ""),
-        "GPU memory": _free(gpu),
+        "GPU memory": _free(*hardware.memory(gpu)),
         "GPU driver": f"{driver}; torch is built for CUDA {torch.version.cuda}",
         "GPU peak": ceiling,
     }
@@ -199,15 +206,19 @@ def _ceilings(device: torch.device) -> dict[str, float | None]:
     return ceilings
 
 
-def _advice(gpu: torch.device | None, seen_by_driver: list[str]) -> list[str]:
+def _advice(gpu: torch.device | None, seen_by_driver: list[str], threads: Bound) -> list[str]:
     """What would make the slow parts fast."""
     advice = [_about_cpp(), _about_gpu(seen_by_driver) if gpu is None else _about_triton()]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "OMP_NUM_THREADS" in os.environ and 2 * torch.get_num_threads() < cores:  # PyTorch's own choice may be half
-        threads = os.environ["OMP_NUM_THREADS"]
-        advice.append(f"OMP_NUM_THREADS={threads} leaves most of {cores} cores unused: unset it.")
+    if threads.source in hardware.THREADS:
+        asked, possible = f"{threads.source}={os.environ[threads.source]}", limits.threads()
+        if 2 * threads.amount < possible.amount:  # PyTorch's own choice may be half
+            advice.append(f"{asked} leaves most of {possible.amount} cores unused: unset it.")
+        if threads.amount > possible.amount:
+            advice.append(
+                f"{asked} is more than the {possible.amount} that can run at a time ({possible.source}): unset it."
+            )
     if gpu is not None:
-        free, total = hardware.memory(gpu)
+        free, total = (bound.amount for bound in hardware.memory(gpu))
         if free < 0.8 * total:
             advice.append(
                 f"{(total - free) / 2**30:.1f} GiB of the GPU's memory are in use: what else runs there (nvidia-smi "

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from fastgpt import limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import BF16_SINCE, GPU, GPUS
 from fastgpt.kernels import ops
 from fastgpt.kernels.matmul import matmul_into
+from fastgpt.limits import Bound
 
 
 def find_device(name: str) -> torch.device:
@@ -198,17 +200,32 @@ def training_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of ``device`` that are free for a process, and all that it has."""
+def memory(device: torch.device) -> tuple[Bound, Bound]:
+    """Bytes of ``device`` that are free for this process, and all that it could have, each with what limits it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: what is free is not told
-        everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return everything, everything
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
+        free, total = torch.cuda.mem_get_info(device)
+        return Bound(free, "GPU"), Bound(total, "GPU")
+    return limits.memory()
+
+
+# What PyTorch takes its number of threads from, the first one first. Left alone, it takes one a physical core.
+THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def use_threads() -> Bound:
+    """Have PyTorch compute on no more threads than can run at a time; for commands, at their start.
+
+    PyTorch knows of cores and of affinity, not of a container's CPU quota: there its threads would wait for each other.
+    What the environment says is left as it is. Returns how many threads there are, and what set that.
+    """
+    own = torch.get_num_threads()
+    named = next((name for name in THREADS if name in os.environ), None)
+    if named is not None:
+        return Bound(own, named)
+    found = limits.least([limits.threads(), Bound(own, "PyTorch's choice")])
+    if found.amount < own:
+        torch.set_num_threads(found.amount)
+    return found
 
 
 # Side of a matrix, by type of device, beside whose product launching and waiting for the end are short.
@@ -235,7 +252,11 @@ def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048
 
 
 def measure_bandwidth(device: torch.device, megabytes: int = 256, seconds: float = 0.5) -> float:
-    """Bytes per second of a copy larger than any cache, read and write both counted."""
+    """Bytes per second of a copy larger than any cache, read and write both counted.
+
+    The two tensors take a quarter of the free memory at most: where a cgroup limits it, more would end the process.
+    """
+    megabytes = max(1, min(megabytes, memory(device)[0].amount >> 23))
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device, seconds)

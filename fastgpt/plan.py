@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastgpt import hardware
+from fastgpt import hardware, limits
 from fastgpt.cli import Parser, run
 from fastgpt.data.shards import open_dataset
 from fastgpt.errors import RequestError
 from fastgpt.gpus import find_gpu
+from fastgpt.limits import Bound
 from fastgpt.model import GPTConfig
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
 from fastgpt.train import plan
@@ -31,7 +32,9 @@ from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, befor
 from fastgpt.train.log import duration
 from fastgpt.train.presets import PRESETS
 
-RESERVE = "CUDA's own, assumed"
+# What a step takes beside its tensors, by type of device.
+RESERVE = {"cuda": "CUDA's own, assumed", "cpu": "libraries in use, gaps in malloc's heap"}
+LOADED = "Python and PyTorch, loaded"
 
 # Of datasets that may not have been prepared yet; any other is taken for GPT-2's.
 VOCABULARIES = {"stdlib": 256, "shakespeare-char": 65}
@@ -45,8 +48,10 @@ class Plan:
         config: its flags, micro-batch and recomputation settled.
         model: its shape.
         machine: what it runs on.
-        memory: bytes that it may take.
-        parts: bytes by part at the peak, what CUDA keeps included.
+        memory: bytes that it may take, and what limits them.
+        loaded: of these, bytes that the process holds before the run.
+        threads: of a CPU, and what limits them.
+        parts: bytes by part at the peak, all that the process holds.
         prediction: of a step's time.
         choices: micro-batches that fit.
         findings: what is wrong with it already.
@@ -56,7 +61,9 @@ class Plan:
     config: TrainConfig
     model: GPTConfig
     machine: plan.Machine
-    memory: int
+    memory: Bound
+    loaded: int
+    threads: Bound | None
     parts: dict[str, int]
     prediction: plan.Prediction
     choices: list[plan.Choice]
@@ -86,9 +93,11 @@ def make(
     config: TrainConfig,
     machine: plan.Machine,
     setup: Setup,
-    memory: int,
+    memory: Bound,
     dataset_tokens: int | None,
     tokens: int | None,
+    threads: Bound | None = None,
+    loaded: int = 0,
 ) -> Plan:
     """Settle what the flags leave to the device, and count.
 
@@ -96,19 +105,18 @@ def make(
         RequestError: nothing fits, or no number of micro-batches makes the update exact.
     """
     kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
-    found = plan.choices(setup, machine, memory, config.tokens_per_step, kinds)
-    config = plan.settle(config, setup, memory, found)
+    free = Bound(memory.amount - loaded, memory.source)
+    found = plan.choices(setup, machine, free.amount, config.tokens_per_step, kinds)
+    config = plan.settle(config, setup, free, found)
     setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
     account = count(setup)
-    parts = dict(account.memory)
-    if plan.reserve(setup):
-        parts[RESERVE] = plan.reserve(setup)
     prediction = plan.predict(setup, machine, account)
+    parts = {**account.memory, RESERVE[setup.device_type]: prediction.reserve, **({LOADED: loaded} if loaded else {})}
     facts = Facts(
         config, setup.model, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
         machine.n_sm, wanted_tokens_per_step(config),
     )  # fmt: skip
-    return Plan(config, setup.model, machine, memory, parts, prediction, found, before(facts), tokens)
+    return Plan(config, setup.model, machine, memory, loaded, threads, parts, prediction, found, before(facts), tokens)
 
 
 # ---- words ----
@@ -129,11 +137,13 @@ def lines(p: Plan) -> list[str]:
         f"{m.n_layer} layers of {m.n_embd}",
         f"  {parts}",
         "",
-        f"{p.machine.name}, {p.memory / gib:.1f} GiB",
+        f"{p.machine.name}, "
+        + (f"threads {p.threads.amount} ({p.threads.source}), " if p.threads else "")
+        + f"{p.memory.amount / gib:.1f} GiB ({p.memory.source})",
         f"  an update   {c.tokens_per_step:,} tokens = {accumulation} x {c.batch_size} x {c.block_size}"
         f", recompute {c.recompute}",
         f"  memory      {p.peak / gib:.2f} GiB at the peak, predicted"
-        + ("" if p.peak <= p.memory else f": {(p.peak - p.memory) / gib:.2f} more than there is"),
+        + ("" if p.peak <= p.memory.amount else f": {(p.peak - p.memory.amount) / gib:.2f} more than there is"),
         *(f"    {label:<50}{size / gib:8.3f}" for label, size in sorted(p.parts.items(), key=lambda item: -item[1])),
         f"  speed       {p.tokens_per_second:,.0f} tokens/s, {update:.3g} s an update, predicted"
         + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; its peak is unknown, so there is no MFU"),
@@ -153,7 +163,7 @@ def lines(p: Plan) -> list[str]:
     for choice in p.choices:
         mfu = choice.prediction.mfu(choice.accumulation)
         rate = choice.prediction.tokens_per_second(choice.accumulation)
-        held = choice.prediction.memory + p.parts.get(RESERVE, 0)
+        held = choice.prediction.held + p.loaded
         text.append(
             f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / gib:>7.2f}{rate:>12,.0f}"
             + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
@@ -186,14 +196,17 @@ def to_json(p: Plan) -> dict[str, Any]:
         "parameters_without_positions": p.model.n_params_without_positions,
         "parameters_by_part": p.model.parameters_by_part,
         "device": asdict(p.machine),
-        "memory": p.memory,
+        "memory": p.memory.amount,
+        "memory_limit": p.memory.source,
+        "threads": p.threads and p.threads.amount,
+        "threads_limit": p.threads and p.threads.source,
         "batch_size": p.config.batch_size,
         "gradient_accumulation_steps": accumulation,
         "tokens_per_step": p.config.tokens_per_step,
         "recompute": p.config.recompute,
         "peak": p.peak,
         "memory_by_part": p.parts,
-        "fits": p.peak <= p.memory,
+        "fits": p.peak <= p.memory.amount,
         "predicted": {
             "seconds_per_update": p.prediction.seconds(accumulation),
             "tokens_per_second": p.tokens_per_second,
@@ -217,7 +230,7 @@ def to_json(p: Plan) -> dict[str, Any]:
                 "batch_size": c.batch_size,
                 "gradient_accumulation_steps": c.accumulation,
                 "recompute": c.recompute,
-                "peak": c.prediction.memory + p.parts.get(RESERVE, 0),
+                "peak": c.prediction.held + p.loaded,
                 "tokens_per_second": c.prediction.tokens_per_second(c.accumulation),
                 "mfu": c.prediction.mfu(c.accumulation),
             }
@@ -249,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = vars(parser.parse_args(argv))
     gpu_name, vram, tokens, as_json = (flags.pop(name) for name in ("gpu", "vram", "tokens", "json"))
     config = resolve(flags, PRESETS)
+    threads, loaded = None, 0
     vocab_size, dataset_tokens = dataset_facts(config)
     model = config.model(padded_vocab_size(vocab_size))
     if gpu_name:
@@ -257,16 +271,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if gpu.tflops(dtype) is None:
             raise RequestError(f"the {gpu.name} has no {config.dtype}")
         device_type, machine = "cuda", plan.machine(gpu, dtype)
-        memory = machine.memory or 0
+        memory = Bound(machine.memory or 0, "the card's")
     else:
         device = hardware.find_device(config.device)
         dtype = config.torch_dtype(hardware.training_dtype(device))
-        device_type, machine, memory = device.type, plan.at_hand(device, dtype), hardware.memory(device)[0]
+        if device.type == "cpu":
+            threads, loaded = hardware.use_threads(), limits.held()
+        free, total = hardware.memory(device)
+        device_type, machine = device.type, plan.at_hand(device, dtype)
+        memory = Bound(min(free.amount + loaded, total.amount), free.source)
     if vram:
-        memory = int(parse_gigabytes("vram", vram) * 2**30)
+        memory = Bound(int(parse_gigabytes("vram", vram) * 2**30), "--vram")
     setup = Setup(model, max(config.batch_size, 1), device_type, dtype, config.state_bits)
     budget = int(parse_count("tokens", tokens)) if tokens else None
-    planned = make(config, machine, setup, memory, dataset_tokens, budget)
+    planned = make(config, machine, setup, memory, dataset_tokens, budget, threads, loaded)
     if as_json:
         print(json.dumps(to_json(planned), indent=1))
         return 0

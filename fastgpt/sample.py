@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not getattr(options, name) >= least:  # NaN too
             parser.error(f"--{name} must be at least {least}")
 
+    hardware.use_threads()
     model, tokenizer = load(Path(options.run), hardware.find_device(options.device))
     prompt = encode_prompt(tokenizer, options.prompt)
     for i in range(options.num_samples):

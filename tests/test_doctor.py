@@ -13,11 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt import doctor, hardware
+from fastgpt import doctor, hardware, limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS
 from fastgpt.kernels import ops
 from fastgpt.kernels.cpp import Extension
+from fastgpt.limits import Bound
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 ADA = "NVIDIA GeForce RTX 4070"
@@ -26,7 +27,7 @@ ADA = "NVIDIA GeForce RTX 4070"
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     """Ceilings without waiting for them, and nothing of the environment that asks for anything."""
-    for name in ("FASTGPT_BACKEND", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("FASTGPT_BACKEND", "ATEN_CPU_CAPABILITY", *hardware.THREADS, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hardware, "measure_gemm_peak", lambda device, dtype, size, seconds: 1e99)
     monkeypatch.setattr(hardware, "measure_bandwidth", lambda device, megabytes, seconds: 45e9)
@@ -72,9 +73,11 @@ def words(capsys, *argv):
 def test_as_json_it_is_one_object_of_all_findings(capsys):
     assert doctor.main(["--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
-    assert findings.keys() == {"software", "devices", "run", "ceilings", "kernels", "advice", "problems"}
+    assert findings.keys() == {"software", "devices", "limits", "run", "ceilings", "kernels", "advice", "problems"}
     assert findings["software"].keys() == {"Python", "torch", "Triton", "C++ compiler", "C++ kernels"}
-    assert {"CPU", "RAM", "GPU"} <= findings["devices"].keys()
+    assert {"CPU", "threads", "RAM", "GPU"} <= findings["devices"].keys()
+    assert findings["limits"].keys() == {"free", "total", "threads"}
+    assert all(bound["amount"] > 0 and bound["source"] for bound in findings["limits"].values())
     assert findings["run"].keys() == {"--device", "--dtype auto", "disk"}
     assert findings["kernels"]["cpu"].keys() == ops.OPERATORS.keys()
     assert all(choice.split(" ")[0] in ("cpp", "reference") for choice in findings["kernels"]["cpu"].values())
@@ -185,7 +188,7 @@ def test_a_gpu_of_the_table_is_told_with_its_peak_memory_and_driver(gpu):
     gpu(ADA)
     findings = doctor.examine(quick=True)
     assert findings["devices"]["GPU"] == f"{ADA}, 46 SMs, compute capability 8.9"
-    assert findings["devices"]["GPU memory"] == "11.0 of 12.0 GiB free"
+    assert findings["devices"]["GPU memory"] == "11.0 of 12.0 GiB free, the limit is GPU"
     assert findings["devices"]["GPU driver"].startswith("550.54; torch is built for CUDA")
     assert findings["devices"]["GPU peak"].startswith("dense bfloat16 58.3 TFLOP/s, 504 GB/s (NVIDIA Ada whitepaper")
     assert findings["run"]["--device"] == "cuda"
@@ -295,12 +298,42 @@ def test_a_gpu_without_triton_or_with_little_memory_gets_advice(gpu, monkeypatch
 
 def test_a_full_disk_and_idle_cores_get_advice(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(limits, "threads", lambda: Bound(64, "cores"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = "\n".join(advice(monkeypatch))
     assert "The disk is nearly full" in text
     assert "OMP_NUM_THREADS=1 leaves most of 64 cores unused" in text
+
+
+def test_the_limits_that_count_are_told(monkeypatch, capsys):
+    quota, box = "cgroup limit /sys/fs/cgroup/cpu.max", "cgroup limit /sys/fs/cgroup/memory.max"
+    monkeypatch.setattr(limits, "threads", lambda: Bound(1, quota))
+    monkeypatch.setattr(limits, "memory", lambda: (Bound(3 << 29, box), Bound(2 << 30, box)))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        text, _ = words(capsys, "--quick")
+        torch.set_num_threads(2)
+        found = doctor.examine(quick=True)["limits"]
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads 1, the limit is {quota}" in text
+    assert f"RAM 1.5 of 2.0 GiB free, the limit is {box}" in text
+    assert found == {
+        "free": {"amount": 3 << 29, "source": box}, "total": {"amount": 2 << 30, "source": box},
+        "threads": {"amount": 1, "source": quota},
+    }  # fmt: skip
+    monkeypatch.setattr(limits, "memory", lambda: (Bound(1 << 30, "RAM"), Bound(2 << 30, box)))
+    text, _ = words(capsys, "--quick")
+    assert f"1.0 of 2.0 GiB free, the limits are RAM for what is free and {box} for all" in text
+
+
+def test_more_threads_than_the_quota_gives_get_advice(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(limits, "threads", lambda: Bound(2, "a quota"))
+    assert "OMP_NUM_THREADS=8 is more than the 2 that can run at a time (a quota)" in "\n".join(advice(monkeypatch))
 
 
 # ---- what cannot work ----

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgpt import hardware
+from fastgpt import hardware, limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS
 from fastgpt.kernels import ops
@@ -286,4 +286,45 @@ def test_the_ceiling_of_products_is_ours_where_ours_is_faster(monkeypatch):
 
 def test_no_more_memory_is_free_than_there_is():
     free, total = hardware.memory(CPU)
-    assert 0 < free <= total
+    assert 0 < free.amount <= total.amount
+
+
+def test_a_copy_is_measured_in_a_quarter_of_the_free_memory(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(limits, "memory", lambda: (limits.Bound(64 << 20, "RAM"),) * 2)
+    monkeypatch.setattr(hardware, "median_seconds", lambda run, device, seconds: sizes.append(run().numel()) or 1.0)
+    assert hardware.measure_bandwidth(CPU) == 2 * sizes[0] == 2 * (8 << 20)
+
+
+@pytest.fixture
+def own_threads(monkeypatch):
+    """PyTorch has chosen 8 threads of its own."""
+    for name in hardware.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("possible", "expected"), [((3, "a quota"), (3, "a quota")), ((64, "cores"), (8, "PyTorch's choice"))]
+)
+def test_pytorch_gets_no_more_threads_than_can_run(monkeypatch, own_threads, possible, expected):
+    monkeypatch.setattr(limits, "threads", lambda: limits.Bound(*possible))
+    assert hardware.use_threads() == expected
+    assert torch.get_num_threads() == expected[0]
+
+
+@pytest.mark.parametrize("name", hardware.THREADS)
+def test_the_environments_number_of_threads_stands(monkeypatch, own_threads, name):
+    monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(limits, "threads", lambda: limits.Bound(1, "cores"))
+    assert hardware.use_threads() == (8, name)
+    assert torch.get_num_threads() == 8
+
+
+def test_importing_the_kernels_sets_no_threads():
+    code = "import torch; n = torch.get_num_threads() + 1; torch.set_num_threads(n); import fastgpt.kernels; "
+    code += "import fastgpt.hardware; assert torch.get_num_threads() == n"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from fastgpt import hardware, plan
+from fastgpt import hardware, limits, plan
 from fastgpt.errors import RequestError
 from fastgpt.model import GPTConfig
 from fastgpt.train import plan as model_of_the_step
@@ -91,7 +92,29 @@ def test_a_cpu_is_planned_for_by_its_measured_ceilings(capsys, monkeypatch):
     assert p["device"]["gemm"] == 2e11
     assert p["predicted"]["mfu"] is None
     assert p["batch_size"] == 16
+    assert p["peak"] == sum(p["memory_by_part"].values()) > p["memory_by_part"][plan.LOADED]
+    assert p["memory_by_part"][plan.LOADED] > 50 << 20
+    assert p["threads"] == torch.get_num_threads()
     assert "its peak is unknown" in words(capsys, "--preset", "quickstart", "--device", "cpu")
+
+
+def test_on_a_cpu_the_limit_is_obeyed_and_told(capsys, monkeypatch):
+    monkeypatch.setattr(hardware, "gemm_ceiling", lambda device, dtype: 2e11)
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device: 2e10)
+    flags = ["--preset", "gpt2-30m", "--dataset", "stdlib", "--device", "cpu", "--dtype", "float32"]
+    peaks = {}
+    for gib in (64, 2):
+        bound = limits.Bound(gib << 30, f"a box of {gib} GiB")
+        monkeypatch.setattr(limits, "memory", lambda bound=bound: (bound._replace(source="inside"), bound))
+        p = planned(capsys, *flags)
+        assert p["memory_limit"] == "inside"
+        assert p["peak"] <= p["memory"] <= bound.amount
+        peaks[gib] = p["choices"][-1]["peak"]
+        assert "GiB (inside)" in words(capsys, *flags)
+    assert peaks[2] <= 2 << 30 < peaks[64]
+    monkeypatch.setattr(limits, "memory", lambda: (limits.Bound(1 << 27, "a box"),) * 2)
+    with pytest.raises(RequestError, match=r"not one sequence of 1024 fits .* GiB \(a box\)"):
+        plan.main(flags)
 
 
 def test_lines_fit_a_terminal(capsys):

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt import limits
 from fastgpt.cli import did_you_mean
 from fastgpt.errors import RequestError
 
@@ -132,7 +132,7 @@ class GPT2Tokenizer(Tokenizer):
 
         if len(texts) == 1:
             return [encode(texts[0])]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of the GIL as it encodes
+        with ThreadPoolExecutor(limits.threads().amount) as pool:  # tiktoken lets go of the GIL as it encodes
             return list(pool.map(encode, texts))
 
 

@@ -23,6 +23,8 @@ from fastgpt.train.step import TrainStep
 
 aten = torch.ops.aten
 
+AT_REST = ("weights", "gradients", "AdamW's moments", "batches")  # parts of memory that last from step to step
+
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -89,6 +91,11 @@ class Account:
     def peak(self) -> int:
         """Bytes that tensors hold at most."""
         return sum(self.memory.values())
+
+    @property
+    def passing(self) -> int:
+        """Bytes of the peak that every step allocates and frees: activations, logits, statistics."""
+        return sum(size for part, size in self.memory.items() if not part.startswith(AT_REST))
 
 
 def count(setup: Setup) -> Account:

@@ -1,7 +1,9 @@
-"""What a process does with memory it has freed."""
+"""What a process does with memory it has freed, and how it learns that there is no more."""
 
 import ctypes
 import sys
+
+import torch
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -20,3 +22,11 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # not glibc
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left; on a CPU PyTorch has no class of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error)
+        for words in ("can't allocate memory", "bad_alloc")  # PyTorch's allocator; C++'s new
+    )

@@ -5,12 +5,13 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,11 +39,13 @@ from fastgpt.train.diagnose import (
     wanted_tokens_per_step,
 )
 from fastgpt.train.log import RunLog, plot_losses, read_metrics
-from fastgpt.train.memory import keep_freed_memory
+from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
 from fastgpt.train.statistics import standard_error
 from fastgpt.train.step import Batch, TrainStep, leave_default_stream
+
+Result = TypeVar("Result")
 
 
 class Trainer:
@@ -125,7 +128,7 @@ class Trainer:
         found: list[plan.Choice] = []
         if machine is not None and config.batch_size == AUTO:
             kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
-            found = plan.choices(setup, machine, self.memory, config.total_batch_size, kinds)
+            found = plan.choices(setup, machine, self.memory.amount, config.total_batch_size, kinds)
         config = plan.settle(config, setup, self.memory, found)
         setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
         self.prediction = plan.predict(setup, machine) if machine is not None else None
@@ -156,8 +159,11 @@ class Trainer:
                 self._conclude(log)
                 if status == 0:
                     plot = self.run / run_folder.PLOT
-                    plot_losses(self.run / run_folder.METRICS, plot, title=self._title())
-                    log.say(f"loss plot: {plot}")
+                    try:
+                        plot_losses(self.run / run_folder.METRICS, plot, title=self._title())
+                        log.say(f"loss plot: {plot}")
+                    except Exception as error:  # such as a library that ulimit -v leaves no room for; the run is done
+                        log.say(f"no loss plot: {error}")
                 return status
         finally:
             for number, handler in previous.items():
@@ -195,22 +201,28 @@ class Trainer:
         return 0
 
     def _update(self, log: RunLog) -> float:
-        """One update, with smaller micro-batches if memory runs out; returns its learning rate."""
+        """One update; returns its learning rate."""
         config = self.config
         rate = learning_rate(
             self.step, peak=config.learning_rate, floor=config.min_lr, warmup_iters=config.warmup_iters,
             decay_iters=config.lr_decay_iters,
         )  # fmt: skip
+        self._in_memory(lambda: self.train_step(self._next_batch, rate), log)
+        return rate
+
+    def _in_memory(self, work: Callable[[], Result], log: RunLog) -> Result:
+        """What ``work`` returns, with smaller micro-batches if memory runs out."""
         while True:
             place = self.batches.state_dict()
             try:
-                self.train_step(self._next_batch, rate)
-                return rate
-            except torch.OutOfMemoryError as error:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
                 smaller = self._smaller_micro_batch()
                 if smaller is None:
                     raise RequestError(
-                        f"out of memory with micro-batches of {config.batch_size}: a smaller --batch_size, "
+                        f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size, "
                         "--recompute block or --state_bits 8 take less"
                     ) from error
             self._shrink(smaller, log)  # not before the exception is gone, which holds what filled the memory
@@ -254,7 +266,7 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> None:
         start = time.perf_counter()
-        train, val = self.evaluate("train"), self.evaluate("val")
+        train, val = (self._in_memory(partial(self.evaluate, split), log) for split in ("train", "val"))
         self.diagnosis.time_spent(EVALUATION, time.perf_counter() - start)
         self.val_loss = self.step, fmean(val)
         log.evaluate(
@@ -383,6 +395,8 @@ class Trainer:
         c, m = self.config, self.model_config
         start = f"from step {self.step} to" if self.step else "for"
         planned = c.max_iters * c.tokens_per_step
+        threads = torch.get_num_threads()
+        cores = f"{threads} thread{'s'[: threads != 1]}, " if self.device.type == "cpu" else ""
         lines = [
             f"{c.preset}: {m.n_params / 1e6:.2f}M parameters ({m.n_params_without_positions / 1e6:.2f}M without "
             f"positions), {m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}",
@@ -390,15 +404,16 @@ class Trainer:
             f"{c.batch_size} x {c.block_size}) {start} {c.max_iters:,} steps, {planned / 1e6:,.1f}M tokens, "
             f"{planned / m.n_params_without_positions:.3g} a parameter",
             f"learning rate: {c.learning_rate:g} to {c.min_lr:g} over {c.lr_decay_iters:,} steps",
-            f"device: {hardware.device_name(self.device)}, {self.memory / 2**30:.1f} GiB free, "
-            f"{str(self.dtype).removeprefix('torch.')}, recompute {c.recompute}",
+            f"device: {hardware.device_name(self.device)}, {cores}{self.memory.amount / 2**30:.1f} GiB free "
+            f"({self.memory.source}), {str(self.dtype).removeprefix('torch.')}, recompute {c.recompute}",
         ]
         p, accumulation = self.prediction, c.gradient_accumulation_steps
         if p is not None:
             mfu = f", MFU {p.mfu(accumulation):.1%} of {p.peak / 1e12:.1f} TFLOP/s" if p.peak is not None else ""
             lines.append(
                 f"predicted: {p.tokens_per_second(accumulation):,.0f} tokens/s{mfu}, {p.memory / 2**30:.2f} GiB in "
-                f"tensors; {plan.error_words(hardware.device_name(self.device))}"
+                f"tensors and {p.reserve / 2**30:.2f} beside them; "
+                + plan.error_words(hardware.device_name(self.device))
             )
         return lines
 

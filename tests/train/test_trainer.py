@@ -60,6 +60,15 @@ def test_a_run_leaves_its_configuration_metrics_checkpoint_and_plot(trainer, tmp
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_that_cannot_be_drawn_is_said_and_fails_no_run(trainer, monkeypatch, capsys):
+    def missing(*args, **kwargs):
+        raise ImportError("libjpeg: failed to map segment")
+
+    monkeypatch.setattr("fastgpt.train.trainer.plot_losses", missing)
+    assert trainer().train() == 0
+    assert "no loss plot: libjpeg: failed to map segment" in capsys.readouterr().out
+
+
 def test_nothing_is_written_outside_the_run(trainer, data_dir, tmp_path, monkeypatch):
     before = files_of(data_dir)
     elsewhere = tmp_path / "elsewhere"
@@ -107,26 +116,36 @@ def test_a_bfloat16_run_on_the_cpu_learns_as_a_float32_one_does(trainer, tmp_pat
     assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
 
 
-def out_of_memory_above(trainer, most):
+# As a GPU, PyTorch on a CPU, our kernels there, and Python say it.
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("no more"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("can't allocate memory for a tensor"),
+    MemoryError(),
+]
+
+
+def out_of_memory_above(trainer, most, error=OUT_OF_MEMORY[0]):
     """Have the trainer's device hold micro-batches of at most so many sequences."""
     forward = trainer.train_step.forward
 
     def limited(x, y):
         if torch.is_grad_enabled() and len(x) > most:
-            raise torch.OutOfMemoryError("no more")
+            raise error
         return forward(x, y)
 
     trainer.train_step.forward = limited
 
 
-def test_where_memory_runs_out_micro_batches_shrink_and_an_update_keeps_its_tokens(trainer, tmp_path, capsys):
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_where_memory_runs_out_micro_batches_shrink_and_an_update_keeps_its_tokens(trainer, tmp_path, capsys, error):
     flags = {"batch_size": "auto", "total_batch_size": 8 * 16, "dtype": "float32"}
     usual, small = trainer(**flags, out_dir=tmp_path / "usual"), trainer(**flags)
     for one in (usual, small):  # which a CPU would not choose
         one.config = one.config.with_batch_size(8)
         one.loaders["train"].batch_size = one.loaders["val"].batch_size = 8
         one.train_step.start_over(1)
-    out_of_memory_above(small, 2)
+    out_of_memory_above(small, 2, error)
     assert usual.train() == small.train() == 0
     assert small.config.batch_size == 2
     assert small.config.gradient_accumulation_steps == 4
@@ -142,6 +161,77 @@ def test_a_micro_batch_that_was_asked_for_is_kept_and_running_out_of_memory_ends
     out_of_memory_above(one, 2)
     with pytest.raises(RequestError, match="out of memory with micro-batches of 4: a smaller --batch_size"):
         one.train()
+
+
+def test_another_error_is_no_lack_of_memory(trainer):
+    one = trainer(batch_size="auto", total_batch_size=6 * 16)
+    out_of_memory_above(one, 0, RuntimeError("the shapes differ"))
+    with pytest.raises(RuntimeError, match="the shapes differ"):
+        one.train()
+
+
+def test_an_evaluation_that_memory_does_not_hold_is_taken_in_smaller_parts(trainer, tmp_path, capsys):
+    one = trainer(batch_size="auto", total_batch_size=4 * 16)
+    one.config = one.config.with_batch_size(4)
+    one.loaders["train"].batch_size = one.loaders["val"].batch_size = 4
+    forward = one.train_step.forward
+
+    def limited(x, y):
+        if len(x) > 2:
+            raise OUT_OF_MEMORY[1]
+        return forward(x, y)
+
+    one.train_step.forward = limited
+    assert one.train() == 0
+    assert one.config.batch_size == 2
+    assert list(evaluations(tmp_path / "run")) == [0, 4, 8]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux obeys ulimit -v")
+@pytest.mark.parametrize("flag", ["--batch_size=auto", "--batch_size=64"])
+def test_under_ulimit_v_memory_that_runs_out_is_an_error_that_the_run_survives_or_explains(data_dir, tmp_path, flag):
+    """The limit is set once the micro-batch has been chosen: 64 sequences, of which each layer keeps 160 MiB."""
+    code = """
+import resource, sys
+from fastgpt import limits
+from fastgpt.cli import run
+from fastgpt.train import __main__ as command, plan
+from fastgpt.train.trainer import Trainer
+
+def train(self, train=Trainer.train):
+    used = limits._fields(limits.SYSTEM / "proc/self/status")["VmSize"]
+    resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+    return train(self)
+
+plan.choose, Trainer.train = lambda found: max(found, key=lambda choice: choice.batch_size), train
+run(command.main, sys.argv[1:])
+"""
+    length = ["--max_iters=1", "--warmup_iters=0", "--lr_decay_iters=1", "--eval_iters=1", "--device=cpu"]
+    model = ["--n_layer=8", "--n_head=4", "--n_embd=256", "--block_size=256", "--dtype=float32"]
+    total = [f"--total_batch_size={64 * 256}"] if flag.endswith("auto") else []
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--dataset=words", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run",
+         *model, *length, flag, *total],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if flag.endswith("auto"):
+        assert done.returncode == 0, done.stderr
+        assert "out of memory: going on with micro-batches of " in done.stdout
+    else:
+        assert done.returncode == 2, done.stderr
+        assert "error: out of memory with micro-batches of 64: a smaller --batch_size" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_memory_does_not_hold_is_refused_in_a_line(monkeypatch, data_dir, tmp_path):
+    from fastgpt.train import __main__ as command
+
+    def full(config):
+        raise OUT_OF_MEMORY[1]
+
+    monkeypatch.setattr(command, "Trainer", full)
+    with pytest.raises(RequestError, match=r"out of memory as the model was made \(.* GiB, .*\): a smaller model"):
+        command.main(["--dataset=words", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run", "--device=cpu"])
 
 
 def test_an_automatic_micro_batch_makes_the_update_exact(trainer, tmp_path):
