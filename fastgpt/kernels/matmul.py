@@ -1,6 +1,5 @@
 """Matrix products into memory that is there already. Internal: PyTorch's are what others should call."""
 
-import torch
 from torch import Tensor
 
 from fastgpt.kernels import ops, reference

@@ -10,7 +10,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On CPUs with AMX PyTorch's product of bf16 reads past the ends of shorter rows, forward of ``x`` and backward of the
     incoming gradient, and is NaN where it finds a NaN there.
     """
-    if not x.dtype.itemsize == 2:
+    if x.dtype.itemsize != 2:
         return F.linear(x, weight, bias)
     C_out, C_in = weight.shape
     tall, wide = -C_out % 32, -C_in % 32

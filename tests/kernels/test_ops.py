@@ -363,7 +363,7 @@ def test_nobody_runs_the_slow_path_without_being_told_once(before, run, expected
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_the_narrower_library_keeps_the_error_rule_too(backend):
-    """A CPU without AVX-512, as torch and its oneDNN simulate it; held alone, either asks the other for what it lacks."""
+    """A CPU without AVX-512, as torch and its oneDNN simulate it; held alone, one asks the other for what it lacks."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("the tests run on the narrower library already")
     code = """
