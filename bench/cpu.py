@@ -3,6 +3,7 @@
     python -m bench.cpu                       # three models in fp32, under ten minutes on two cores
     python -m bench.cpu --dtype bfloat16      # fp32 weights and sums, products in bf16
     python -m bench.cpu --models char --threads 1
+    python -m bench.cpu --isa avx2            # as on a CPU without AVX-512
 
 Contenders are fastgpt's step (GPT, flat store, FusedAdamW, and that again with moments of 8 bits) and plain PyTorch's
 (``model/reference.py``, ``torch.optim.AdamW``, ``clip_grad_norm_``; bf16 by autocast): eager, under torch.compile,
@@ -12,9 +13,9 @@ turns, a few steps each; medians count. Beside fastgpt's step its matrix product
 allocated before, the same products by PyTorch, and the GEMM peak: the better of both at 2048 x 2048.
 
 Writes step-N-threads.json, .md and .png into bench/results/DEVICE; models and a dtype that are not the usual ones are
-part of their names, and so is the instruction set where the environment holds the run to less than the CPU has, as
-ATEN_CPU_CAPABILITY=avx2 holds PyTorch and fastgpt (``hardware.LIMITS`` lists the variables). Exit status: 0 done; 1 a
-contender failed or the losses disagree; 2 the request was wrong.
+part of their names, and so is the instruction set where ``--isa``, or the environment, holds the run to less than the
+CPU has (``hardware.LIMITS`` lists the variables). Exit status: 0 done; 1 a contender failed or the losses disagree; 2
+the request was wrong.
 
 Ends with the rows that the run adds to the table of CPUs (cpu_table.py), and how to send them.
 """
@@ -22,6 +23,7 @@ Ends with the rows that the run adds to the table of CPUs (cpu_table.py), and ho
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -361,7 +363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=usual, help="default as many as can run at a time")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each model, its start and end not counted")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
+    parser.add_argument("--isa", choices=["default", *hardware.ISAS], help="hold all contenders to an instruction set")
     flags = parser.parse_args(argv)
+    environment = hardware.environment_for(flags.isa) if flags.isa else {}
+    if not environment.items() <= os.environ.items():  # the libraries look at them when they are loaded
+        os.environ.update(environment)
+        os.execv(sys.executable, [sys.executable, "-m", "bench.cpu", *(sys.argv[1:] if argv is None else argv)])
     if flags.threads < 1:
         raise RequestError("--threads is at least 1")
     torch.set_num_threads(flags.threads)

@@ -88,6 +88,14 @@ LIMITS = {
     },
 }
 
+# The same by instruction set: the values of LIMITS' variables, in their order, that leave no more than it.
+_HELD_TO = {
+    "default": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("", "AVX512_CORE", "AVX512"),
+    "avx512_bf16": ("", "AVX512_CORE_BF16", "AVX512_E3"),
+}
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -145,6 +153,23 @@ def processor() -> Processor:
         return parse_cpuinfo("")
 
 
+def environment_for(isa: str) -> dict[str, str]:
+    """The environment variables that hold a new process to an instruction set: PyTorch, oneDNN, MKL and fastgpt alike.
+
+    fastgpt's C++ kernels follow the first two. A CPU that has less than ``isa`` is not changed by them.
+
+    Args:
+        isa: one of ``ISAS``, or ``default`` for the compiler's own (SSE2 on x86, NEON on Arm).
+
+    Raises:
+        ValueError: there is no such instruction set.
+    """
+    if isa not in ("default", *ISAS):
+        raise ValueError(f"isa: '{isa}' is none of default, {', '.join(ISAS)}")
+    values = _HELD_TO.get(isa, ())
+    return {variable: value for variable, value in zip(LIMITS, values, strict=False) if value}
+
+
 def held_to() -> dict[str, str]:
     """The variables of ``LIMITS`` that are set, and their values."""
     return {variable: os.environ[variable] for variable in LIMITS if variable in os.environ}
@@ -194,10 +219,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if 10 * major + minor >= BF16_SINCE else torch.float16
-    native = any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if isa() in ("avx512_bf16", "amx") else torch.float32
 
 
 def memory(device: torch.device) -> tuple[Bound, Bound]:

@@ -250,6 +250,21 @@ def test_a_device_is_taken_by_its_number_if_it_is_there(monkeypatch):
         hardware.find_device("cuda:2")
 
 
+@pytest.mark.parametrize("isa", ["default", *hardware.ISAS])
+def test_an_environment_holds_a_process_to_an_instruction_set_or_less(isa):
+    code = "from fastgpt import hardware; print(hardware.isa())"
+    environment = {k: v for k, v in os.environ.items() if k not in hardware.LIMITS} | hardware.environment_for(isa)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    order = ["default", *hardware.ISAS]
+    widest = hardware.processor().isas[-1] if hardware.processor().isas else "default"
+    assert done.stdout.strip() == min(isa, widest, key=order.index)
+
+
+def test_an_instruction_set_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"^isa: 'avx1024' is none of default, avx2,"):
+        hardware.environment_for("avx1024")
+
+
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "meta"])
 def test_a_device_that_is_none_is_a_wrong_request(name):
     with pytest.raises(RequestError, match="--device"):
@@ -257,12 +272,17 @@ def test_a_device_that_is_none_is_a_wrong_request(name):
 
 
 @pytest.mark.parametrize(
-    ("instructions", "expected"),
-    [(None, torch.float32), ("_is_avx512_bf16_supported", torch.bfloat16), ("_is_amx_tile_supported", torch.bfloat16)],
+    ("isa", "expected"),
+    [
+        ("default", torch.float32),
+        ("avx2", torch.float32),
+        ("avx512", torch.float32),
+        ("avx512_bf16", torch.bfloat16),
+        ("amx", torch.bfloat16),
+    ],
 )
-def test_a_cpu_trains_in_bf16_only_if_it_multiplies_it_natively(monkeypatch, instructions, expected):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions, raising=False)
+def test_a_cpu_trains_in_bf16_only_if_it_multiplies_it_natively(monkeypatch, isa, expected):
+    monkeypatch.setattr(hardware, "isa", lambda: isa)
     assert hardware.training_dtype(CPU) == expected
 
 

@@ -11,7 +11,7 @@ import torch
 from fastgpt.kernels import slow_path
 
 # Widest first. torch's own answer is used, so ATEN_CPU_CAPABILITY=avx2 narrows fastgpt with it.
-_LIBRARIES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+_LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 
 
 @dataclass(frozen=True)

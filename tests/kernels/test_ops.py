@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastgpt.kernels
+from fastgpt import hardware
 from fastgpt.kernels import (
     add_layer_norm,
     attention,
@@ -361,24 +362,66 @@ def test_nobody_runs_the_slow_path_without_being_told_once(before, run, expected
         assert part in line
 
 
+# An instruction set, and the library that it leaves.
+HELD_TO = {"default": "default", "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512"}
+
+
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_the_narrower_library_keeps_the_error_rule_too(backend):
-    """A CPU without AVX-512, as torch and its oneDNN simulate it; held alone, one asks the other for what it lacks."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("the tests run on the narrower library already")
+@pytest.mark.parametrize("isa", HELD_TO)
+def test_a_narrower_instruction_set_keeps_the_error_rule_too(backend, isa):
+    """PyTorch, oneDNN and MKL are held to it together: held alone, one asks the other for what it lacks."""
+    order = ["default", *hardware.ISAS]
+    if order.index(hardware.isa()) <= order.index(isa):
+        pytest.skip(f"the tests run on {hardware.isa()} already")
     code = """
         import sys, pytest, fastgpt.kernels
         print(fastgpt.kernels.backends()["cpu"]["gelu"])
         sys.exit(pytest.main(["-p", "no:cacheprovider", "-k",
-                              "cpp and (as_accurate or any_strides or mask)", *FILES]))
+                              "cpp and (as_accurate or any_strides or mask or sums_the_rows or lies_around)", *FILES]))
     """
-    files = [
-        Path(__file__).with_name(f"test_{name}.py") for name in ("layer_norm", "gelu", "attention", "cross_entropy")
-    ]
-    code = code.replace("FILES", repr([*map(str, files)]))
-    out, _ = python(code, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
-    assert out.splitlines()[0] == "cpp (avx2)"
-    assert int(re.search(r"(\d+) passed", out)[1]) > 100
+    tested = "layer_norm", "gelu", "attention", "cross_entropy", "linear", "linear_cross_entropy", "surroundings"
+    code = code.replace("FILES", repr([str(Path(__file__).with_name(f"test_{name}.py")) for name in tested]))
+    out, _ = python(code, **hardware.environment_for(isa))
+    assert out.splitlines()[0] == f"cpp ({HELD_TO[isa]})"
+    assert int(re.search(r"(\d+) passed", out)[1]) > 200
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_where_linux_refuses_the_registers_of_tiles_the_next_best_product_runs(backend, tmp_path):
+    compiler = shutil.which("cc")
+    if hardware.isa() != "amx" or compiler is None:
+        pytest.skip("needs a CPU with AMX and a C compiler")
+    refusal = """
+        #include <errno.h>
+        #include <stdarg.h>
+        #include <dlfcn.h>
+        long syscall(long number, ...) {
+          long a[6];
+          va_list rest;
+          va_start(rest, number);
+          for (int i = 0; i < 6; i++) a[i] = va_arg(rest, long);
+          va_end(rest);
+          if (number == 158 && a[0] == 0x1023) { errno = EINVAL; return -1; }  /* arch_prctl, ARCH_REQ_XCOMP_PERM */
+          long (*real)(long, ...) = dlsym(RTLD_NEXT, "syscall");
+          return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+        }
+    """
+    source, library = tmp_path / "refusal.c", tmp_path / "refusal.so"
+    source.write_text("#define _GNU_SOURCE\n" + textwrap.dedent(refusal))
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    code = """
+        import torch
+        from fastgpt.kernels import linear, ops
+        print(ops.EXTENSION.products == ops.EXTENSION.products - {(torch.bfloat16, torch.bfloat16)})
+        x, weight = torch.randn(40, 33).bfloat16(), torch.randn(20, 33).bfloat16()
+        out = torch.zeros(40, 20)
+        torch.ops.fastgpt.matmul_(out, x, weight.T, None, True, None)
+        torch.testing.assert_close(out, x.float() @ weight.float().T)
+        torch.testing.assert_close(linear(x, weight).float(), out, rtol=0.01, atol=0.01)
+        print("right")
+    """
+    out, _ = python(code, LD_PRELOAD=str(library))
+    assert out.split() == ["True", "right"]
 
 
 # ---- these tests' own ground ----
