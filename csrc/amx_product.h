@@ -66,29 +66,25 @@ FASTGPT_AMX FASTGPT_INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Splits fp32 into three bf16, each in the upper half of a word. Infinity makes `infinite` true: its products with
-// the parts of a finite number would be infinities of either sign.
-FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& infinite) {
+// Splits fp32 into three bf16, each in the upper half of a word. A number beyond 2**64 makes `large` true: where a
+// product overflows, those of the parts may be infinities of either sign, whose sum is no number.
+FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& large) {
   const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
   const auto nearest = [&](__m512 v) {
     return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(v), half), upper);
   };
   const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 large = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));  // would round up to inf
+  const __mmask16 beyond = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x5f800000));
+  __mmask16 finite = 0xffff;
   parts[0] = nearest(x);
-  if (__builtin_expect(large != 0, 0)) {
-    const __mmask16 inf = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+  if (__builtin_expect(beyond != 0, 0)) {
     const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    parts[0] = _mm512_mask_and_epi32(parts[0], large, _mm512_castps_si512(x), upper);
+    finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+    parts[0] = _mm512_mask_and_epi32(parts[0], beyond, _mm512_castps_si512(x), upper);  // rounded, it may be infinite
     parts[0] = _mm512_mask_set1_epi32(parts[0], nan, 0x7fc00000);
-    x = _mm512_mask_mov_ps(x, inf | nan, _mm512_castsi512_ps(parts[0]));
-    infinite |= inf != 0;
-    const __m512 rest = _mm512_maskz_sub_ps(~(inf | nan), x, _mm512_castsi512_ps(parts[0]));
-    parts[1] = nearest(rest);
-    parts[2] = nearest(_mm512_sub_ps(rest, _mm512_castsi512_ps(parts[1])));
-    return;
+    large |= (beyond & ~nan) != 0;
   }
-  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(parts[0]));
+  const __m512 rest = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(parts[0]));
   parts[1] = nearest(rest);
   parts[2] = nearest(_mm512_sub_ps(rest, _mm512_castsi512_ps(parts[1])));
 }
@@ -105,11 +101,11 @@ FASTGPT_AMX FASTGPT_INLINE void read_lanes(
     block[0][i] = _mm512_maskz_loadu_epi16(i < lanes ? there : 0, from + i * stride);
 }
 FASTGPT_AMX FASTGPT_INLINE void read_lanes(
-    const float* from, int64_t stride, int64_t lanes, int64_t depth, Block<float>& block, bool& infinite) {
+    const float* from, int64_t stride, int64_t lanes, int64_t depth, Block<float>& block, bool& large) {
   for (int64_t i = 0; i < kTileLanes; ++i) {
     __m512i lower[3], upper[3];
-    split(_mm512_maskz_loadu_ps(i < lanes ? first_words(depth) : 0, from + i * stride), lower, infinite);
-    split(_mm512_maskz_loadu_ps(i < lanes ? first_words(depth - 16) : 0, from + i * stride + 16), upper, infinite);
+    split(_mm512_maskz_loadu_ps(i < lanes ? first_words(depth) : 0, from + i * stride), lower, large);
+    split(_mm512_maskz_loadu_ps(i < lanes ? first_words(depth - 16) : 0, from + i * stride + 16), upper, large);
     for (int part = 0; part < 3; ++part) block[part][i] = pair(lower[part], upper[part]);
   }
 }
@@ -125,23 +121,23 @@ FASTGPT_AMX FASTGPT_INLINE void read_depths(
     block[0][j] = _mm512_or_si512(words(2 * j), _mm512_slli_epi32(words(2 * j + 1), 16));
 }
 FASTGPT_AMX FASTGPT_INLINE void read_depths(
-    const float* from, int64_t stride, int64_t lanes, int64_t depth, Block<float>& block, bool& infinite) {
+    const float* from, int64_t stride, int64_t lanes, int64_t depth, Block<float>& block, bool& large) {
   const __mmask16 there = first_words(lanes);
   for (int64_t j = 0; j < 16; ++j) {
     __m512i lower[3], upper[3];
-    split(_mm512_maskz_loadu_ps(j < depth ? there : 0, from + j * stride), lower, infinite);
-    split(_mm512_maskz_loadu_ps(j + 16 < depth ? there : 0, from + (j + 16) * stride), upper, infinite);
+    split(_mm512_maskz_loadu_ps(j < depth ? there : 0, from + j * stride), lower, large);
+    split(_mm512_maskz_loadu_ps(j + 16 < depth ? there : 0, from + (j + 16) * stride), upper, large);
     for (int part = 0; part < 3; ++part) block[part][j] = pair(lower[part], upper[part]);
   }
 }
 
 // Packs `lanes` by `depth` of `from`, whose rows are the lanes, in the order in which they lie in memory. A's tiles have
-// a row a lane, B's a row a pair of depths. Returns whether there was an infinity that was split.
+// a row a lane, B's a row a pair of depths. Returns whether a large number was split.
 template <bool kRowsAreLanes, class T>
 FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char* out) {
   const bool lanes_lie_together = from.row == 1 && from.column != 1;
   const int64_t steps = (depth + kStep - 1) / kStep;
-  bool infinite = false;
+  bool large = false;
   const auto pack_block = [&](int64_t lane, int64_t step) FASTGPT_AMX {
     const int64_t n = std::min(kTileLanes, lanes - lane), deep = std::min(kStep, depth - step * kStep);
     const Matrix<T> source = from.at(lane, step * kStep);
@@ -151,15 +147,15 @@ FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char*
       for (auto& part : block)
         for (auto& word : part) word = _mm512_setzero_si512();
     } else if (from.column == 1) {
-      read_lanes(source.base, from.row, n, deep, block, infinite);
+      read_lanes(source.base, from.row, n, deep, block, large);
       flip = !kRowsAreLanes;
     } else if (from.row == 1) {
-      read_depths(source.base, from.column, n, deep, block, infinite);
+      read_depths(source.base, from.column, n, deep, block, large);
     } else {
       T copy[kTileLanes][kStep];
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < deep; ++j) copy[i][j] = source(i, j);
-      read_lanes(copy[0], kStep, n, deep, block, infinite);
+      read_lanes(copy[0], kStep, n, deep, block, large);
       flip = !kRowsAreLanes;
     }
     char* tile = out + (lane / kLanesOfPanel * steps + step) * kParts<T> * kPairBytes +
@@ -178,7 +174,7 @@ FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char*
       for (int64_t step = 0; step < steps; ++step)
         for (int64_t half = 0; half < kLanesOfPanel; half += kTileLanes) pack_block(panel + half, step);
   }
-  return infinite;
+  return large;
 }
 
 // Adds up the lanes of packed panels of A.
@@ -247,7 +243,7 @@ FASTGPT_AMX void multiply_panels(const char* a, const char* b, int64_t steps, bo
   _tile_stored(3, sums + 3 * kSumsOfTile, 64);
 }
 
-// The same from the operands themselves, for those with an infinity: `rows` by `columns` over `depth`.
+// The same from the operands themselves, for those with a large number: `rows` by `columns` over `depth`.
 template <class T>
 void multiply_plainly(
     const Matrix<T>& a, const Matrix<T>& b, int64_t rows, int64_t columns, int64_t depth, float* sums) {
@@ -340,10 +336,10 @@ FASTGPT_AMX void multiply_block(
   const int64_t steps = (depth + kStep - 1) / kStep, stretch = even_stretch(steps, kStretch<T>, 1);
   const int64_t step_bytes = kParts<T> * kPairBytes, panel_bytes = steps * step_bytes;
   const int64_t group = (a.column == 1 ? 1 : kGroup) * kLanesOfPanel;
-  const bool infinite_b = pack<false>(b.transposed(), N, depth, scratch.b);
+  const bool large_b = pack<false>(b.transposed(), N, depth, scratch.b);
   for (int64_t first = 0; first < M; first += group) {
     const int64_t in_group = std::min(group, M - first);
-    const bool infinite = pack<true>(a.at(first, 0), in_group, depth, scratch.a) || infinite_b;
+    const bool large = pack<true>(a.at(first, 0), in_group, depth, scratch.a) || large_b;
     if (row_sums) add_row_sums<T>(scratch.a, in_group, depth, row_sums + first);
     for (int64_t i = 0; i < in_group; i += kLanesOfPanel)
       for (int64_t step = 0; step == 0 || step < steps; step += stretch)  // once without depth too: C is then the bias
@@ -353,7 +349,7 @@ FASTGPT_AMX void multiply_block(
           float* sums = scratch.sums + j / kLanesOfPanel * kSumsOfPanels;
           const bool last = step + stretch >= steps;
           if (last) here.fetch(rows);
-          if (!infinite)
+          if (!large)
             multiply_panels<T>(
                 scratch.a + i / kLanesOfPanel * panel_bytes + step * step_bytes,
                 scratch.b + j / kLanesOfPanel * panel_bytes + step * step_bytes, std::min(stretch, steps - step),

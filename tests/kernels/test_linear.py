@@ -271,3 +271,25 @@ def test_a_bf16_product_of_ours_is_rounded_to_fp32_alone(device, rule, M, K, N, 
 def test_a_shape_that_does_not_fit_is_named(weight, bias, named):
     with pytest.raises(ValueError, match=f"^{named}: "):
         linear(torch.randn(3, 8), torch.randn(weight), None if bias is None else torch.randn(bias))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, 3.4e38, -3.4028234663852886e38, 1e-38])
+@pytest.mark.parametrize("place", ["left", "right", "both"])
+def test_a_product_of_the_largest_numbers_and_of_infinity_is_what_it_is_in_fp64(device, value, place):
+    a, b = torch.randn(40, 70, device=device), torch.randn(70, 50, device=device) / 70
+    if place != "right":
+        a[3, 5] = a[20, 69] = value
+    if place != "left":
+        b[5, 7] = b[68, 49] = value
+    exact = (a.double() @ b.double()).float()
+    out = matmul_into(torch.empty(40, 50, device=device), a, b)
+    torch.testing.assert_close(out, exact, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FC00000, 0x7F800001, 0x7FFFFFFF])
+def test_a_nan_of_any_bits_is_nan_in_its_row_alone(device, bits):
+    a, b = torch.randn(40, 70, device=device), torch.randn(70, 50, device=device)
+    a.view(torch.int32)[3, 5] = bits
+    out = matmul_into(torch.empty(40, 50, device=device), a, b)
+    assert out.isnan().all(1).nonzero().tolist() == [[3]]
+    assert out.isnan().sum() == 50
