@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test gpu mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,10 @@ train: $(VENV)/.installed  ## train the quickstart model on the CPU, offline, in
 # A process a core, each with one thread: most of the time goes into Triton's compiler and its interpreter.
 test: $(VENV)/.installed  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# make test compiles ahead of time only what differs from the record in bench/results, and a sample of the rest.
+test-all: $(VENV)/.installed  ## run the test suite with all that make test takes from records or draws less of
+	FASTGPT_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Without a compiler or xdist it does without. The tests are stopped after a while, so that the timings get their turn.
 gpu:  ## test and time kernels and steps on an NVIDIA GPU, in ten minutes, with the python3 at hand as it is (PYTHON=…)

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel in every shipped configuration for five architectures, without a GPU.
 
-    python -m bench.ahead_of_time                     # all, tables to bench/results/ahead_of_time/
+    python -m bench.ahead_of_time                     # all; writes bench/results/ahead_of_time/
+    python -m bench.ahead_of_time --changed           # what has changed since, and a sample; writes nothing
     python -m bench.ahead_of_time --arch 89 --only attention
     python -m bench.ahead_of_time --arch 89 --only attention --try BLOCK_M=64,128 num_warps=4,8
 
@@ -10,9 +11,13 @@ loops, and a bound on the time (bench/bounds.py).
 """
 
 import argparse
+import datetime
+import hashlib
+import inspect
 import itertools
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,13 +34,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench import sass
+from bench import bounds, sass
 from bench.bounds import GPUS, blocks_per_sm, bound
-from fastgpt import limits
+from fastgpt import gpus, limits
+from fastgpt.kernels import reference
 from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
 RESULTS = Path(__file__).parent / "results" / "ahead_of_time"
+RECORD = RESULTS / "rows.json"  # what main wrote last: rows by case and architecture, with a digest of their sources
+SAMPLE = 4  # cases that --changed compiles although nothing of theirs has changed, others every day
 
 B, T, C, V = 8, 1024, 768, 50304  # GPT-2 124M; the micro-batch of a 12 GB card
 PARAMETERS = 124_475_904
@@ -226,6 +234,67 @@ def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
             yield from rows
 
 
+# ---- what has been compiled before ----
+
+
+def op_of(case: str) -> str:
+    """The file of fastgpt/kernels/triton/ whose kernels a case launches."""
+    return case.partition(" ")[0].removesuffix("_compact")
+
+
+def digest(case: str, arch: int) -> str:
+    """Of all that decides what a case's rows are: Triton, the op's kernels and configurations, how they are read."""
+    folder, others = Path(launch.__file__).parent, {op_of(name) for name in CASES} - {op_of(case)}
+    sources = [path for path in sorted(folder.glob("*.py")) if path.stem not in others]
+    sources += [folder / "configs" / f"{name}.json" for name in ("any", f"sm_{arch}")]
+    sources += [Path(str(module.__file__)) for module in (sys.modules[__name__], bounds, sass, gpus)]
+    layouts = [inspect.getsource(function) for function in (reference.empty_heads, reference.split_heads)]
+    everything = [triton.__version__, *layouts, *(path.read_text() for path in sources)]
+    return hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
+
+
+def recorded() -> dict[tuple[str, int], list[Row]]:
+    """The rows of the record whose sources are what they were."""
+    if not RECORD.exists():
+        return {}
+    return {
+        (r["case"], r["arch"]): [Row(case=r["case"], arch=r["arch"], **row) for row in r["rows"]]
+        for r in json.loads(RECORD.read_text())
+        if r["case"] in CASES and r["digest"] == digest(r["case"], r["arch"])
+    }
+
+
+def record(rows: list[Row]) -> None:
+    """Write rows, for :func:`recorded`."""
+    entries = [
+        {"case": case, "arch": arch, "digest": digest(case, arch), "rows": [_without_key(row) for row in group]}
+        for (case, arch), group in itertools.groupby(rows, key=lambda row: (row.case, row.arch))
+    ]
+    RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+
+
+def _without_key(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name not in ("case", "arch")}
+
+
+def changed_and_sample(jobs: list[tuple[str, int, dict[str, int]]]) -> list[Row]:
+    """All rows of the jobs, compiled only where a source has changed, and in a sample that another day chooses anew.
+
+    Raises:
+        SystemExit: a row of the sample is not what the record says.
+    """
+    known = recorded()
+    unchanged = [job for job in jobs if job[:2] in known]
+    sample = random.Random(datetime.date.today().isoformat()).sample(unchanged, min(SAMPLE, len(unchanged)))
+    compiled: dict[tuple[str, int], list[Row]] = {}
+    for row in compile_all([job for job in jobs if job[:2] not in known or job in sample]):
+        compiled.setdefault((row.case, row.arch), []).append(row)
+    for case, arch, _ in sample:
+        if list(map(asdict, compiled[case, arch])) != list(map(asdict, known[case, arch])):
+            sys.exit(f"error: {RECORD.name} is not what the compiler makes of '{case}' on sm_{arch}")
+    return [row for job in jobs for row in (known | compiled)[job[:2]]]
+
+
 # ---- the table ----
 
 
@@ -260,14 +329,18 @@ def main() -> None:
         "--try", nargs="+", default=[], dest="values", metavar="NAME=V,V", help="instead of the shipped"
     )
     parser.add_argument("--json", type=Path, help="write the rows there, and no tables")
+    parser.add_argument(
+        "--changed", action="store_true", help="compile only what has changed since the tables, and a sample"
+    )
     request = parser.parse_args()
     names = [name for name in CASES if name.startswith(request.only)]
     options = {name: map(int, values.split(",")) for name, values in (v.split("=") for v in request.values)}
     combinations = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     jobs = [(name, arch, tried) for arch in request.arch for name in names for tried in combinations]
-    rows = list(compile_all(jobs))
+    rows = changed_and_sample(jobs) if request.changed else list(compile_all(jobs))
     if request.json:
         request.json.write_text(json.dumps([asdict(row) for row in rows]))
+    if request.json or request.changed:
         return
     for arch in request.arch:
         text = table([row for row in rows if row.arch == arch])
@@ -279,6 +352,8 @@ def main() -> None:
         heading = f"# sm_{arch}, Triton {triton.__version__}\n\n{_explanation(gpu.name)}\n\n"
         (RESULTS / f"sm_{arch}.md").write_text(heading + text)
         print(f"bench/results/ahead_of_time/sm_{arch}.md: {sum(r.arch == arch for r in rows)} kernels")
+    if not (request.values or request.only) and request.arch == sorted(GPUS):
+        record(rows)
 
 
 def _explanation(name: str) -> str:

@@ -1,9 +1,14 @@
-"""Every Triton kernel in every shipped configuration, compiled for five architectures; needs no GPU."""
+"""Every Triton kernel in every shipped configuration, compiled for five architectures; needs no GPU.
+
+What the compiler made of those whose sources have not changed is read from bench/results/ahead_of_time/rows.json, a few
+of them apart, which are compiled and compared; ``FASTGPT_TEST_ALL=1`` compiles all.
+"""
 
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,6 +27,8 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("ahead_of_time") / "rows.json"
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "bench.ahead_of_time", "--json", str(path)]
+    if "FASTGPT_TEST_ALL" not in os.environ:
+        command.append("--changed")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(path.read_text())
@@ -79,3 +86,56 @@ def test_every_shipped_configuration_is_compiled(rows):
             for kind, config in table.items():
                 config = {name: value for name, value in config.items() if name != "programs_per_sm"}
                 assert any(config.items() <= c.items() for c in compiled), f"sm_{arch} {kernel} {kind}"
+
+
+# ---- the record ----
+
+
+def in_a_process(code):
+    """What ``code`` prints; the module cannot be imported where Triton's interpreter was."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "ops", "architectures"),
+    [
+        ("attention.py", {"attention"}, ARCHITECTURES),
+        ("launch.py", {"attention", "layer_norm", "gelu", "cross_entropy", "adamw"}, ARCHITECTURES),
+        ("sm_89.json", {"attention", "layer_norm", "gelu", "cross_entropy", "adamw"}, (89,)),
+        ("README.md", set(), ()),
+    ],
+)
+def test_a_change_is_a_change_of_whatever_it_can_change(changed, ops, architectures):
+    code = f"""
+from pathlib import Path
+from bench import ahead_of_time as a
+jobs = [(case, arch) for case in a.CASES for arch in a.GPUS]
+before, read = {{job: a.digest(*job) for job in jobs}}, Path.read_text
+Path.read_text = lambda self, *args, **kwargs: read(self, *args, **kwargs) + "#" * (self.name == "{changed}")
+other = [job for job in jobs if a.digest(*job) != before[job]]
+print(sorted({{a.op_of(case) for case, _ in other}}), sorted({{arch for _, arch in other}}))
+"""
+    done = in_a_process(code)
+    assert done.stdout.strip() == f"{sorted(ops)} {sorted(architectures)}", done.stderr
+
+
+def test_a_record_that_is_wrong_is_found_by_a_sample(tmp_path):
+    code = f"""
+import json
+from pathlib import Path
+from bench import ahead_of_time as a
+entries = [entry for entry in json.loads(a.RECORD.read_text()) if entry["case"].startswith("gelu")]
+for entry in entries:
+    entry["digest"] = a.digest(entry["case"], entry["arch"])
+    entry["rows"][0]["registers"] += 1
+a.RECORD, a.SAMPLE = Path({str(tmp_path / "rows.json")!r}), 1
+a.RECORD.write_text(json.dumps(entries))
+a.changed_and_sample([(entry["case"], entry["arch"], {{}}) for entry in entries])
+"""
+    script = tmp_path / "wrong.py"  # a file, since the compiler's processes import it
+    script.write_text("if __name__ == '__main__':\n" + textwrap.indent(code, "    "))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: rows.json is not what the compiler makes of 'gelu"), done.stderr

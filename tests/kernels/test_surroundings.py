@@ -24,7 +24,7 @@ from fastgpt.kernels import (
 )
 from fastgpt.kernels.matmul import matmul_into
 
-EXAMPLES = 100 * int(os.environ.get("FASTGPT_TEST_EXAMPLES", "1"))
+EXAMPLES = 2000 if "FASTGPT_TEST_ALL" in os.environ else 100
 
 # Off and on the depth of a tile of AMX (32) and the widths of vectors and blocks.
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 34, 63, 64, 65, 96, 127, 200]
