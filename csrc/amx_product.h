@@ -1,7 +1,7 @@
 // The matrix product on AMX: tiles of 16 rows by 64 bytes, whose products of bf16 are summed in fp32.
 //
 // Operands of fp32 are split into three numbers of bf16 each, a = a0 + a1 + a2, which is exact (8 bits of each, 24 in
-// all). Six of the nine products are added up; the other three are below 2**-26 of the result, less than fp32's own
+// all). Six of the nine products are added up; the other three are below 2**-26 of the product, less than fp32's own
 // rounding. Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 // computations", 2019. On a core with AMX six such products take a third of the time of one in AVX-512.
 //
@@ -268,6 +268,7 @@ struct Target {
     return {to + i * ld + j, ld, accumulate, earlier ? earlier + i * ld + j : nullptr, bias ? bias + j : nullptr};
   }
 
+  // Asks for the memory early, so that it is there when the sums are.
   FASTGPT_AMX FASTGPT_INLINE void fetch(int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i)
       for (size_t j = 0; j < kLanesOfPanel; j += 64 / sizeof(Out)) __builtin_prefetch(to + i * ld + j, 1);
@@ -309,8 +310,8 @@ struct Target {
   }
 };
 
-// A block of B is packed and stays in the second-level cache (768 KiB; of its 2 MiB a virtual machine gets 1 at full
-// speed). Panels of A are packed one after the other, and a stretch of one stays in the first-level cache (32 KiB of
+// A block of B is packed and stays in the second-level cache: 768 KiB, as reads were measured to slow down beyond 1 MiB
+// of 2 (Xeon with AMX, in a virtual machine). Panels of A are packed one after the other, and a stretch of one stays in the first-level cache (32 KiB of
 // 48) while B passes through. So A and C are gone through row by row, as prefetching wants it.
 template <class T>
 constexpr int64_t kStretch = kParts<T> == 1 ? 16 : 4;  // steps
