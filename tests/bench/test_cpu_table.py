@@ -58,7 +58,7 @@ def test_a_row_has_the_speed_of_fastgpt_and_how_many_times_as_long_the_others_ta
         "CPU": "[a-cpu](a-cpu/step-4-threads.md)",
         "cores / threads": "8 / 4",
         "threads": "4",
-        "ISA": "avx512",  # products of fp32 have no use for AMX
+        "ISA": "amx",  # products of fp32 have no use for AMX
         "dtype": "float32",
         "tokens/s": "600",  # 3 x 10 tokens in 50 ms
         "ms a step": "50.0",
@@ -83,6 +83,13 @@ def test_a_contender_whose_losses_are_others_is_compared_with_nothing(losses):
 
 def test_bf16_may_use_all_that_the_cpu_has():
     assert cells(record("bfloat16", fastgpt=contender(50.0)))["ISA"] == "amx"
+
+
+def test_fp32_runs_on_amx_and_not_on_avx512_bf16():
+    for isa, used in (("amx", "amx"), ("avx512_bf16", "avx512"), ("avx512", "avx512")):
+        run = record("float32", fastgpt=contender(50.0))
+        run["environment"]["isa"] = isa
+        assert cells(run)["ISA"] == used
 
 
 def test_a_run_that_was_held_to_less_says_so():
