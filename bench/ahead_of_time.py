@@ -333,6 +333,8 @@ def main() -> None:
         "--changed", action="store_true", help="compile only what has changed since the tables, and a sample"
     )
     request = parser.parse_args()
+    if request.changed and request.values:
+        parser.error("--changed reads what was recorded of the shipped configurations; --try replaces them")
     names = [name for name in CASES if name.startswith(request.only)]
     options = {name: map(int, values.split(",")) for name, values in (v.split("=") for v in request.values)}
     combinations = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]

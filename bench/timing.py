@@ -172,7 +172,7 @@ def results_folder(device: torch.device | str) -> Path:
 def conditions(device: torch.device | str) -> str:
     """What the names of a CPU's records end with: ``-2-threads``, and ``-avx2`` where the run was held to that.
 
-    The threads are told always: how many are usual depends on the machine. Empty for a GPU.
+    The number of threads is always included, because the usual number depends on the machine. Empty for a GPU.
     """
     if torch.device(device).type != "cpu":
         return ""

@@ -1,13 +1,12 @@
 // Instructions that a CPU with AVX-512 may have besides: whether this one does, and may use them.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <cpuid.h>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <strings.h>
-
-#if defined(__AVX512F__)
-#include <cpuid.h>
 
 #define FASTGPT_AVX512_BF16 __attribute__((target("avx512bf16")))
 

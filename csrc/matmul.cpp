@@ -7,8 +7,6 @@
 //   temporary and two more passes. MKL's of fp32 do not use the tiles.
 // - AVX-512 on AMD's CPUs (vector_product.h): operands of fp32, for which MKL stops at AVX2, half the arithmetic
 //   that Zen 4 and 5 offer, and those of bf16 that are added to fp32.
-#include <cstring>
-
 #include "amx_product.h"
 #include "vector_product.h"
 

@@ -75,7 +75,8 @@ _ONEDNN = {
 }
 
 # Environment variables that hold a library to narrower instructions than the CPU has, and the widest of ISAS that each
-# of their values leaves, as the libraries spell them; oneDNN takes lower case too. Other values leave everything.
+# of their values leaves, as the libraries spell them; oneDNN takes lower case too. Other values leave everything. Of
+# the values that leave the same, the first is the one to set.
 # Sources: ATen's DispatchStub.cpp, oneDNN's "CPU Dispatcher Control", oneMKL's "mkl_enable_instructions".
 LIMITS = {
     "ATEN_CPU_CAPABILITY": {"default": "default", "avx2": "avx2"},
@@ -86,14 +87,6 @@ LIMITS = {
         **dict.fromkeys(("AVX512", "AVX512_E1", "AVX512_E2"), "avx512"),
         "AVX512_E3": "avx512_bf16",
     },
-}
-
-# The same by instruction set: the values of LIMITS' variables, in their order, that leave no more than it.
-_HELD_TO = {
-    "default": ("default", "SSE41", "SSE4_2"),
-    "avx2": ("avx2", "AVX2", "AVX2"),
-    "avx512": ("", "AVX512_CORE", "AVX512"),
-    "avx512_bf16": ("", "AVX512_CORE_BF16", "AVX512_E3"),
 }
 
 
@@ -116,9 +109,9 @@ class Processor:
 
     @property
     def full_name(self) -> str:
-        """The model name, and ``ids`` where it does not tell the generation: where no word of it has a model number.
+        """The model name, followed by ``ids`` if no word of the name is a model number.
 
-        A model number has three digits: ``7950X``, ``9R14``, ``E5-2680``.
+        A model number tells the generation. It has three digits or more: ``7950X``, ``9R14``, ``E5-2680``.
         """
         words = re.sub(r"@.*", "", self.name).split()
         if not self.ids or any(len(re.findall(r"\d", word)) >= 3 for word in words):
@@ -166,8 +159,8 @@ def environment_for(isa: str) -> dict[str, str]:
     """
     if isa not in ("default", *ISAS):
         raise ValueError(f"isa: '{isa}' is none of default, {', '.join(ISAS)}")
-    values = _HELD_TO.get(isa, ())
-    return {variable: value for variable, value in zip(LIMITS, values, strict=False) if value}
+    found = {variable: [v for v, left in values.items() if left == isa] for variable, values in LIMITS.items()}
+    return {variable: values[0] for variable, values in found.items() if values}
 
 
 def held_to() -> dict[str, str]:
@@ -185,10 +178,10 @@ def isa() -> str:
     if not has:
         return found
     order = ["default", *ISAS]
-    limits = [LIMITS[variable].get(value, order[-1]) for variable, value in held_to().items()]
+    left = [LIMITS[variable].get(value, order[-1]) for variable, value in held_to().items()]
     if found in ("default", "avx2"):  # AVX-512 is the widest that PyTorch tells apart: no limit
-        limits.append(found)
-    narrowest = min(map(order.index, limits), default=len(order))
+        left.append(found)
+    narrowest = min(map(order.index, left), default=len(order))
     return ["default", *(name for name in has if order.index(name) <= narrowest)][-1]
 
 
