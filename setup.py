@@ -19,10 +19,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 # "default" is what the compiler takes for granted: SSE2 on x86-64, NEON on arm64, vectors of four either way.
 INSTRUCTION_SETS = {"default": []}
 if platform.machine().lower() in {"x86_64", "amd64"}:
-    INSTRUCTION_SETS |= {
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-        "avx2": ["-mavx2", "-mfma"],
-    }
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    INSTRUCTION_SETS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 TARGET_TORCH = "0x020b000000000000"  # the oldest torch supported, 2.11, as torch/headeronly/version.h writes it
 

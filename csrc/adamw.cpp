@@ -18,6 +18,12 @@ constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kBlock = 256;
 static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0);
 
+// How far ahead memory is asked for, in elements: beyond the ends of pages, where the hardware's own prefetching stops.
+constexpr int64_t kAhead = 256;
+
+// Copies larger than this, in elements, are written past the caches, which could not keep them until the next forward.
+constexpr int64_t kKept = 4 << 20;
+
 struct Chunk {
   size_t tensor;
   int64_t begin, end;
@@ -37,6 +43,7 @@ double sum_of_squares(const T* x, int64_t n) {
   for (int64_t block = 0; block < n; block += 1024) {  // fp32 inside a block, fp64 between them
     Vec squares{};
     for_each_vector(std::min<int64_t>(1024, n - block), [&](int64_t i, int64_t lanes) {
+      __builtin_prefetch(x + block + i + kAhead);
       const Vec value = load(x + block + i, lanes);
       squares += value * value;
     });
@@ -82,7 +89,7 @@ constexpr bool is_bf16 = std::is_same_v<T, BFloat16>;
 
 // fp32 that bf16 can hold; a NaN stays one, though the carry would run through all its bits.
 FASTGPT_INLINE Vec round_stochastically(Vec x, IntVec random) {
-  return x == x ? (Vec)(((UintVec)x + (UintVec)random) & 0xffff0000u) : x;
+  return x == x ? (Vec)(((UintVec)x + (UintVec)random) & 0xffff0000u) : (Vec)((UintVec)x | 0x00400000u);
 }
 
 // ---- moments: a block is opened, each of its vectors loaded and stored once, and closed ----
@@ -97,9 +104,12 @@ class PlainMoment {
   bool needs_random() const { return stochastic_; }
   void open_block(int64_t first, int64_t) { block_ = values_ + first; }
   FASTGPT_INLINE Vec load(int64_t i, int64_t lanes) const { return fastgpt::load(block_ + i, lanes); }
+  FASTGPT_INLINE void fetch(int64_t i) const { __builtin_prefetch(block_ + i); }
   template <class Random>
   FASTGPT_INLINE void store(int64_t i, Vec value, int64_t lanes, const Random& random) {
-    fastgpt::store(block_ + i, stochastic_ ? round_stochastically(value, random(i)) : value, lanes);
+    if constexpr (is_bf16<T>)
+      if (stochastic_) return store_exactly(block_ + i, round_stochastically(value, random(i)), lanes);
+    fastgpt::store(block_ + i, value, lanes);
   }
   template <class Random>
   void close_block(const Random&) {}
@@ -135,6 +145,7 @@ class CodedMoment {
   }
 
   FASTGPT_INLINE Vec load(int64_t i, int64_t lanes) const { return keep_first(fastgpt::load(block_ + i), lanes); }
+  FASTGPT_INLINE void fetch(int64_t) const {}
   template <class Random>
   FASTGPT_INLINE void store(int64_t i, Vec value, int64_t lanes, const Random&) {
     fastgpt::store(block_ + i, value);
@@ -200,6 +211,13 @@ Coefficients coefficients(
   };
 }
 
+template <class P>
+FASTGPT_INLINE void store_parameter(P* at, Vec p, int64_t lanes, bool stochastic) {
+  if constexpr (is_bf16<P>)
+    if (stochastic) return store_exactly(at, p, lanes);
+  store(at, p, lanes);
+}
+
 struct Options {
   bool zero_grad, stochastic;
   uint64_t key;  // of the random numbers, if there are any
@@ -207,8 +225,8 @@ struct Options {
 
 template <class P, class G, class ExpAvg, class ExpAvgSq>
 void update(
-    const Chunk& chunk, P* param, G* grad, ExpAvg exp_avg, ExpAvgSq exp_avg_sq, BFloat16* copy, const Coefficients& c,
-    const Options& options) {
+    const Chunk& chunk, P* param, G* grad, ExpAvg exp_avg, ExpAvgSq exp_avg_sq, BFloat16* copy, bool past_caches,
+    const Coefficients& c, const Options& options) {
   const bool stochastic = options.stochastic && is_bf16<P>;
   Words for_moments, for_param;
   const auto for_exp_avg = [&](int64_t i) { return for_moments.upper_halves(i); };
@@ -221,17 +239,24 @@ void update(
     exp_avg_sq.open_block(first, n);
     for_each_vector(n, [&](int64_t k, int64_t lanes) {
       const int64_t i = first + k;
+      __builtin_prefetch(grad + i + kAhead);
+      __builtin_prefetch(param + i + kAhead);
+      exp_avg.fetch(k + kAhead);
+      exp_avg_sq.fetch(k + kAhead);
       const Vec g = load(grad + i, lanes) * c.grad_scale;
       const Vec old_m = exp_avg.load(k, lanes);
       const Vec m = old_m + (g - old_m) * c.one_minus_beta1;
       const Vec v = exp_avg_sq.load(k, lanes) * c.beta2 + g * g * c.one_minus_beta2;
       Vec p = load(param + i, lanes) * c.decay;
       p -= c.step_size * m / (sqrt(v) * c.inverse_sqrt_correction2 + c.eps);
-      if (stochastic) p = round_stochastically(p, for_param.lower_halves(k));
       exp_avg.store(k, m, lanes, for_exp_avg);
       exp_avg_sq.store(k, v, lanes, for_exp_avg_sq);
-      store(param + i, p, lanes);
-      if (copy) store(copy + i, p, lanes);
+      if (stochastic) p = round_stochastically(p, for_param.lower_halves(k));
+      store_parameter(param + i, p, lanes, stochastic);
+      if (copy && past_caches)
+        stream(copy + i, p, lanes);
+      else if (copy)
+        store(copy + i, p, lanes);
       if (options.zero_grad) store(grad + i, Vec{}, lanes);
     });
     exp_avg.close_block(for_exp_avg);
@@ -245,6 +270,8 @@ void update_all(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& copies,
     const Coefficients& c, const Options& options, const MomentsOf& moments_of) {
   const auto chunks = chunks_of(params);
+  int64_t copied = 0;
+  for (const Tensor& copy : copies) copied += copy.numel();
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       const size_t i = chunks[k].tensor;
@@ -253,10 +280,11 @@ void update_all(
           const auto [exp_avg, exp_avg_sq] = moments_of(element, i);
           update(
               chunks[k], data<decltype(element)>(params[i]), data<decltype(grad_element)>(grads[i]), exp_avg,
-              exp_avg_sq, copies.empty() ? nullptr : data<BFloat16>(copies[i]), c, options);
+              exp_avg_sq, copies.empty() ? nullptr : data<BFloat16>(copies[i]), copied > kKept, c, options);
         });
       });
     }
+    fence();
   });
 }
 

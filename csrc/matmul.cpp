@@ -48,12 +48,7 @@ void multiply(const Product<T, Out>& p) {
   if (has_amx()) return in_parallel(p, amx::kLanesOfPanel, amx::kLanesOfPanel, amx::multiply<T, Out>);
 #endif
   if constexpr (std::is_same_v<Out, float>) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (has_avx512_bf16())
-        return in_parallel(p, vectors::kRows, vectors::kColumns, vectors::multiply<vectors::Pair, T>);
-#endif
-    in_parallel(p, vectors::kRows, vectors::kColumns, vectors::multiply<float, T>);
+    in_parallel(p, vectors::kRows, vectors::kColumns, vectors::multiply<T>);
   } else {
     STD_TORCH_CHECK(false, "out: a result of bfloat16 needs a CPU with AMX");
   }

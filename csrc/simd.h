@@ -5,12 +5,16 @@
 // the CPU at hand can run. Arithmetic is fp32 whatever the tensors hold.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC 12's own header leaves undefined on purpose
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -48,7 +52,11 @@ FASTGPT_INLINE IntVec lane_index() {
 FASTGPT_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
 FASTGPT_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
+#if defined(__AVX512F__)  // the other form's comparison and choice, which GCC does not always make one instruction of
+FASTGPT_INLINE Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+#else
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 FASTGPT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 FASTGPT_INLINE IntVec max(IntVec a, IntVec b) { return a > b ? a : b; }
 FASTGPT_INLINE IntVec min(IntVec a, IntVec b) { return a < b ? a : b; }
@@ -62,15 +70,23 @@ FASTGPT_INLINE Vec keep_first(Vec value, int64_t n, float fill = 0.0f) {
 // ---- memory: fp32, bf16 and 32-bit words, whole vectors or the first n lanes (missing lanes read as zero) ----
 
 FASTGPT_INLINE Vec widen(HalfwordVec bits) {
+#if defined(__AVX512F__)  // GCC would widen two halves and join them
+  return as_float((IntVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
   return as_float(__builtin_convertvector(bits, IntVec) << 16);
+#endif
 }
 
-// Round to nearest, ties to even; a NaN stays one.
+// Round to nearest, ties to even; a NaN stays one. AVX512_BF16's instruction makes zero of what is no normal number.
 FASTGPT_INLINE HalfwordVec narrow(Vec value) {
+#if defined(__AVX512BF16__)
+  return (HalfwordVec)_mm512_cvtneps_pbh((__m512)value);
+#else
   const IntVec bits = as_int(value);
   const UintVec rounded = (UintVec)bits + 0x7fff + (((UintVec)bits >> 16) & 1);
   const UintVec quiet_nan = UintVec{} + 0x7fc00000u;
   return __builtin_convertvector((value == value ? rounded : quiet_nan) >> 16, HalfwordVec);
+#endif
 }
 
 FASTGPT_INLINE Vec load(const float* p) {
@@ -95,6 +111,12 @@ FASTGPT_INLINE void store(BFloat16* p, Vec value) {
   std::memcpy(p, &bits, sizeof(HalfwordVec));
 }
 
+// Of values that bf16 can hold, those that are no normal numbers too.
+FASTGPT_INLINE void store_exactly(BFloat16* p, Vec value, int64_t n) {
+  const HalfwordVec bits = __builtin_convertvector((UintVec)value >> 16, HalfwordVec);
+  std::memcpy(p, &bits, std::min<int64_t>(n, kLanes) * sizeof(BFloat16));
+}
+
 template <class T>
 FASTGPT_INLINE Vec load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
@@ -108,6 +130,27 @@ FASTGPT_INLINE void store(T* p, Vec value, int64_t n) {
   alignas(64) T lanes[kLanes];
   store(lanes, value);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// Stores past the caches, where whole and aligned vectors can be; fence() before another thread reads.
+FASTGPT_INLINE void stream(BFloat16* p, Vec value, int64_t n) {
+#if defined(__AVX2__)
+  const HalfwordVec bits = narrow(value);
+  if (n == kLanes && reinterpret_cast<uintptr_t>(p) % sizeof(bits) == 0) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)bits);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)bits);
+#endif
+    return;
+  }
+#endif
+  store(p, value, n);
+}
+FASTGPT_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns of four bytes each.

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 #include <type_traits>
 
-#include "isa.h"
 #include "product.h"
 
 namespace fastgpt {
@@ -26,6 +26,14 @@ constexpr int64_t kColumnBlock = 48 * kColumns;
 using Pair = uint32_t;
 template <class Word>
 constexpr int64_t kElements = std::is_same_v<Word, Pair> ? 2 : 1;
+
+#if defined(__AVX512BF16__)
+template <class T>
+using PackedWord = std::conditional_t<std::is_same_v<T, BFloat16>, Pair, float>;
+#else
+template <class T>
+using PackedWord = float;
+#endif
 
 FASTGPT_INLINE Pair pair(BFloat16 first, BFloat16 second) { return first.x | static_cast<Pair>(second.x) << 16; }
 FASTGPT_INLINE float first_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair), BFloat16::from_bits()); }
@@ -122,10 +130,9 @@ inline void multiply_tile(const float* a, const float* b, int64_t words, const T
   target.add(tile);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 // The same in AVX512_BF16, which multiplies pairs and adds both products in fp32.
-FASTGPT_AVX512_BF16 inline void multiply_tile(
-    const Pair* a, const Pair* b, int64_t words, const Target& target) {
+inline void multiply_tile(const Pair* a, const Pair* b, int64_t words, const Target& target) {
   target.fetch();
   Vec tile[kRows][kVectors] = {};
   for (int64_t k = 0; k < words; ++k, a += kRows, b += kColumns) {
@@ -151,7 +158,7 @@ void multiply_edge(const Word* a, const Word* b, int64_t words, const Target& ta
 }
 
 // One thread's share.
-template <class Word, class T>
+template <class T, class Word = PackedWord<T>>
 void multiply(const Product<T, float>& p) {
   thread_local const std::unique_ptr<Word[]> packed_a(new Word[kRowBlock * kDepth]);
   thread_local const std::unique_ptr<Word[]> packed_b(new Word[kColumnBlock * kDepth]);

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "c++")
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
-LIBRARIES = [*(["_cpu_avx2.abi3.so", "_cpu_avx512.abi3.so"] if X86 else []), "_cpu_default.abi3.so"]
+LIBRARIES = [f"_cpu_{name}.abi3.so" for name in (["avx2", "avx512", "avx512_bf16", "default"] if X86 else ["default"])]
 PURE = "py3-none-any.whl"
 COMPILED = f"cp310-abi3-{re.sub('[-.]', '_', sysconfig.get_platform())}.whl"
 

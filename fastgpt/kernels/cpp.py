@@ -3,6 +3,7 @@
 Loading a library registers its kernels with the dispatcher under ``fastgpt::``. Nothing else touches it.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import torch
 
 from fastgpt.kernels import slow_path
 
-# Widest first. torch's own answer is used, so ATEN_CPU_CAPABILITY=avx2 narrows fastgpt with it.
-_LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
+# Narrowest first.
+_LIBRARIES = ("default", "avx2", "avx512", "avx512_bf16")
+
+# Values of ONEDNN_MAX_CPU_ISA, which holds PyTorch's products of bf16 to an instruction set, that leave no AVX512_BF16.
+_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,28 @@ class Extension:
     products: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()  # operands, result: faster than PyTorch's
 
 
+def _widest() -> str:
+    """Of ``_LIBRARIES``, by PyTorch's own answers, so that what narrows PyTorch narrows fastgpt with it."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if (
+        capability == "avx512"
+        and torch.cpu._is_avx512_bf16_supported()
+        and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in _WITHOUT_BF16
+    ):
+        return "avx512_bf16"
+    return capability if capability in _LIBRARIES else "default"
+
+
 def load() -> Extension:
     """Load the widest library this CPU can run; where there is none, warn once and say why."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    names = _LIBRARIES.get(capability, ("default",))
+    widest = _widest()
     here = Path(__file__).parent
-    built = [path for name in names for path in sorted(here.glob(f"_cpu_{name}.*so"))]
+    names = _LIBRARIES[: _LIBRARIES.index(widest) + 1]
+    built = [path for name in reversed(names) for path in sorted(here.glob(f"_cpu_{name}.*so"))]
     if not built:
         others = sorted(path.name for path in here.glob("_cpu_*so"))
         reason = (
-            f"this CPU is {capability}, the build has {', '.join(others)}"
-            if others
-            else "the C++ kernels are not built"
+            f"this CPU is {widest}, the build has {', '.join(others)}" if others else "the C++ kernels are not built"
         )
         return _without(reason)
     try:

@@ -1,0 +1,335 @@
+// Attention of bf16 on AMX: every product of a block is one of tiles, and what is done to the scores between two
+// products is done in vectors, which write the weights as the tiles of the next.
+#pragma once
+
+#include <cmath>
+#include <memory>
+
+#include "amx.h"
+#include "attention.h"
+
+#if defined(FASTGPT_AMX)
+
+namespace fastgpt {
+namespace amx {
+
+// Queries, keys and the elements of a head come in panels of 32; `panels` of them hold n.
+constexpr int64_t panels(int64_t n) { return (n + kLanesOfPanel - 1) / kLanesOfPanel; }
+constexpr int64_t packed_bytes(int64_t lanes, int64_t depth) { return panels(lanes) * panels(depth) * kPairBytes; }
+static_assert(kStep == kLanesOfPanel);  // a panel of weights is a step of the next product
+
+// Memory that starts on a cache line: packed operands, or sums.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : lines_(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]) {}
+  char* packed() const { return lines_[0].bytes; }
+  float* sums() const { return reinterpret_cast<float*>(packed()); }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+inline Buffer buffer_of_sums(int64_t n) { return Buffer(n * static_cast<int64_t>(sizeof(float))); }
+
+// The rows from `first` on as a matrix, and where row i of a panel's 32 x 32 sums lies: 16 of them, and 16 more behind.
+inline Matrix<BFloat16> matrix(Rows<const BFloat16> rows, int64_t first) {
+  return {rows[first], rows.stride, 1};
+}
+constexpr int64_t row_of_sums(int64_t i) { return i / kTileLanes * 2 * kSumsOfTile + i % kTileLanes * 16; }
+constexpr int64_t row_of_tiles(int64_t i) { return i / kTileLanes * kTileBytes + i % kTileLanes * 64; }
+
+FASTGPT_AMX FASTGPT_INLINE void store_row(char* to, Vec left, Vec right) {
+  _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+}
+
+// ---- forward ----
+
+constexpr int64_t kKeysAtATime = 256;  // of 32 queries: 32 KiB of scores
+
+// The panel of query rows that starts at `first`. `keys` and `values` hold the head: B of Q K^T and of P V.
+FASTGPT_AMX inline void forward_panel(
+    const Problem& p, int64_t head, Rows<const BFloat16> q, int64_t first, const char* keys, const char* values,
+    Rows<BFloat16> out, float* lse) {
+  const int64_t n = std::min(kLanesOfPanel, p.n_query - first), steps = panels(p.head_dim);
+  const Buffer queries(packed_bytes(n, p.head_dim)), result = buffer_of_sums(steps * kSumsOfPanels);
+  alignas(64) float scores[kKeysAtATime / kLanesOfPanel * kSumsOfPanels], keep[kKeysAtATime];
+  alignas(64) char weights[kKeysAtATime / kStep * kPairBytes];
+  float row_max[kLanesOfPanel];
+  Vec row_sum[kLanesOfPanel] = {};  // across lanes at the end only
+  std::fill_n(row_max, n, -INFINITY);
+  std::fill_n(result.sums(), steps * kSumsOfPanels, 0.0f);
+  pack<true>(matrix(q, first), n, p.head_dim, queries.packed());
+
+  const int64_t keys_in_use = p.visible(first + n - 1);
+  for (int64_t key = 0; key < keys_in_use; key += kKeysAtATime) {
+    const int64_t n_panels = panels(std::min(kKeysAtATime, keys_in_use - key));
+    for (int64_t j = 0; j < n_panels; ++j)
+      multiply_panels<BFloat16>(
+          queries.packed(), keys + (panels(key) + j) * steps * kPairBytes, steps, false, scores + j * kSumsOfPanels);
+    for (int64_t i = 0; i < n; ++i) {
+      float* row = scores + row_of_sums(i);
+      const int64_t visible = std::max<int64_t>(0, p.visible(first + i) - key);
+      const auto score = [&](int64_t j, int64_t half, float beyond) FASTGPT_AMX {
+        const Vec value = load(row + j * kSumsOfPanels + half * kSumsOfTile) * p.scale;
+        return keep_first(value, std::max<int64_t>(0, visible - j * kLanesOfPanel - half * kTileLanes), beyond);
+      };
+      Vec top = broadcast(row_max[i]);
+      for (int64_t j = 0; j < n_panels; ++j)
+        top = max(max(top, score(j, 0, row_max[i])), score(j, 1, row_max[i]));
+      const float new_max = max(top);
+      if (p.dropout) p.dropout.factors(head, first + i, key, n_panels * kLanesOfPanel, keep);
+      Vec total{};
+      for (int64_t j = 0; j < n_panels; ++j) {
+        Vec left = exp_nonpositive(score(j, 0, -INFINITY) - new_max);
+        Vec right = exp_nonpositive(score(j, 1, -INFINITY) - new_max);
+        total += left + right;
+        if (p.dropout) {
+          left *= load(keep + j * kLanesOfPanel);
+          right *= load(keep + j * kLanesOfPanel + kTileLanes);
+        }
+        store_row(weights + j * kPairBytes + row_of_tiles(i), left, right);
+      }
+      const float shrink = row_max[i] == new_max ? 1.0f : std::exp(row_max[i] - new_max);
+      row_sum[i] = row_sum[i] * shrink + total;
+      row_max[i] = new_max;
+      if (shrink != 1.0f)
+        for (int64_t d = 0; d < steps; ++d)
+          for (int64_t half = 0; half < 2; ++half) {
+            float* at = result.sums() + d * kSumsOfPanels + row_of_sums(i) + half * kSumsOfTile;
+            store(at, load(at) * shrink);
+          }
+    }
+    for (int64_t d = 0; d < steps; ++d)
+      multiply_panels<BFloat16>(
+          weights, values + (d * panels(p.n_key) + panels(key)) * kPairBytes, n_panels, true,
+          result.sums() + d * kSumsOfPanels);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float total = sum(row_sum[i]), inverse = 1.0f / total;
+    lse[first + i] = row_max[i] + std::log(total);
+    for (int64_t d = 0; d < p.head_dim; d += kTileLanes) {
+      const float* at = result.sums() + d / kLanesOfPanel * kSumsOfPanels + row_of_sums(i) + d / 16 % 2 * kSumsOfTile;
+      store(out[first + i] + d, load(at) * inverse, p.head_dim - d);
+    }
+  }
+}
+
+FASTGPT_AMX inline void forward(
+    const Problem& p, const Inputs<const BFloat16>& x, Heads<BFloat16> out, float* lse) {
+  const int64_t panels_of_head = panels(p.n_query);
+  torch::stable::parallel_for(0, p.n_heads * panels_of_head, 1, [&](int64_t begin, int64_t end) FASTGPT_AMX {
+    const Tiles tiles;
+    const Buffer keys(packed_bytes(p.n_key, p.head_dim)), values(packed_bytes(p.head_dim, p.n_key));
+    int64_t packed_head = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / panels_of_head, first = task % panels_of_head * kLanesOfPanel;
+      if (head != packed_head) {
+        pack<false>(matrix(x.k[head], 0), p.n_key, p.head_dim, keys.packed());
+        pack<false>(matrix(x.v[head], 0).transposed(), p.head_dim, p.n_key, values.packed());
+        packed_head = head;
+      }
+      forward_panel(
+          p, head, x.q[head], first, keys.packed(), values.packed(), out[head], lse + head * p.n_query);
+    }
+  });
+}
+
+// ---- backward ----
+//
+// With P the weights, Z the dropout factors and delta = rowsum(dout * out):
+//   dV = (P Z)^T dO,   dS = P (Z (dO V^T) - delta),   dQ = scale dS K,   dK = scale dS^T Q.
+// Scores are computed transposed, a panel's rows being keys: S^T = K Q^T. Then lse and delta are vectors, and the
+// weights come out as A of dV and dK. dQ is computed transposed too, dQ^T = K^T dS^T, of which they are B, once two
+// rows are woven into one.
+
+constexpr int64_t kKeysOfBlock = 128, kQueriesOfBlock = 512;
+
+// What a thread holds of a head, and of a block of its keys by its queries.
+struct Backward {
+  explicit Backward(const Problem& p)
+      : queries(packed_bytes(p.n_query, p.head_dim)),
+        douts(packed_bytes(p.n_query, p.head_dim)),
+        queries_across(packed_bytes(p.head_dim, p.n_query)),
+        douts_across(packed_bytes(p.head_dim, p.n_query)),
+        dqueries(buffer_of_sums(panels(p.n_query) * panels(p.head_dim) * kSumsOfPanels)),
+        lse(buffer_of_sums(panels(p.n_query) * kLanesOfPanel)),
+        delta(buffer_of_sums(panels(p.n_query) * kLanesOfPanel)),
+        keys(packed_bytes(kKeysOfBlock, p.head_dim)),
+        values(packed_bytes(kKeysOfBlock, p.head_dim)),
+        keys_across(packed_bytes(p.head_dim, kKeysOfBlock)),
+        dkeys(buffer_of_sums(panels(kKeysOfBlock) * panels(p.head_dim) * kSumsOfPanels)),
+        dvalues(buffer_of_sums(panels(kKeysOfBlock) * panels(p.head_dim) * kSumsOfPanels)),
+        weights(packed_bytes(kKeysOfBlock, kQueriesOfBlock)),
+        dscores(packed_bytes(kKeysOfBlock, kQueriesOfBlock)),
+        dscores_woven(packed_bytes(kKeysOfBlock, kQueriesOfBlock)) {}
+
+  Buffer queries, douts;                // (n_query, D): B of S^T and of dP^T
+  Buffer queries_across, douts_across;  // (D, n_query): B of dK and of dV
+  Buffer dqueries;                      // sums of dQ^T, by panels of queries and then of D
+  Buffer lse, delta;                    // (n_query); padding has an infinite lse, so that its weights are zero
+  Buffer keys, values, keys_across;     // A of S^T, of dP^T and of dQ^T
+  Buffer dkeys, dvalues;                // sums, by panels of keys and then of D
+  Buffer weights, dscores;              // (keys, queries): A of dV and of dK
+  Buffer dscores_woven;                 // (queries, keys): B of dQ^T
+  alignas(64) float keep[kKeysOfBlock * kLanesOfPanel];  // dropout's factors of a panel of queries
+};
+
+// From the scores of 32 keys by 32 queries and the gradients of their weights, both transposed, to panels of weights
+// and of gradients of the scores. `key` and `query` are the first; `masked` where not every query sees every key.
+FASTGPT_AMX inline void weigh(
+    const Problem& p, int64_t key, int64_t query, bool masked, const float* scores, const float* dweights,
+    const float* lse, const float* delta, const float* keep, char* weights, char* dscores, char* dscores_woven) {
+  static constexpr uint16_t kWeave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i weave = _mm512_loadu_si512(kWeave);
+  const IntVec queries = lane_index() + static_cast<int32_t>(query);
+  for (int64_t i = 0; i < kLanesOfPanel; i += 2) {
+    Vec w[2][2], ds[2][2];  // by row and by half
+    for (int64_t row = 0; row < 2; ++row)
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t at = row_of_sums(i + row) + half * kSumsOfTile, column = half * kTileLanes;
+        Vec weight = exp_nonpositive(load(scores + at) * p.scale - load(lse + column));
+        if (masked) {
+          const auto this_key = static_cast<int32_t>(key + i + row);
+          if (this_key >= p.n_key)
+            weight = Vec{};
+          else if (p.causal)
+            weight = queries + static_cast<int32_t>(column) >= this_key ? weight : Vec{};
+        }
+        const Vec z = keep ? load(keep + (i + row) * kLanesOfPanel + column) : broadcast(1.0f);
+        w[row][half] = weight * z;
+        ds[row][half] = weight * (z * load(dweights + at) - load(delta + column));
+      }
+    for (int64_t row = 0; row < 2; ++row) {
+      store_row(weights + row_of_tiles(i + row), w[row][0], w[row][1]);
+      store_row(dscores + row_of_tiles(i + row), ds[row][0], ds[row][1]);
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      const auto rows = (__m512i)_mm512_cvtne2ps_pbh((__m512)ds[1][half], (__m512)ds[0][half]);
+      _mm512_store_si512(dscores_woven + half * kTileBytes + i / 2 * 64, _mm512_permutexvar_epi16(weave, rows));
+    }
+  }
+}
+
+// One block of keys, from `key` on, against all queries that see any of them.
+FASTGPT_AMX inline void backward_block(
+    const Problem& p, int64_t head, Rows<const BFloat16> k, Rows<const BFloat16> v, Rows<BFloat16> dk,
+    Rows<BFloat16> dv, int64_t key, Backward& own) {
+  const int64_t D = p.head_dim, steps = panels(D), query_panels = panels(p.n_query);
+  const int64_t n_keys = std::min(kKeysOfBlock, p.n_key - key), key_panels = panels(n_keys);
+  alignas(64) float scores[kSumsOfPanels], dweights[kSumsOfPanels];
+  pack<true>(matrix(k, key), n_keys, D, own.keys.packed());
+  pack<true>(matrix(v, key), n_keys, D, own.values.packed());
+  pack<true>(matrix(k, key).transposed(), D, n_keys, own.keys_across.packed());
+  std::fill_n(own.dkeys.sums(), key_panels * steps * kSumsOfPanels, 0.0f);
+  std::fill_n(own.dvalues.sums(), key_panels * steps * kSumsOfPanels, 0.0f);
+
+  // All counts are of panels now; keys' from `key` on.
+  const int64_t offset = panels(key), queries_at_a_time = panels(kQueriesOfBlock);
+  const auto first_query = [&](int64_t key_panel) { return p.causal ? offset + key_panel : 0; };
+  for (int64_t start = first_query(0); start < query_panels; start += queries_at_a_time) {
+    const int64_t stop = std::min(start + queries_at_a_time, query_panels);
+    for (int64_t query = start; query < stop; ++query) {
+      const int64_t seen = p.causal ? std::min(key_panels, query - offset + 1) : key_panels;
+      if (p.dropout)
+        for (int64_t i = 0; i < kLanesOfPanel; ++i) {
+          alignas(64) float row[kKeysOfBlock];
+          p.dropout.factors(head, query * kLanesOfPanel + i, key, seen * kLanesOfPanel, row);
+          for (int64_t j = 0; j < seen * kLanesOfPanel; ++j) own.keep[j * kLanesOfPanel + i] = row[j];
+        }
+      for (int64_t j = 0; j < seen; ++j) {
+        const auto multiply = [&](const Buffer& a, const Buffer& b, float* sums) FASTGPT_AMX {
+          multiply_panels<BFloat16>(
+              a.packed() + j * steps * kPairBytes, b.packed() + query * steps * kPairBytes, steps, false, sums);
+        };
+        multiply(own.keys, own.queries, scores);
+        multiply(own.values, own.douts, dweights);
+        const bool masked = (p.causal && query == offset + j) || (j + 1) * kLanesOfPanel > n_keys;
+        const int64_t step = (j * queries_at_a_time + query - start) * kPairBytes;
+        weigh(
+            p, key + j * kLanesOfPanel, query * kLanesOfPanel, masked, scores, dweights,
+            own.lse.sums() + query * kLanesOfPanel, own.delta.sums() + query * kLanesOfPanel,
+            p.dropout ? own.keep + j * kLanesOfPanel * kLanesOfPanel : nullptr, own.weights.packed() + step,
+            own.dscores.packed() + step,
+            own.dscores_woven.packed() + ((query - start) * panels(kKeysOfBlock) + j) * kPairBytes);
+      }
+      for (int64_t d = 0; d < steps; ++d)
+        multiply_panels<BFloat16>(
+            own.keys_across.packed() + d * key_panels * kPairBytes,
+            own.dscores_woven.packed() + (query - start) * panels(kKeysOfBlock) * kPairBytes, seen, true,
+            own.dqueries.sums() + (query * steps + d) * kSumsOfPanels);
+    }
+    for (int64_t j = 0; j < key_panels; ++j) {
+      const int64_t query = std::max(start, first_query(j));
+      if (query >= stop) break;
+      for (int64_t d = 0; d < steps; ++d) {
+        const auto add = [&](const Buffer& a, const Buffer& b, const Buffer& sums) FASTGPT_AMX {
+          multiply_panels<BFloat16>(
+              a.packed() + (j * queries_at_a_time + query - start) * kPairBytes,
+              b.packed() + (d * query_panels + query) * kPairBytes, stop - query, true,
+              sums.sums() + (j * steps + d) * kSumsOfPanels);
+        };
+        add(own.weights, own.douts_across, own.dvalues);
+        add(own.dscores, own.queries_across, own.dkeys);
+      }
+    }
+  }
+  for (int64_t i = 0; i < n_keys; ++i)
+    for (int64_t d = 0; d < D; d += kTileLanes) {
+      const int64_t at = (i / kLanesOfPanel * steps + d / kLanesOfPanel) * kSumsOfPanels +
+                         row_of_sums(i % kLanesOfPanel) + d / kTileLanes % 2 * kSumsOfTile;
+      store(dk[key + i] + d, load(own.dkeys.sums() + at) * p.scale, D - d);
+      store(dv[key + i] + d, load(own.dvalues.sums() + at), D - d);
+    }
+}
+
+FASTGPT_AMX inline void backward_head(
+    const Problem& p, int64_t head, Rows<const BFloat16> dout, const Rows<const BFloat16> (&x)[3],
+    Rows<const BFloat16> out, const float* lse, const Rows<BFloat16> (&gradient)[3], Backward& own) {
+  const int64_t D = p.head_dim, steps = panels(D), query_panels = panels(p.n_query);
+  pack<false>(matrix(x[0], 0), p.n_query, D, own.queries.packed());
+  pack<false>(matrix(dout, 0), p.n_query, D, own.douts.packed());
+  pack<false>(matrix(x[0], 0).transposed(), D, p.n_query, own.queries_across.packed());
+  pack<false>(matrix(dout, 0).transposed(), D, p.n_query, own.douts_across.packed());
+  std::fill_n(own.dqueries.sums(), query_panels * steps * kSumsOfPanels, 0.0f);
+  for (int64_t i = 0; i < query_panels * kLanesOfPanel; ++i) {
+    Vec total{};
+    if (i < p.n_query)
+      for_each_vector(D, [&](int64_t d, int64_t lanes) { total += load(dout[i] + d, lanes) * load(out[i] + d, lanes); });
+    own.delta.sums()[i] = sum(total);
+    own.lse.sums()[i] = i < p.n_query ? lse[i] : INFINITY;
+  }
+  for (int64_t key = 0; key < p.n_key; key += kKeysOfBlock)
+    backward_block(p, head, x[1], x[2], gradient[1], gradient[2], key, own);
+
+  for (int64_t query = 0; query < p.n_query; query += kTileLanes)
+    for (int64_t d = 0; d < D; d += kTileLanes) {
+      const float* tile = own.dqueries.sums() +
+                          (query / kLanesOfPanel * steps + d / kLanesOfPanel) * kSumsOfPanels +
+                          (d / kTileLanes % 2 * 2 + query / kTileLanes % 2) * kSumsOfTile;
+      __m512i rows[kTileLanes];
+      for (int64_t i = 0; i < kTileLanes; ++i) rows[i] = _mm512_load_si512(tile + i * kTileLanes);
+      transpose(rows);
+      for (int64_t i = 0; i < std::min(kTileLanes, p.n_query - query); ++i)
+        store(gradient[0][query + i] + d, (Vec)rows[i] * p.scale, D - d);
+    }
+}
+
+FASTGPT_AMX inline void backward(
+    const Problem& p, Heads<const BFloat16> dout, const Inputs<const BFloat16>& x, Heads<const BFloat16> out,
+    const float* lse, const Inputs<BFloat16>& gradient) {
+  torch::stable::parallel_for(0, p.n_heads, 1, [&](int64_t begin, int64_t end) FASTGPT_AMX {
+    const Tiles tiles;
+    const std::unique_ptr<Backward> own(new Backward(p));
+    for (int64_t head = begin; head < end; ++head)
+      backward_head(
+          p, head, dout[head], {x.q[head], x.k[head], x.v[head]}, out[head], lse + head * p.n_query,
+          {gradient.q[head], gradient.k[head], gradient.v[head]}, *own);
+  });
+}
+
+}  // namespace amx
+}  // namespace fastgpt
+#endif

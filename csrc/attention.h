@@ -1,0 +1,84 @@
+// What attention is asked for: the tensors' rows by head, the causal mask and dropout.
+#pragma once
+
+#include <algorithm>
+
+#include "philox.h"
+#include "tensor.h"
+
+namespace fastgpt {
+
+// One (batch, head)'s rows of a tensor: `rows` of D contiguous elements, `stride` elements apart.
+template <class T>
+struct Rows {
+  T* base;
+  int64_t stride;
+  T* operator[](int64_t row) const { return base + row * stride; }
+};
+
+// A (B, H, T, D) view whose last dimension is contiguous, of element type U.
+template <class U>
+struct Heads {
+  U* base;
+  int64_t n_head, batch_stride, head_stride, row_stride;
+  Rows<U> operator[](int64_t batch_and_head) const {
+    const int64_t b = batch_and_head / n_head, h = batch_and_head % n_head;
+    return {base + b * batch_stride + h * head_stride, row_stride};
+  }
+};
+template <class U>
+Heads<U> heads_of(const Tensor& t) {
+  return {data<U>(t), t.size(1), t.stride(0), t.stride(1), t.stride(2)};
+}
+// View `index` of the n that lie side by side in the last dimension of (B, T, n * C).
+template <class U>
+Heads<U> heads_of_packed(const Tensor& t, int64_t n_head, int64_t n, int64_t index) {
+  const int64_t C = t.size(2) / n;
+  return {data<U>(t) + index * C, n_head, t.stride(0), C / n_head, t.stride(1)};
+}
+
+template <class U>
+struct Inputs {
+  Heads<U> q, k, v;
+};
+template <class U>
+Inputs<U> inputs_of_packed(const Tensor& qkv, int64_t n_head) {
+  return {heads_of_packed<U>(qkv, n_head, 3, 0), heads_of_packed<U>(qkv, n_head, 3, 1),
+          heads_of_packed<U>(qkv, n_head, 3, 2)};
+}
+
+struct Dropout {
+  uint32_t threshold = 0;  // weights whose random word is below it are dropped: p * 2^32
+  float keep_scale = 1.0f;
+  uint64_t seed = 0;
+
+  Dropout(double p, const std::optional<Tensor>& seed_tensor) {
+    if (p <= 0.0) return;
+    threshold = static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0));
+    keep_scale = static_cast<float>(1.0 / (1.0 - p));
+    seed = static_cast<uint64_t>(*data<int64_t>(*seed_tensor));
+  }
+  explicit operator bool() const { return threshold != 0; }
+
+  // Factors 0 or 1 / (1 - p) of so many columns of a row; first_column a multiple of 4.
+  void factors(int64_t head, int64_t row, int64_t first_column, int64_t columns, float* out) const {
+    uint32_t words[4 * kLanes];
+    for (int64_t column = 0; column < columns; column += 4 * kLanes) {
+      philox(seed, first_column + column, row, head, words);
+      for (int64_t i = 0; i < std::min<int64_t>(4 * kLanes, columns - column); ++i)
+        out[column + i] = words[i] < threshold ? 0.0f : keep_scale;
+    }
+  }
+};
+
+struct Problem {
+  int64_t n_heads, n_query, n_key, head_dim, padded_dim;  // n_heads counts those of every batch entry
+  bool causal;
+  float scale;
+  Dropout dropout;
+
+  // Keys [0, visible(row)) take part in a query row.
+  int64_t visible(int64_t row) const { return causal ? std::min(row + 1, n_key) : n_key; }
+};
+
+}  // namespace fastgpt
