@@ -17,9 +17,10 @@ train: $(VENV)/.installed  ## train the quickstart model on the CPU, offline, in
 test: $(VENV)/.installed  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# make test compiles ahead of time only what differs from the record in bench/results, and a sample of the rest.
+# make test compiles ahead of time, and interprets, only what differs from what is on record, and a sample of the rest.
 test-all: $(VENV)/.installed  ## run the test suite with all that make test takes from records or draws less of
 	FASTGPT_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m tests.kernels.interpreted
 
 # Without a compiler or xdist it does without. The tests are stopped after a while, so that the timings get their turn.
 gpu:  ## test and time kernels and steps on an NVIDIA GPU, in ten minutes, with the python3 at hand as it is (PYTHON=…)
