@@ -15,6 +15,20 @@ if not torch.cuda.is_available():
 
 WHOLE_MODELS = {"integration", "integrations", "model", "train"}
 
+# Files that take longest, which processes that share the tests by file begin with: none is then left with one at last.
+LONGEST = [
+    "test_ops.py", "test_packaging.py", "test_trainer.py", "test_cpu_bench.py", "test_agreement.py", "test_limits.py",
+    "test_compile.py", "test_twins.py", "test_plan_command.py", "test_commands.py", "test_mfu_bench.py", "test_plan.py",
+    "test_doctor.py", "test_attention.py",
+]  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Longest files first, the others as they come."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def one_thread(request):
