@@ -133,8 +133,8 @@ def _training_dtype(device: torch.device) -> str:
     why = {
         ("cuda", torch.bfloat16): "this GPU multiplies it natively",
         ("cuda", torch.float16): "this GPU has no bfloat16",
-        ("cpu", torch.bfloat16): "this CPU multiplies it natively",
-        ("cpu", torch.float32): "this CPU does not multiply bfloat16 natively",
+        ("cpu", torch.bfloat16): "this CPU multiplies it faster",
+        ("cpu", torch.float32): "this CPU does not multiply bfloat16 faster",
     }
     return f"{_short(dtype)}: {why[device.type, dtype]}"
 

@@ -176,7 +176,7 @@ def test_free_disk_is_that_of_the_folder_that_runs_go_to(monkeypatch, tmp_path):
 
 def test_what_dtype_auto_means_comes_with_the_reason(monkeypatch):
     monkeypatch.setattr(hardware, "training_dtype", lambda device: torch.float32)
-    assert doctor._training_dtype(doctor.CPU) == "float32: this CPU does not multiply bfloat16 natively"
+    assert doctor._training_dtype(doctor.CPU) == "float32: this CPU does not multiply bfloat16 faster"
     monkeypatch.setattr(hardware, "training_dtype", lambda device: torch.float16)
     assert doctor._training_dtype(torch.device("cuda")) == "float16: this GPU has no bfloat16"
 

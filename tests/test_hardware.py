@@ -272,17 +272,19 @@ def test_a_device_that_is_none_is_a_wrong_request(name):
 
 
 @pytest.mark.parametrize(
-    ("isa", "expected"),
+    ("isa", "vendor", "expected"),
     [
-        ("default", torch.float32),
-        ("avx2", torch.float32),
-        ("avx512", torch.float32),
-        ("avx512_bf16", torch.bfloat16),
-        ("amx", torch.bfloat16),
+        ("default", "GenuineIntel", torch.float32),
+        ("avx2", "AuthenticAMD", torch.float32),
+        ("avx512", "AuthenticAMD", torch.float32),
+        ("avx512_bf16", "AuthenticAMD", torch.bfloat16),
+        ("avx512_bf16", "GenuineIntel", torch.float32),
+        ("amx", "GenuineIntel", torch.bfloat16),
     ],
 )
-def test_a_cpu_trains_in_bf16_only_if_it_multiplies_it_natively(monkeypatch, isa, expected):
+def test_a_cpu_trains_in_bf16_only_if_it_multiplies_it_faster(monkeypatch, isa, vendor, expected):
     monkeypatch.setattr(hardware, "isa", lambda: isa)
+    monkeypatch.setattr(hardware, "processor", lambda: hardware.parse_cpuinfo(f"processor: 0\nvendor_id: {vendor}"))
     assert hardware.training_dtype(CPU) == expected
 
 

@@ -99,7 +99,7 @@ class TrainConfig:
     device: str = _option("auto", "cpu, cuda, cuda:N; auto for a GPU if there is one")
     dtype: str = _option(
         "auto",
-        "auto: bfloat16 where the device multiplies it natively, else float32, on older GPUs float16",
+        "auto: bfloat16 where the device multiplies it faster, else float32, on older GPUs float16",
         ("auto", "float32", "bfloat16", "float16"),
     )
     recompute: str = _option(
