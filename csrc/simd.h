@@ -11,10 +11,14 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC 12's own header leaves undefined on purpose
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
 #endif
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -52,7 +56,7 @@ FASTGPT_INLINE IntVec lane_index() {
 FASTGPT_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
 FASTGPT_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
-#if defined(__AVX512F__)  // the other form's comparison and choice, which GCC does not always make one instruction of
+#if defined(__AVX512F__)  // of the other form GCC may make a comparison and a choice
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 #else
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
