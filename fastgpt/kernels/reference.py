@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels.rehearsal import on_gpu
+from fastgpt.kernels.rehearsal import on_gpu, rehearsed
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -35,7 +35,8 @@ TILE_DEPTH = 32
 
 def reads_past_rows(x: Tensor) -> bool:
     """Whether PyTorch's product of ``x``, as the left operand, may depend on what lies behind its rows."""
-    return x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and x.shape[-1] % TILE_DEPTH != 0
+    on_cpu = rehearsed(x.device.type) == "cpu"
+    return x.dtype in (torch.bfloat16, torch.float16) and on_cpu and x.shape[-1] % TILE_DEPTH != 0
 
 
 def _with_zeros_behind(a: Tensor) -> Tensor:

@@ -13,8 +13,13 @@ FEWEST_IN_GROUP = 5  # updates
 
 
 def standard_error(losses: Sequence[float]) -> float:
-    """Of the mean of an evaluation's batches, as an estimate for the whole split; NaN for fewer than two."""
-    return stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    """Of the mean of an evaluation's batches, as an estimate for the whole split.
+
+    NaN for fewer than two, and where a loss is not finite: of such numbers Python 3.11 gives no deviation, but fails.
+    """
+    if len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return math.nan
+    return stdev(losses) / math.sqrt(len(losses))
 
 
 def difference(earlier: Sequence[float], later: Sequence[float]) -> tuple[float, float]:

@@ -357,7 +357,7 @@ def test_the_record_names_what_it_was_measured_on(quick, tmp_path, capsys):
     assert record["ceilings"] == {"TFLOP/s": 2.0, "GB/s": 50.0}
     shares = [r["share_of_ceiling"] for r in record["rows"] if r["status"] == "timed"]
     assert shares == [r["rate"] / 50.0 for r in record["rows"] if r["status"] == "timed"]
-    assert record["command"].startswith("python -m bench.kernels --device cpu --block_size 16 --ops gelu adamw_list")
+    assert "python -m bench.kernels --device cpu --block_size 16 --ops gelu adamw_list" in record["command"]
     page = (tmp_path / f"kernels{timing.conditions(CPU)}.md").read_text()
     assert page.count("\n|---") == 1
     assert page.count("\n| ") == 1 + len(record["rows"])

@@ -550,6 +550,8 @@ def test_the_standard_error_is_that_of_the_mean():
     errors = [standard_error(list(rng.normal(3, 0.2, 25))) for _ in range(2000)]
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
     assert math.isnan(standard_error([3.0]))
+    assert math.isnan(standard_error([3.0, math.inf]))
+    assert math.isnan(standard_error([math.nan, math.nan]))
 
 
 def test_the_error_of_a_difference_leaves_out_what_the_batches_share():

@@ -353,10 +353,12 @@ def test_the_best_is_chosen_among_the_steps_that_have_a_checkpoint(trainer, tmp_
     assert (state.best_step, state.best_val_loss) == (2, 5.0)
 
 
-def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, capsys):
-    one = trainer()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, capsys, dtype):
+    one = trainer(dtype=dtype)
     with torch.no_grad():
         one.train_step.store.master.fill_(float("nan"))
+    one.train_step.store.refresh()
     assert one.train() == 1
     assert "has diverged" in capsys.readouterr().out
     assert checkpoint.steps(tmp_path / "run") == []
