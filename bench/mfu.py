@@ -4,10 +4,12 @@
     python -m bench.mfu --preset gpt2-124m --vram 12GB      # and each at its largest micro-batch in 12 GB
     python -m bench.mfu --preset quickstart --device cpu --contenders eager fastgpt
 
-Contenders are fastgpt's step, with CUDA graphs and without, and plain PyTorch's (``model/reference.py`` under autocast,
-fused AdamW): eager, under torch.compile, with max-autotune, and with PyTorch's own linear + cross-entropy. All live in
-one process, start from the same weights, train on the same tokens and take turns; medians count. MFU divides by the
-device's dense peak (``fastgpt/gpus.py``), *achievable* by the rate of a large matrix product in the same run.
+Contenders are fastgpt's step, with CUDA graphs and without; plain PyTorch as nanoGPT has it (``model/reference.py``
+under autocast, fused AdamW): eager, under torch.compile, with max-autotune, and with PyTorch's own linear +
+cross-entropy; and the strongest of plain PyTorch: bf16 weights with fp32 masters, one graph, a compiled optimizer, the
+faster fused attention. All live in one process, start from the same weights, train on the same tokens and take turns;
+medians count. MFU divides by the device's dense peak (``fastgpt/gpus.py``), *achievable* by the rate of a large matrix
+product in the same run.
 
 ``--vram`` limits the process to so much memory, finds each one's largest micro-batch there and times it at that.
 ``--profile`` adds where the time goes, by kind of kernel. ``--loss_steps N`` also trains each for N updates, and plain
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from bench.contenders import AGREE, Update, fastgpt_update, plain_update
+from bench.contenders import AGREE, Update, fastgpt_update, plain_update, strongest_update
 from bench.timing import commit, conditions, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
@@ -53,8 +55,11 @@ CONTENDERS: dict[str, Callable[..., Update]] = {
     "compile": partial(plain_update, mode="default"),
     "compile, chunked loss": partial(plain_update, mode="default", chunked_loss=True),
     "compile, max-autotune": partial(plain_update, mode="max-autotune"),
+    "strongest": strongest_update,
+    "strongest, max-autotune": partial(strongest_update, mode="max-autotune"),
 }
 OURS = "fastgpt"
+GPU_ONLY = ("fastgpt, no graphs", "strongest, max-autotune")  # elsewhere there are no graphs, and nothing to tune
 WARM_UP = 3  # updates: compile, record graphs, replay them
 
 
@@ -289,26 +294,22 @@ def time_budget(contender: Contender, request: Request) -> dict[str, float]:
 # ---- the loss after so many updates ----
 
 
-def loss_curves(names: Sequence[str], request: Request, n_updates: int) -> dict[str, list[float]]:
-    """Each one's losses from the first update on, and plain PyTorch's in fp32."""
-    curves = {}
-    for name in (*names, "eager, fp32"):
-        release()
-        torch.manual_seed(1)
-        try:
-            exact = name == "eager, fp32"
-            update = (
-                plain_update(request.config, request.device, torch.float32, request.accumulation)
-                if exact
-                else request.make(name)
-            )
-            losses = [update(batches) for batches, _ in zip(request.batches(), range(n_updates), strict=False)]
-            curves[name] = torch.stack(losses).tolist()
-        except Exception as error:
-            print(f"{name}: {describe(error)}")
-            curves[name] = [math.nan]
-        del update
-    return curves
+def loss_curve(name: str, request: Request, n_updates: int) -> list[float]:
+    """A contender's losses from the first update on; of ``eager, fp32`` plain PyTorch's in fp32."""
+    release()
+    torch.manual_seed(1)
+    try:
+        exact = name == "eager, fp32"
+        update = (
+            plain_update(request.config, request.device, torch.float32, request.accumulation)
+            if exact
+            else request.make(name)
+        )
+        losses = [update(batches) for batches, _ in zip(request.batches(), range(n_updates), strict=False)]
+        return torch.stack(losses).tolist()
+    except Exception as error:
+        print(f"{name}: {describe(error)}")
+        return [math.nan]
 
 
 # ---- the record ----
@@ -322,16 +323,34 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def measure(names: Sequence[str], request: Request, seconds: float, profiling: bool) -> dict[str, Any]:
-    """All contenders side by side."""
-    before = ceilings(request.device, request.dtype)
-    contenders = {}
+Note = Callable[[dict[str, Any]], None]  # writes what is known so far
+
+
+def measure(names: Sequence[str], request: Request, seconds: float, profiling: bool, note: Note) -> dict[str, Any]:
+    """All contenders side by side; ``note`` gets the record of each stage, in case the next one is the last."""
+    best = ceilings(request.device, request.dtype)
+    contenders: dict[str, Contender] = {}
     for name in names:
         print(f"preparing {name}", flush=True)
         contenders[name] = prepare(name, request)
+        note(describe_all(contenders, request, best))
+    print(f"timing {', '.join(name for name, c in contenders.items() if c.update is not None)}", flush=True)
     take_turns(contenders, request, seconds)
+    note(describe_all(contenders, request, best))
     after = ceilings(request.device, request.dtype)
-    best = {key: max(before[key], after[key]) for key in before}
+    best = {key: max(best[key], after[key]) for key in best}
+    record = describe_all(contenders, request, best)
+    for name, contender in contenders.items() if profiling else ():
+        note(record)
+        try:
+            record["contenders"][name]["time_budget_ms"] = time_budget(contender, request)
+        except Exception as error:  # a machine may forbid profiling
+            print(f"no profile of {name}: {describe(error)}", flush=True)
+    return record
+
+
+def describe_all(contenders: dict[str, Contender], request: Request, best: dict[str, float]) -> dict[str, Any]:
+    """The record of a measurement; ``best`` are the device's ceilings."""
     peak = hardware.peak_flops(request.device, request.dtype)
     setup = request.setup()
     account = count(setup)
@@ -356,8 +375,7 @@ def measure(names: Sequence[str], request: Request, seconds: float, profiling: b
         "peak_flops": peak,
         **best,
         "contenders": {
-            name: {**describe_contender(c, flops, peak, best["gemm_flops"], request.tokens),
-                   **({"time_budget_ms": time_budget(c, request)} if profiling else {})}
+            name: describe_contender(c, flops, peak, best["gemm_flops"], request.tokens)
             for name, c in contenders.items()
         },
         "predicted": {
@@ -473,12 +491,14 @@ def markdown(record: dict[str, Any]) -> str:
         kinds = [kind for kind, _ in KINDS] + ["other", "idle"]
         lines += ["", "Milliseconds of an update by kind of kernel (one update under the profiler):", ""]
         lines += ["| contender | " + " | ".join(kinds) + " |", "|---|" + "--:|" * len(kinds)]
-        for name, budget in budgets.items():
+        predicted = record["predicted"]
+        expected = {**predicted["by_kind_ms"], "optimizer": predicted["update_ms"]}
+        for name, budget in {**budgets, f"{OURS}, as predicted": expected}.items():
             lines.append(f"| {name} | " + " | ".join(f"{budget.get(kind, 0.0):.2f}" for kind in kinds) + " |")
     if "loss_curves" in record:
         n = record["loss_steps"]
         lines += ["", f"Mean loss of the last {min(n, 10)} of {n} updates:", "", "| contender | loss |", "|---|--:|"]
-        lines += [f"| {name} | {tail(losses):.5f} |" for name, losses in record["loss_curves"].items()]
+        lines += [f"| {name} | {tail(losses):.5f} |" for name, losses in record["loss_curves"].items() if losses]
     return "\n".join(lines) + "\n"
 
 
@@ -557,25 +577,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if vram and request.device.type != "cuda":
         raise RequestError("--vram limits a GPU's memory; there is none here")
     names = [name for name in CONTENDERS if flags.contenders is None or name in flags.contenders]
-    if request.device.type != "cuda":  # where there are no graphs
-        names = [name for name in names if name != "fastgpt, no graphs"]
+    if request.device.type != "cuda":
+        names = [name for name in names if name not in GPU_ONLY]
     if not hasattr(F, "linear_cross_entropy"):
         names = [name for name in names if name != "compile, chunked loss"]
     if not names:
         raise RequestError("--contenders: none of these can run here")
     folder = flags.out or results_folder(request.device)
     leave_default_stream(request.device)
-    record = {
-        **provenance("bench.mfu", argv, request.device),
-        **measure(names, request, flags.seconds, flags.profile),
-    }
-    write(record, folder)  # what there is, in case the rest takes longer than it may
+    record = provenance("bench.mfu", argv, request.device)
+
+    def note(found: dict[str, Any]) -> None:
+        record.update(found)
+        write(record, folder)
+
+    note(measure(names, request, flags.seconds, flags.profile, note))
     if flags.loss_steps:
-        record |= {"loss_steps": flags.loss_steps, "loss_curves": loss_curves(names, request, flags.loss_steps)}
-        write(record, folder)
+        note({"loss_steps": flags.loss_steps, "loss_curves": {}})
+        for name in (*names, "eager, fp32"):
+            record["loss_curves"][name] = loss_curve(name, request, flags.loss_steps)
+            note({})
     if vram:
-        record |= {"vram_gb": vram, "largest": within(vram, names, request)}
-        write(record, folder)
+        note({"vram_gb": vram, "largest": {}})
+        for name in names:
+            record["largest"][name] = within(vram, name, request)
+            note({})
+    draw(record, folder)
     titles, rows = columns(record), table(record)
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     for row in [titles, *rows]:
@@ -595,30 +622,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(wrong or failed))
 
 
-def within(vram: float, names: Sequence[str], request: Request) -> dict[str, Any]:
-    """Each one's largest micro-batch and speed in so many GB."""
+def within(vram: float, name: str, request: Request) -> dict[str, Any]:
+    """A contender's largest micro-batch and speed in so many GB."""
+    print(f"largest micro-batch of {name}", flush=True)
     release()
     total = torch.cuda.get_device_properties(request.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, vram * 2**30 / total), request.device)
-    found = {}
-    for name in names:
-        print(f"largest micro-batch of {name}", flush=True)
-        found[name] = largest(name, request, seconds=3.0)
+    found = largest(name, request, seconds=3.0)
     torch.cuda.set_per_process_memory_fraction(1.0, request.device)
     return found
 
 
-def write(record: dict[str, Any], folder: Path) -> None:
-    """The record, as JSON, as a page and as a picture."""
-    folder.mkdir(parents=True, exist_ok=True)
+def stem_of(record: dict[str, Any], folder: Path) -> Path:
+    """Where the files of a record lie, without their suffixes."""
     size = record["batch_size"], record["model"]["block_size"]
-    name = f"mfu-{record['name']}-{size[0]}x{size[1]}-{record['dtype']}{conditions(record['device_type'])}"
-    stem = folder / name
+    return folder / f"mfu-{record['name']}-{size[0]}x{size[1]}-{record['dtype']}{conditions(record['device_type'])}"
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """The record, as JSON and as a page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = stem_of(record, folder)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(record))
+
+
+def draw(record: dict[str, Any], folder: Path) -> None:
+    """The record as a picture."""
     if any("ms" in c for c in record["contenders"].values()):
         try:
-            plot(record, stem.with_suffix(".png"))
+            plot(record, stem_of(record, folder).with_suffix(".png"))
         except ModuleNotFoundError as error:  # a machine with a GPU may have PyTorch and little else
             print(f"no picture: {error}")
 
