@@ -8,8 +8,8 @@ timed, its outputs and gradients are held against the eager computation in fp32 
 an error more than ten times that of eager PyTorch at the operands' dtype is wrong. The share of the ceiling
 divides by the GEMM rate or the copy bandwidth of the same run, the better of a measurement before and one after.
 
-Writes kernels.json and kernels.md into bench/results/DEVICE; a CPU's are named after its threads too. Exit status:
-0 done; 1 a kernel of fastgpt's was wrong or did not run; 2 the request was wrong.
+Writes kernels-DTYPE.json and .md into bench/results/DEVICE, anew after every op; a CPU's are named after its threads
+too. Exit status: 0 done; 1 a kernel of fastgpt's was wrong or did not run; 2 the request was wrong.
 """
 
 import gc
@@ -474,8 +474,10 @@ def figures(times: Sequence[float], unit: Unit, work: float, rate_unit: str) -> 
     }
 
 
-def benchmark(names: Sequence[str], setting: Setting, timer: Timer, seconds: float) -> list[Row]:
-    """The rows of all ops; one that cannot even be set up is a row of its own."""
+def benchmark(
+    names: Sequence[str], setting: Setting, timer: Timer, seconds: float, note: Callable[[list[Row]], None]
+) -> list[Row]:
+    """The rows of all ops; one that cannot even be set up is a row of its own. ``note`` gets those so far."""
     deadline = time.perf_counter() + seconds
     fewest_rounds = 3 if setting.device.type == "cpu" else 20
     rows: list[Row] = []
@@ -492,6 +494,7 @@ def benchmark(names: Sequence[str], setting: Setting, timer: Timer, seconds: flo
         except Exception as error:
             new = [{"pass": "all", "contender": "all", "ours": True, "whole": True, "status": skipped(error)}]
         rows += [{"op": name, **row} for row in new]
+        note(rows)
         torch.compiler.reset()  # compiled code keeps its op's tensors alive
     return rows
 
@@ -535,33 +538,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(device)
     folder = flags.out or results_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
-    before = ceilings_of(device, dtype)
+    ceilings = ceilings_of(device, dtype)
     record: Row = {
         **provenance("bench.kernels", argv, device),
         "shapes": {name: size for name, size in vars(setting).items() if isinstance(size, int)},
         "dtype": str(dtype).removeprefix("torch."),
     }
     record["environment"]["backend"] = " ".join(backend_of(device.type, dtype))
+    stem = folder / f"kernels-{record['dtype']}{conditions(device)}"
+
+    def note(rows: list[Row]) -> None:
+        for row in rows:
+            row["share_of_ceiling"] = row["rate"] / ceilings[row["unit"]] if row["status"] == "timed" else None
+        record.update(rows=rows, ceilings=ceilings, summary=summarise(rows), seconds=time.perf_counter() - start)
+        stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(markdown(record))
+
     timer: Timer = CPUTimer() if device.type == "cpu" else CUDATimer(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a backend of sdpa that cannot run says why, at length
         left = flags.seconds - (time.perf_counter() - start)
-        record["rows"] = benchmark(flags.ops, setting, timer, left)
+        rows = benchmark(flags.ops, setting, timer, left, note)
     try:
         after = ceilings_of(device, dtype)
     except RuntimeError:  # a kernel that strayed has ended all use of the GPU; what is known is written all the same
-        after = before
-    record["ceilings"] = {unit: max(before[unit], after[unit]) for unit in before}
-    for row in record["rows"]:
-        row["share_of_ceiling"] = row["rate"] / record["ceilings"][row["unit"]] if row["status"] == "timed" else None
-    record["summary"] = summarise(record["rows"])
-    record["seconds"] = time.perf_counter() - start
-    stem = folder / f"kernels{conditions(device)}"
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(record))
+        after = ceilings
+    ceilings = {unit: max(ceilings[unit], after[unit]) for unit in ceilings}
+    note(rows)
     print(f"{stem}.json, {stem.name}.md: {record['environment']['device']}, {record['seconds']:.0f} s\n")
     print(table(record["summary"]))
-    return int(any(row["ours"] and row["status"] != "timed" for row in record["rows"]))
+    return int(any(row["ours"] and row["status"] != "timed" for row in rows))
 
 
 if __name__ == "__main__":

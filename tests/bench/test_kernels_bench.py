@@ -231,7 +231,7 @@ def test_a_gradient_left_in_main_grad_is_checked_there(no_compiler):
 @pytest.mark.parametrize("name", list(kernels.OPS))
 def test_every_op_is_right_and_timed_in_every_pass(name, dtype, no_compiler):
     setting = Setting(CPU, dtype, 2, 16, **TINY)
-    rows = kernels.benchmark([name], setting, CPUTimer(flush_bytes=1), 0.0)
+    rows = kernels.benchmark([name], setting, CPUTimer(flush_bytes=1), 0.0, note=len)
     passes = {"step"} if name.startswith("adamw") else {"fwd", "fwd+bwd"}
     assert {(row["op"], row["pass"]) for row in rows} == {(name, p) for p in passes}
     assert {row["status"] for row in rows if row["ours"]} == {"timed"}
@@ -293,7 +293,7 @@ def test_an_op_that_cannot_be_set_up_is_a_row(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setitem(kernels.OPS, "gelu", (build, 1))
-    rows = kernels.benchmark(["gelu"], Setting(CPU, torch.float32, 1), CPUTimer(1), 0.0)
+    rows = kernels.benchmark(["gelu"], Setting(CPU, torch.float32, 1), CPUTimer(1), 0.0, note=len)
     assert [row["status"] for row in rows] == ["skipped: OutOfMemoryError: out of memory"]
     assert "out of memory" in report.table(report.summarise(rows))
 
@@ -346,7 +346,7 @@ def test_the_table_fits_100_columns():
 def test_the_record_names_what_it_was_measured_on(quick, tmp_path, capsys):
     argv = ["--device", "cpu", "--block_size", "16", "--ops", "gelu", "adamw_list", "--out", str(tmp_path)]
     assert kernels.main(argv) == 0
-    record = json.loads((tmp_path / f"kernels{timing.conditions(CPU)}.json").read_text())
+    record = json.loads((tmp_path / f"kernels-float32{timing.conditions(CPU)}.json").read_text())
     assert record.keys() == {
         "environment", "command", "date", "shapes", "dtype", "ceilings", "rows", "summary", "seconds",
     }  # fmt: skip
@@ -358,7 +358,7 @@ def test_the_record_names_what_it_was_measured_on(quick, tmp_path, capsys):
     shares = [r["share_of_ceiling"] for r in record["rows"] if r["status"] == "timed"]
     assert shares == [r["rate"] / 50.0 for r in record["rows"] if r["status"] == "timed"]
     assert "python -m bench.kernels --device cpu --block_size 16 --ops gelu adamw_list" in record["command"]
-    page = (tmp_path / f"kernels{timing.conditions(CPU)}.md").read_text()
+    page = (tmp_path / f"kernels-float32{timing.conditions(CPU)}.md").read_text()
     assert page.count("\n|---") == 1
     assert page.count("\n| ") == 1 + len(record["rows"])
     out = capsys.readouterr().out
@@ -375,7 +375,10 @@ def test_a_gpu_that_is_lost_on_the_way_leaves_a_record(quick, tmp_path, monkeypa
     gemm = iter([lambda: 2e12, lost])
     monkeypatch.setattr(kernels, "measure_gemm_peak", lambda *args: next(gemm)())
     kernels.main(["--device", "cpu", "--block_size", "16", "--ops", "gelu", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / f"kernels{timing.conditions(CPU)}.json").read_text())["ceilings"]["TFLOP/s"] == 2.0
+    assert (
+        json.loads((tmp_path / f"kernels-float32{timing.conditions(CPU)}.json").read_text())["ceilings"]["TFLOP/s"]
+        == 2.0
+    )
 
 
 def test_a_kernel_that_does_not_run_is_a_failure(quick, tmp_path, monkeypatch):
@@ -384,7 +387,7 @@ def test_a_kernel_that_does_not_run_is_a_failure(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels.ours, "gelu", broken)
     assert kernels.main(["--device", "cpu", "--block_size", "16", "--ops", "gelu", "--out", str(tmp_path)]) == 1
-    assert "skipped: RuntimeError: broken" in (tmp_path / f"kernels{timing.conditions(CPU)}.md").read_text()
+    assert "skipped: RuntimeError: broken" in (tmp_path / f"kernels-float32{timing.conditions(CPU)}.md").read_text()
 
 
 @pytest.mark.parametrize(
