@@ -256,6 +256,9 @@ LARGE = {"cpu": 2048, "cuda": 8192}
 def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a large matrix product: PyTorch's, or on a CPU ours where it is faster."""
     size = LARGE[device.type]
+    if device.type == "cpu":  # a CPU without instructions for bf16 would take half a minute for a large one
+        while size > 256 and 64 * _product_seconds(device, dtype, size // 4) > 2 * seconds:
+            size //= 2
     pytorchs = measure_gemm_peak(device, dtype, size, seconds)
     if device.type != "cpu" or ops.EXTENSION.library is None:
         return pytorchs
@@ -267,9 +270,13 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of a square matrix product on ``device``: the median over about ``seconds``."""
+    return 2 * size**3 / _product_seconds(device, dtype, size, seconds)
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.0) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out), device, seconds)
+    return median_seconds(lambda: torch.mm(a, b, out=out), device, seconds)
 
 
 def measure_bandwidth(device: torch.device, megabytes: int = 256, seconds: float = 0.5) -> float:

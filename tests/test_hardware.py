@@ -306,6 +306,17 @@ def test_the_ceiling_of_products_is_ours_where_ours_is_faster(monkeypatch):
     assert hardware.gemm_ceiling(CPU, torch.float32) == 1e99
 
 
+@pytest.mark.parametrize(("flops", "size"), [(1e12, 2048), (1e10, 1024), (1e8, 256)])
+def test_a_slow_cpu_is_measured_by_a_smaller_product(monkeypatch, flops, size):
+    monkeypatch.setattr(hardware, "_product_seconds", lambda device, dtype, size, seconds=0.0: 2 * size**3 / flops)
+    measured = []
+    monkeypatch.setattr(
+        hardware, "measure_gemm_peak", lambda device, dtype, size, seconds: measured.append(size) or 1e99
+    )
+    assert hardware.gemm_ceiling(CPU, torch.bfloat16, 0.5) == 1e99
+    assert measured == [size]
+
+
 def test_no_more_memory_is_free_than_there_is():
     free, total = hardware.memory(CPU)
     assert 0 < free.amount <= total.amount

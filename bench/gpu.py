@@ -1,0 +1,258 @@
+"""``python -m bench.gpu``: the first minutes on a GPU, in stages, those first that teach most.
+
+    make gpu                              # the GPU at hand, with the python3 at hand as it is: at most 9.5 minutes
+    make gpu-rehearsal                    # the same stages on a machine without one, small, in about two minutes
+    python -m bench.gpu --stages step kernels --minutes 4 --out DIR
+
+A stage is a few commands, each one that a person could type. Every command runs in a process of its own with a limit
+of its own: one that dies or hangs takes nothing else with it. If recorded CUDA graphs fail in the first stage, the
+others go on without them.
+
+Writes into bench/results/DEVICE what each command records and prints (``gpu/NAME.txt``), and after every command
+``gpu/stages.json``. Exit status: 0 all passed; 1 something failed; 2 the request was wrong.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from bench.timing import REPOSITORY, provenance, results_folder
+from fastgpt.cli import Parser, run
+from fastgpt.errors import RequestError
+
+GRACE_SECONDS = 10  # from an interrupt, at which a command writes what it has, to the end of it
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a stage runs.
+
+    Attributes:
+        name: of its output's file.
+        module: after ``python -m``.
+        flags: on a GPU.
+        seconds: after which it is stopped.
+        small: the flags in a rehearsal; ``None`` where it has no place in one.
+    """
+
+    name: str
+    module: str
+    flags: tuple[str, ...]
+    seconds: float
+    small: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command: ``passed``, ``failed``, ``stopped`` by its limit, or ``no time`` was left for it."""
+
+    stage: str
+    command: str
+    status: str
+    seconds: float
+    output: str
+
+
+TINY = ("--preset", "quickstart", "--device", "cpu", "--n_layer", "1", "--n_head", "2", "--n_embd", "64",
+        "--block_size", "32", "--batch_size", "2", "--seconds", "0")  # fmt: skip
+GPT2 = ("--preset", "gpt2-124m", "--batch_size", "16")
+
+# All of the kernels' tests that run on a GPU and not merely through its interpreter or compiler.
+TESTS = ("tests/kernels", "tests/train/test_step.py", "tests/train/test_account.py", "tests/data/test_prefetch.py",
+         "-k", "(triton or compile or ops or on_a_gpu) and not ahead_of_time", "--tb=short", "--durations=10")  # fmt: skip
+
+STAGES: dict[str, tuple[Command, ...]] = {
+    # what is here, and does a step run at all, with graphs and without, and train as plain PyTorch does
+    "first": (
+        Command("doctor", "fastgpt.doctor", (), 25, ("--quick",)),
+        Command(
+            "first-step", "bench.mfu",
+            ("--preset", "gpt2-30m", "--n_layer", "2", "--n_head", "4", "--n_embd", "256", "--block_size", "256",
+             "--batch_size", "8", "--seconds", "1", "--loss_steps", "20",
+             "--contenders", "fastgpt", "fastgpt, no graphs", "eager"),
+            45, (*TINY, "--loss_steps", "20", "--contenders", "fastgpt", "eager"),
+        ),
+    ),
+    # every operator, forward and backward, at GPT-2's shapes and in every dtype, against float64
+    "operators": (
+        Command("smoke", "pytest", ("-m", "smoke", "tests", "--tb=short"), 100, ("-m", "smoke", "tests", "-k", "gelu")),
+    ),
+    # the headline: whole steps of GPT-2 124M, where their time goes, and what they learn
+    "step": (
+        Command(
+            "mfu", "bench.mfu",
+            (*GPT2, "--seconds", "12", "--profile", "--loss_steps", "50",
+             "--contenders", "fastgpt", "fastgpt, no graphs", "compile", "strongest"),
+            150, (*TINY, "--profile", "--loss_steps", "5", "--contenders", "fastgpt", "eager"),
+        ),
+    ),
+    # the kernels against their best peers
+    "kernels": (
+        Command(
+            "kernels", "bench.kernels",
+            ("--batch_size", "16", "--seconds", "60", "--ops", "attention_qkv", "add_layer_norm", "gelu_bias",
+             "linear_cross_entropy", "adamw_flat", "attention", "layer_norm", "gelu", "linear"),
+            80, ("--device", "cpu", "--block_size", "32", "--seconds", "0", "--ops", "layer_norm"),
+        ),
+    ),
+    # the rest, as far as there is time
+    "rest": (
+        Command("tests", "pytest", TESTS, 150, None),
+        Command(
+            "mfu-autotuned", "bench.mfu",
+            (*GPT2, "--seconds", "8", "--contenders", "fastgpt", "eager", "strongest, max-autotune"), 150, None,
+        ),
+        Command(
+            "mfu-12gb", "bench.mfu",
+            (*GPT2, "--seconds", "1", "--vram", "12GB", "--contenders", "fastgpt", "compile"), 120, None,
+        ),
+    ),
+}  # fmt: skip
+
+
+# ---- running ----
+
+
+def arguments(command: Command, rehearsal: bool, graphs: bool, folder: Path) -> list[str]:
+    """The command line; where CUDA graphs have failed it does without."""
+    flags = list(command.small or ()) if rehearsal else list(command.flags)
+    if not graphs:
+        flags = [flag for flag in flags if flag != "fastgpt"]
+    if command.module.startswith("bench."):
+        flags += ["--out", str(folder)]
+    if command.module == "pytest":
+        flags += ["-p", "no:cacheprovider"]
+        if find_spec("xdist") and not rehearsal:
+            flags += ["-n", str(min(12, os.cpu_count() or 1))]
+    return [sys.executable, "-m", command.module, *flags]
+
+
+def execute(line: Sequence[str], output: Path, seconds: float) -> str:
+    """Run a command line; its status in a word."""
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1",
+                                "FASTGPT_TEST_RECORD": str(output.with_suffix(".jsonl"))}  # fmt: skip
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            line, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return "passed" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            return "stopped"
+        finally:  # the compilers' processes that it has started too
+            for number, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
+                try:
+                    os.killpg(process.pid, number)
+                    process.wait(patience)
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    pass
+
+
+def graphs_work(folder: Path) -> bool:
+    """Whether the first stage's step ran with recorded graphs; also where that stage was left out."""
+    record = newest(folder, "mfu-gpt2-30m-*.json")
+    return record is None or not record["contenders"].get("fastgpt", {}).get("failure")
+
+
+def run_stages(
+    names: Sequence[str], folder: Path, seconds: float, rehearsal: bool, note: Callable[[list[Outcome]], None]
+) -> list[Outcome]:
+    """All commands of these stages in turn; ``note`` gets the outcomes so far."""
+    deadline = time.monotonic() + seconds
+    outcomes: list[Outcome] = []
+    for stage in names:
+        for command in STAGES[stage]:
+            if rehearsal and command.small is None:
+                continue
+            output = folder / "gpu" / f"{command.name}.txt"
+            limit = min(command.seconds, deadline - time.monotonic() - GRACE_SECONDS)
+            start = time.monotonic()
+            if limit <= 0:
+                status = "no time"
+            else:
+                print(f"{stage}: {command.name}, at most {limit:.0f} s", flush=True)
+                status = execute(arguments(command, rehearsal, graphs_work(folder), folder), output, limit)
+            outcomes.append(Outcome(stage, command.name, status, time.monotonic() - start, str(output)))
+            note(outcomes)
+            print(f"{stage}: {command.name} {status} after {outcomes[-1].seconds:.0f} s", flush=True)
+    return outcomes
+
+
+# ---- what a person reads ----
+
+
+def newest(folder: Path, pattern: str) -> dict | None:
+    """The record that was written last; ``None`` without one that can be read."""
+    for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            continue
+    return None
+
+
+def tail(output: Path, n: int) -> list[str]:
+    """The last lines of what a command printed."""
+    try:
+        lines = [line.rstrip() for line in output.read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+    return [line[:160] for line in lines if line][-n:]
+
+
+def summary(outcomes: Sequence[Outcome], folder: Path) -> str:
+    """At most 40 lines: what passed, the figures that count, and where to look next."""
+    lines = [f"{o.stage:<10} {o.command:<14} {o.status:<8} {o.seconds:5.0f} s" for o in outcomes]
+    for o in outcomes:
+        if o.command == "mfu" and o.status == "passed":
+            lines += ["", *tail(Path(o.output), 8)]
+        if o.command == "kernels" and o.status == "passed":
+            lines += ["", *tail(Path(o.output), 10)]
+    if not graphs_work(folder):
+        lines += ["", "recorded CUDA graphs failed, and the later stages did without: --cuda_graphs=False trains"]
+    bad = [o for o in outcomes if o.status in ("failed", "stopped")]
+    for o in bad[:3]:
+        lines += ["", f"{o.command} {o.status}; {o.output} ends:", *(f"  {line}" for line in tail(Path(o.output), 3))]
+    lines += ["", f"all passed; records are in {folder}" if not bad else "next: mend the first that failed, and run "
+              f"python -m bench.gpu --stages {bad[0].stage}"]  # fmt: skip
+    return "\n".join(lines[:39])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages, print the summary."""
+    parser = Parser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="default all, in order")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything; default 9.5")
+    parser.add_argument("--rehearse", action="store_true", help="on a machine without a GPU: the same stages, small")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
+    flags = parser.parse_args(argv)
+    if not flags.rehearse and not torch.cuda.is_available():
+        raise RequestError("torch sees no GPU here; --rehearse runs the stages without one")
+    if flags.minutes <= 0:
+        raise RequestError("--minutes is more than 0")
+    device = torch.device("cpu" if flags.rehearse else "cuda")
+    folder = (flags.out or results_folder(device)).absolute()
+    (folder / "gpu").mkdir(parents=True, exist_ok=True)
+    about = provenance("bench.gpu", argv, device)
+
+    def note(outcomes: list[Outcome]) -> None:
+        record = about | {"rehearsal": flags.rehearse, "outcomes": [asdict(o) for o in outcomes]}
+        (folder / "gpu" / "stages.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    outcomes = run_stages(flags.stages, folder, 60.0 * flags.minutes, flags.rehearse, note)
+    print(f"\n{summary(outcomes, folder)}")
+    return int(any(o.status in ("failed", "stopped") for o in outcomes))
+
+
+if __name__ == "__main__":
+    run(main)
