@@ -5,10 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all gpu mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu gpu-rehearsal mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 train: $(VENV)/.installed  ## train the quickstart model on the CPU, offline, in about a minute
 	$(BIN)/python -m fastgpt.train --preset quickstart --device cpu --overwrite
@@ -22,24 +22,13 @@ test-all: $(VENV)/.installed  ## run the test suite with all that make test take
 	FASTGPT_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	$(BIN)/python -m tests.kernels.interpreted
 
-# Without a compiler or xdist it does without. The tests are stopped after a while, so that the timings get their turn.
-gpu:  ## test and time kernels and steps on an NVIDIA GPU, in ten minutes, with the python3 at hand as it is (PYTHON=…)
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: torch sees no GPU; make test needs none')"
+# Without a compiler or xdist it does without.
+gpu:  ## test and time everything on an NVIDIA GPU, in ten minutes, with the python3 at hand (PYTHON=…, ARGS=… for flags)
 	-$(PYTHON) setup.py -q build_ext --inplace
-	@folder=$$($(PYTHON) -c "from bench.timing import results_folder; print(results_folder('cuda'))") || exit 1; \
-	mkdir -p "$$folder"; \
-	workers=$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8"); \
-	echo "testing; output goes to $$folder/tests.txt"; \
-	OMP_NUM_THREADS=2 timeout -s INT 170 $(PYTHON) -m pytest tests/kernels tests/train/test_step.py \
-		tests/train/test_account.py tests/data/test_prefetch.py \
-		-k "(triton or compile or ops or on_a_gpu) and not ahead_of_time" $$workers \
-		--tb=short --durations=10 -W "default:fastgpt runs on plain PyTorch:UserWarning" > "$$folder/tests.txt" 2>&1; \
-	status=$$?; \
-	tail -n 20 "$$folder/tests.txt"; \
-	timeout -s INT 240 $(PYTHON) -m bench.mfu --device cuda --preset gpt2-124m --seconds 15 --profile --loss_steps 200 \
-		--contenders fastgpt "fastgpt, no graphs" eager compile || status=$$?; \
-	timeout -s INT 180 $(PYTHON) -m bench.kernels --device cuda --seconds 60 || status=$$?; \
-	exit $$status
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+gpu-rehearsal: $(VENV)/.installed  ## run the stages of make gpu, small, on a machine without a GPU
+	$(BIN)/python -m bench.gpu --rehearse --out build/gpu-rehearsal
 
 mfu:  ## time whole training steps against torch.compile, on a GPU with the python3 at hand (ARGS=… for flags)
 	$(PYTHON) -m bench.mfu $(ARGS)

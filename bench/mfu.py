@@ -551,8 +551,8 @@ def requested(flags: Any) -> Request:
     return Request(flags.preset, model, config.batch_size, flags.accumulation, device, dtype, recompute)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the records, print the table."""
+def parse(argv: Sequence[str] | None) -> Any:
+    """The flags."""
     parser = Parser(prog="python -m bench.mfu", description=__doc__)
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="gpt2-124m", help="its model and micro-batch, 16 if it names none"
@@ -571,7 +571,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of kernel")
     parser.add_argument("--loss_steps", type=int, default=0, help="updates to train each for, beside fp32")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
-    flags = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the records, print the table."""
+    flags = parse(argv)
     request = requested(flags)
     vram = parse_gigabytes("vram", flags.vram) if flags.vram else None
     if vram and request.device.type != "cuda":

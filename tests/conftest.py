@@ -1,4 +1,6 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,16 @@ def pytest_collection_modifyitems(items):
     """Longest files first, the others as they come."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_runtest_logreport(report):
+    """A line of JSON for each test as it ends, in the file FASTGPT_TEST_RECORD, whatever becomes of the run."""
+    path = os.environ.get("FASTGPT_TEST_RECORD")
+    if path and "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or not report.passed):
+        why = str(report.longrepr)[-500:] if report.failed else None
+        entry = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "why": why}
+        with Path(path).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 @pytest.fixture(autouse=True)
