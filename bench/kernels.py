@@ -544,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shapes": {name: size for name, size in vars(setting).items() if isinstance(size, int)},
         "dtype": str(dtype).removeprefix("torch."),
     }
-    record["environment"]["backend"] = " ".join(backend_of(device.type, dtype))
+    record["environment"]["backend"] = " ".join(backend_of(device, dtype))
     stem = folder / f"kernels-{record['dtype']}{conditions(device)}"
 
     def note(rows: list[Row]) -> None:

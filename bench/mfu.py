@@ -257,16 +257,23 @@ KINDS = (  # the first that matches a kernel's name
     ("attention", r"attention|flash|fmha|sdpa|mha"),
     ("optimizer", r"adam|multi_tensor|squares_kernel|root_kernel|foreach|lpnorm"),
     ("GEMM", r"gemm|cutlass|xmma|nvjet|cublas|matmul|\bmm\b|addmm|s16816|splitk"),
-    ("loss", r"cross_entropy|log_softmax|nll_loss|in_place_kernel"),
-    ("norm", r"layer_norm|native_layer_norm|layernorm"),
+    ("loss", r"cross_entropy|log_softmax|nll_loss|SoftMax"),
+    ("norm", r"layer_norm|native_layer_norm|layernorm|GammaBeta"),
     ("GELU", r"gelu"),
     ("copy", r"memcpy|memset|copy|fill"),
 )
 
+# Inductor names a kernel after all that it fused, products beside it too: what kind of kernel it is comes first.
+INDUCTORS = {"triton_tem_": "GEMM", "triton_for_": "optimizer"}  # templates of products; lists of tensors
+
 
 def kind_of(kernel: str) -> str:
     """Which part of a step a kernel belongs to, by its name."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), "other")
+    for start, kind in INDUCTORS.items():
+        if kernel.startswith(start):
+            return kind
+    kinds = [(k, pattern) for k, pattern in KINDS if k != "GEMM" or not kernel.startswith("triton_")]
+    return next((kind for kind, pattern in kinds if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
 def time_budget(contender: Contender, request: Request) -> dict[str, float]:
@@ -284,8 +291,8 @@ def time_budget(contender: Contender, request: Request) -> dict[str, float]:
     budget: dict[str, float] = {}
     for event in profiler.key_averages():
         us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
+        if cuda and (event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation):
+            continue  # an annotation covers kernels that are counted already
         budget[kind_of(event.key)] = budget.get(kind_of(event.key), 0.0) + us / 1e3
     budget["idle"] = max(0.0, wall - sum(budget.values()))
     return budget

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,7 +123,7 @@ def _backend_problems(device: torch.device | None) -> list[str]:
     if device is None:
         return []
     try:
-        ops.backend_of(device.type, hardware.training_dtype(device))
+        ops.backend_of(device, hardware.training_dtype(device))
     except RuntimeError as error:
         return [f"{error}; unset FASTGPT_BACKEND, and fastgpt takes the best there is"]
     return []
@@ -263,6 +264,12 @@ def _about_triton() -> str:
         version("triton")
     except PackageNotFoundError:
         return "Triton is missing, so the GPU runs plain PyTorch: pip install triton."
+    # Triton compiles a launcher in C for each kernel when it first runs
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "Triton needs a C compiler and there is none: install gcc, or set FASTGPT_BACKEND=reference."
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return f"Triton needs Python.h and there is none: install {python}-dev, or set FASTGPT_BACKEND=reference."
     return ""
 
 

@@ -1,9 +1,11 @@
 """The device at hand: its name, its peak, and the ceilings measured on it."""
 
+import getpass
 import os
 import platform
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ def find_device(name: str) -> torch.device:
         RequestError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -38,7 +40,8 @@ def find_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise RequestError(f"--device {name} is not supported; cpu and cuda are")
-    return device
+    # with its number, which some functions of PyTorch ask for
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def device_name(device: torch.device) -> str:
@@ -152,7 +155,9 @@ def processor() -> Processor:
 def environment_for(isa: str) -> dict[str, str]:
     """The environment variables that hold a new process to an instruction set: PyTorch, oneDNN, MKL and fastgpt alike.
 
-    fastgpt's C++ kernels follow the first two. A CPU that has less than ``isa`` is not changed by them.
+    fastgpt's C++ kernels follow the first two. A CPU that has less than ``isa`` is not changed by them. What Inductor
+    compiles goes into a folder of its own: its cache does not tell apart code for two instruction sets, and a process
+    held to one gets wrong sums from what another has left there.
 
     Args:
         isa: one of ``ISAS``, or ``default`` for the compiler's own (SSE2 on x86, NEON on Arm).
@@ -163,7 +168,8 @@ def environment_for(isa: str) -> dict[str, str]:
     if isa not in ("default", *ISAS):
         raise ValueError(f"isa: '{isa}' is none of default, {', '.join(ISAS)}")
     found = {variable: [v for v, left in values.items() if left == isa] for variable, values in LIMITS.items()}
-    return {variable: values[0] for variable, values in found.items() if values}
+    held = {variable: values[0] for variable, values in found.items() if values}
+    return held | {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor-{getpass.getuser()}-{isa}"}
 
 
 def held_to() -> dict[str, str]:

@@ -15,6 +15,20 @@ if not torch.cuda.is_available():
     interpreter.mend()
     del os.environ["TRITON_INTERPRET"]
 
+# Once deterministic algorithms are asked for, PyTorch warns of every product on a GPU without this; it looks when the
+# first one runs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# What a GPU's errors say after which it does nothing more for this process.
+LOST_GPU = (
+    "CUDA error",
+    "AcceleratorError",
+    "outside graph capture",
+    "operation not permitted when stream is capturing",
+)
+
+LOST = pytest.StashKey[bool]()
+
 WHOLE_MODELS = {"integration", "integrations", "model", "train"}
 
 # Files that take longest, which processes that share the tests by file begin with: none is then left with one at last.
@@ -30,6 +44,17 @@ def pytest_collection_modifyitems(items):
     """Longest files first, the others as they come."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_runtest_makereport(item, call):
+    """A process that shares the tests ends once it has lost the GPU: another takes its place, and its tests."""
+    lost = call.excinfo is not None and any(words in str(call.excinfo.value) for words in LOST_GPU)
+    item.config.stash[LOST] = lost or item.config.stash.get(LOST, False)
+
+
+def pytest_runtest_setup(item):
+    if item.config.stash.get(LOST, False) and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 def pytest_runtest_logreport(report):

@@ -191,7 +191,7 @@ def test_a_gpu_of_the_table_is_told_with_its_peak_memory_and_driver(gpu):
     assert findings["devices"]["GPU memory"] == "11.0 of 12.0 GiB free, the limit is GPU"
     assert findings["devices"]["GPU driver"].startswith("550.54; torch is built for CUDA")
     assert findings["devices"]["GPU peak"].startswith("dense bfloat16 58.3 TFLOP/s, 504 GB/s (NVIDIA Ada whitepaper")
-    assert findings["run"]["--device"] == "cuda"
+    assert findings["run"]["--device"] == "cuda:0"
     assert findings["run"]["--dtype auto"] == "bfloat16: this GPU multiplies it natively"
     assert findings["kernels"].keys() == {"cpu", "cuda"}
     assert findings["problems"] == []

@@ -246,6 +246,7 @@ def test_auto_is_a_gpu_if_there_is_one(monkeypatch):
 def test_a_device_is_taken_by_its_number_if_it_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert hardware.find_device("cuda:1") == torch.device("cuda:1")
+    assert hardware.find_device("cuda") == torch.device("cuda:0")  # set_per_process_memory_fraction asks for a number
     with pytest.raises(RequestError, match="--device cuda:2: PyTorch sees 2 CUDA devices here"):
         hardware.find_device("cuda:2")
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastgpt.integrations.swap import Plan, refuse, require, swap, unpatch
+from fastgpt.kernels import use_backend
 
 # Two right ways to compute a module differ by rounding, here a few 1e-6 of the output's norm; two activations that
 # pass for each other, by 1e-4.
@@ -60,7 +61,8 @@ def _check_module(name: str, module: nn.Module, plan: Plan, width: int, *inputs:
             part.dropout = 0.0  # type: ignore[assignment]
     expected = _attempt(name, "it fails", lambda: _in_both_modes(original, inputs))
     swap({renamed[part]: mixin for part, mixin in plan.items() if part in renamed})
-    got = _attempt(name, "patched, it would fail", lambda: _in_both_modes(original, inputs))
+    with use_backend("auto"):  # whatever was chosen for the model may not run on a CPU
+        got = _attempt(name, "patched, it would fail", lambda: _in_both_modes(original, inputs))
     for a, b in zip(expected, got, strict=True):
         _require_equal(name, "output", a, b, MODULE_TOLERANCE)
 

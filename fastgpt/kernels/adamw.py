@@ -316,7 +316,7 @@ class FusedAdamW(Optimizer):
             device, dtype = p.device, p.dtype
             if kind != (device, dtype):
                 kind = device, dtype
-                backend, moment_dtype = ops.backend_of(device.type, dtype)[0], self._moment_dtype(dtype)
+                backend, moment_dtype = ops.backend_of(device, dtype)[0], self._moment_dtype(dtype)
             state = self.state[p]
             if not state:
                 if capturing:

@@ -133,10 +133,12 @@ class _LinearCrossEntropyInPlace(Function):
     @staticmethod
     @first_order("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        if dloss.device.type == "cpu" and dloss.item() != 1.0:
+        rule = "linear_cross_entropy: with weight.main_grad the loss must be the root of backward()"
+        if on_gpu(dloss):  # checked there, for nothing here may wait for the value
+            torch._assert_async(dloss == 1.0, rule)
+        elif dloss.device.type == "cpu" and dloss.item() != 1.0:
             raise RuntimeError(
-                "linear_cross_entropy: with weight.main_grad the loss must be the root of backward(); "
-                f"its gradient came in as {dloss.item()}, and the weight's has been added as if for 1"
+                f"{rule}; its gradient came in as {dloss.item()}, and the weight's has been added as if for 1"
             )
         return ctx.saved_tensors
 

@@ -268,8 +268,9 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
-def _natural_backend(device_type: str, dtype: torch.dtype, rehearsing: bool) -> tuple[str, str]:
+def _natural_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The best backend for such tensors, and the reason in a few words."""
+    device_type = rehearsed(device.type)
     if device_type == "cpu":
         if EXTENSION.library is None:
             return "reference", EXTENSION.reason
@@ -278,22 +279,26 @@ def _natural_backend(device_type: str, dtype: torch.dtype, rehearsing: bool) -> 
         return "cpp", EXTENSION.reason
     if device_type != "cuda":
         return "reference", f"no compiled kernels for {device_type}"
-    if rehearsing:
+    if device.type == "meta":
         return "triton", "as on an NVIDIA GPU"
     if not _TRITON_INSTALLED:
         return "reference", "Triton is not installed"
     if dtype not in COMPILED_DTYPES["triton"]:
         return "reference", f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
+    if torch.version.hip is not None:
+        return "reference", "no compiled kernels for AMD's GPUs"
     # while compiling it is assumed to be new enough; the kernels' launch says so if it is not
-    if not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    known = not torch.compiler.is_compiling() and torch.cuda.is_available()
+    if known and torch.cuda.get_device_capability(device) < (8, 0):
         return "reference", "the Triton kernels need compute capability 8.0 (Ampere) or newer"
     return "triton", "NVIDIA GPU"
 
 
-def backend_of(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+def backend_of(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that an operator on such tensors runs on, and the reason in a few words."""
-    real, device_type = device_type, rehearsed(device_type)
-    natural, reason = _natural_backend(device_type, dtype, device_type != real)
+    device = torch.device(device)
+    device_type = rehearsed(device.type)
+    natural, reason = _natural_backend(device, dtype)
     if _choice in ("auto", natural):
         return natural, reason
     if _choice == "reference":
@@ -313,7 +318,7 @@ def _interpreted() -> bool:
 def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of operator ``name`` for tensors such as ``tensor``."""
     device_type = tensor.device.type
-    backend, reason = backend_of(device_type, tensor.dtype)
+    backend, reason = backend_of(tensor.device, tensor.dtype)
     if backend == "reference" and _choice == "auto" and device_type != "meta":
         slow_path.warn(reason)
     if backend == "reference" or name in _left_to_torch[backend]:

@@ -45,13 +45,18 @@ def _with_zeros_behind(a: Tensor) -> Tensor:
     return F.pad(a, (0, -K % TILE_DEPTH))[:, :K] if reads_past_rows(a) else a
 
 
+def _sums_in_fp32(a: Tensor) -> bool:
+    """Whether cuBLAS sums products of ``a`` in fp32; told to sum fp16 in fp16, it refuses to add them to fp32."""
+    return a.dtype != torch.float16 or not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+
+
 def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool, row_sums: Tensor | None) -> None:
     if row_sums is not None:
         torch.sum(a, 1, out=row_sums)
     a = _with_zeros_behind(a)
     if accumulate and a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif accumulate and on_gpu(out):  # half-precision operands, summed in fp32 inside the product
+    elif accumulate and on_gpu(out) and _sums_in_fp32(a):  # half-precision operands, added up inside the product
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif accumulate:
         out.add_(a @ b)

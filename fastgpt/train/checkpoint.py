@@ -85,7 +85,7 @@ def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[s
 
 def _random_state() -> dict[str, Tensor]:
     state = {"rng_state.cpu": torch.get_rng_state()}
-    return {**state, "rng_state.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+    return {**state, "rng_state.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else state
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     tensors = _load_tensors(path / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng_state.cpu"))
     cuda_state = tensors.pop("rng_state.cuda", None)
-    if cuda_state is not None and torch.cuda.is_available():
+    if cuda_state is not None and torch.cuda.is_initialized():  # else this run is on the CPU
         torch.cuda.set_rng_state(cuda_state)
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -64,7 +64,7 @@ class Trainer:
         self.device = hardware.find_device(config.device)
         self.dtype = config.torch_dtype(hardware.training_dtype(self.device))
         try:
-            ops.backend_of(self.device.type, self.dtype)
+            ops.backend_of(self.device, self.dtype)
         except RuntimeError as error:
             raise RequestError(str(error)) from error
         trackers.check(config)

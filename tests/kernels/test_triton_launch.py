@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastgpt.kernels.triton import attention, autotune, columns, gelu, launch
+from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, columns, gelu, launch
 from fastgpt.kernels.triton.launch import Device
 
 RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
@@ -66,12 +66,35 @@ def test_the_forward_of_gelu_made_again_in_the_backward_costs_no_launch_of_its_o
     assert launched == [gelu._backward_kernel, gelu._bias_backward_kernel, columns._sum_kernel]
 
 
+@pytest.mark.parametrize("name", ["gelu", "layer_norm", "cross_entropy"])
+def test_a_million_rows_fit_the_grid(name):
+    """Whose second and third axis end at 65535 programs."""
+    rows = torch.empty(2**20, 64, device="meta", dtype=torch.bfloat16)
+    vector, each = torch.empty(64, device="meta", dtype=torch.bfloat16), torch.empty(2**20, device="meta")
+    targets = torch.empty(2**20, device="meta", dtype=torch.int64)
+    calls = {
+        "gelu": [("gelu", (rows, vector, True)), ("gelu_backward", (rows, rows, vector, True))],
+        "layer_norm": [
+            ("layer_norm", (rows, vector, vector, 1e-5)),
+            ("layer_norm_backward", (rows, rows, rows, vector, each, each, True)),
+        ],
+        "cross_entropy": [("cross_entropy", (rows, targets, -1)), ("cross_entropy_", (rows, targets, each[0], -1))],
+    }
+    grids = []
+    with launch.ahead_of_time(RTX_4070, lambda kernel, grid, *_: grids.append(grid)):
+        for operator, arguments in calls[name]:
+            IMPLEMENTATIONS[operator](*arguments)
+    assert len(grids) >= 2
+    assert all(grid[0] < 2**31 and max(grid[1:], default=1) < 2**16 for grid in grids)
+
+
 # ---- tuning ----
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     autotune._winners.cache_clear()
     yield tmp_path
     autotune._winners.cache_clear()
@@ -132,17 +155,17 @@ def test_another_device_has_a_cache_of_its_own(cache):
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
 def test_tuning_is_off_unless_asked_for(monkeypatch, value, expected):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("FASTGPT_AUTOTUNE", raising=False)
     if value is not None:
         monkeypatch.setenv("FASTGPT_AUTOTUNE", value)
     assert autotune.enabled() is expected
 
 
-def test_nothing_is_tuned_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setenv("FASTGPT_AUTOTUNE", "1")
+def test_while_a_graph_is_captured_it_is_the_configuration_that_ran_before(monkeypatch, cache):
+    tune(key="known")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not autotune.enabled()
+    assert tune(key="known") == (FASTEST, [])
+    assert tune(key="new") == (SHIPPED, [])
 
 
 # ---- addresses ----

@@ -116,6 +116,7 @@ def _adamw_kernel(
     if HAS_COPY:
         tl.store(_start(pointers + 4 * n_tensors, tensor, tl.bfloat16, ALIGNED) + here, p.to(tl.bfloat16), mask=inside)
     if ZERO_GRAD:
+        tl.debug_barrier()  # the zeros need not lie in the threads that loaded these gradients: all have loaded by now
         tl.store(grad + here, tl.zeros((CHUNK,), dtype=G), mask=inside)
 
 
@@ -230,6 +231,7 @@ def _compact_kernel(
         copy = _start(pointers + COPY * n_tensors, tensor, tl.bfloat16, ALIGNED)
         tl.store(copy + here, p.to(tl.bfloat16), mask=inside)
     if ZERO_GRAD:
+        tl.debug_barrier()  # as above
         tl.store(grad + here, tl.zeros((ROWS, _MOMENT_BLOCK), dtype=G), mask=inside)
 
 

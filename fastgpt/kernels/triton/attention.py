@@ -341,7 +341,7 @@ def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -
         "CAUSAL": causal,
         "DROPOUT": dropout_p > 0.0 and seed is not None,
         # fp32 products run on the tensor cores as three in tf32, which keeps fp32's accuracy
-        "PRECISION": "tf32x3" if fp32 and torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32x3" if fp32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32",
         "FP32": fp32,
         "D": q.shape[3],
         "BLOCK_D": max(32, triton.next_power_of_2(q.shape[3])),
@@ -365,8 +365,9 @@ def _launch(
     dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
     config = configuration(device, name, f"{dtype} D{constants['BLOCK_D']}{dropout}")
     if q.is_cuda and autotune.enabled():
-        case = f"{name} {q.dtype} {tuple(q.shape)} causal {constants['CAUSAL']}{dropout}"
-        config = autotune.best(device, case, config, run)
+        case = f"{name} {kernel.cache_key[:12]} {q.dtype} {tuple(q.shape)} along {length} {constants}"
+        with torch.cuda.device(q.device):
+            config = autotune.best(device, case, config, run)
     run(config)
 
 

@@ -1,8 +1,8 @@
 """Launch configurations measured on the device at hand, instead of those shipped. Opt-in: ``FASTGPT_AUTOTUNE=1``.
 
-The first call of an attention kernel on a new shape then times every candidate, which takes seconds, and keeps the
-fastest in ``~/.cache/fastgpt`` (``XDG_CACHE_HOME`` is honoured), one file a device and Triton version. Another
-configuration may add numbers up in another order: results stay deterministic, but for one cache only.
+The first call of an attention kernel on a new shape then compiles and times every candidate, which takes minutes, and
+keeps the fastest in ``~/.cache/fastgpt`` (``XDG_CACHE_HOME`` is honoured), one file a device and Triton version.
+Another configuration may add numbers up in another order: results stay deterministic, but for one cache only.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from fastgpt.kernels.triton.launch import Device
 
@@ -29,8 +29,8 @@ CANDIDATES = [
 
 
 def enabled() -> bool:
-    """Whether the user asked for it, and now is a moment for timing."""
-    return os.environ.get("FASTGPT_AUTOTUNE", "0") not in ("", "0") and not torch.cuda.is_current_stream_capturing()
+    """Whether the user asked for it."""
+    return os.environ.get("FASTGPT_AUTOTUNE", "0") not in ("", "0")
 
 
 def _time(run: Callable[[], None]) -> float:
@@ -58,6 +58,8 @@ def best(
 ) -> dict[str, int]:
     """The fastest configuration for launches of the kind ``key``: from the cache, or measured now.
 
+    While a CUDA graph is captured nothing can be measured, nor a kernel loaded: it is the one that ran before.
+
     Args:
         device: what ``run`` runs on.
         key: kernel, dtype and shape.
@@ -66,12 +68,14 @@ def best(
         time: milliseconds that a callable takes.
     """
     winners = _winners(device)
+    if torch.cuda.is_current_stream_capturing():
+        return winners.get(key, shipped)
     if key not in winners:
         timings = []
         for candidate in [shipped, *CANDIDATES]:
             try:
                 timings.append((time(lambda candidate=candidate: run(candidate)), candidate))
-            except (OutOfResources, triton.CompilationError):
+            except TritonError:  # it needs more than the device has, or does not compile
                 continue
         winners[key] = min(timings, key=lambda timing: timing[0])[1]
         _save(path(device), winners)

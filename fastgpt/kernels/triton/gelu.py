@@ -71,8 +71,9 @@ def _backward_kernel(dy, x, dx, y, n, TANH: tl.constexpr, AGAIN: tl.constexpr, B
 def _bias_forward_kernel(
     x, bias, y, x_stride, n_rows, n_columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n_blocks = tl.cdiv(n_columns, COLUMNS)  # one axis of programs: the others end at 65535
+    columns = tl.program_id(0) % n_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    rows = (tl.program_id(0) // n_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     a += tl.load(bias + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
@@ -120,7 +121,7 @@ def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     n_rows, n_columns = rows.shape
     config = configuration(device_of(x), "bias_gelu", "any")
     config.pop("programs_per_sm")
-    grid = (triton.cdiv(n_columns, config["COLUMNS"]), triton.cdiv(n_rows, config["ROWS"]))
+    grid = (triton.cdiv(n_rows, config["ROWS"]) * triton.cdiv(n_columns, config["COLUMNS"]),)
     launch(
         _bias_forward_kernel, grid,
         rows, bias.contiguous(), y, rows.stride(0), n_rows, n_columns, TANH=tanh, **config,
