@@ -57,6 +57,7 @@ class Row:
         kernel: file and function.
         case: dtype and shape.
         config: block sizes, warps, stages.
+        serialised: whether Hopper's asynchronous products wait for each other.
         loops: for each innermost loop, instructions by pipe.
         bounds: microseconds that each resource alone would need; empty where no work is stated.
     """
@@ -71,6 +72,7 @@ class Row:
     blocks_per_sm: int
     has_dot: bool
     tensor: int
+    serialised: bool
     loops: list[dict[str, int]]
     bounds: dict[str, float]
 
@@ -199,6 +201,7 @@ def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) 
                 blocks_per_sm=blocks_per_sm(gpu, machine.registers, shared, warps),
                 has_dot="tt.dot" in compiled.asm["ttir"],
                 tensor=machine.count("tensor"),
+                serialised=machine.serialised,
                 loops=[dict(sass.pipes(loop)) for loop in machine.loops],
                 bounds=bound(gpu, kernel_name(kernel), machine, grid, args, options),
             )

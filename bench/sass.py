@@ -54,6 +54,13 @@ class Machine:
         """Instructions of the whole kernel on one pipe."""
         return sum(i.pipe == pipe for i in self.code)
 
+    @property
+    def serialised(self) -> bool:
+        """Whether Hopper's asynchronous products are waited for one by one: ptxas then found no way to overlap them."""
+        names = [i.opcode for i in self.code]
+        products = sum(name.startswith("HGMMA") for name in names)
+        return 0 < products <= sum(name.startswith("WARPGROUP.DEPBAR") for name in names)
+
 
 def read(cubin: bytes) -> Machine:
     """Disassemble a kernel."""

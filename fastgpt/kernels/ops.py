@@ -321,7 +321,9 @@ def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
     backend, reason = backend_of(tensor.device, tensor.dtype)
     if backend == "reference" and _choice == "auto" and device_type != "meta":
         slow_path.warn(reason)
-    if backend == "reference" or name in _left_to_torch[backend]:
+    if name == "linear_cross_entropy" and device_type == "cuda":
+        function = _overloads[name]  # chunks, whatever each of them runs on: all logits at once may not fit a GPU
+    elif backend == "reference" or name in _left_to_torch[backend]:
         function = _references[name]
     elif backend == "triton" and device_type == "cpu":  # interpreted: the dispatcher would take the C++ kernel
         function = _triton.get(name, _overloads[name])

@@ -248,9 +248,10 @@ def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignor
     """Gradient of sum(scales * losses), scales of shape (N,)."""
     wide = _wide(logits)
     counted = (targets != ignore_index).unsqueeze(-1)
-    onehot = F.one_hot(targets.clamp(min=0) * counted.squeeze(-1), logits.shape[-1])
+    at_target = targets.unsqueeze(-1).clamp(min=0) * counted
     softmax = (wide - lse.to(wide.dtype).unsqueeze(-1)).exp()
-    return torch.where(counted, (softmax - onehot) * scales.to(wide.dtype).unsqueeze(-1), 0.0).to(logits.dtype)
+    difference = softmax.scatter_add(1, at_target, -torch.ones_like(softmax[:, :1]))  # softmax less the one-hot target
+    return torch.where(counted, difference * scales.to(wide.dtype).unsqueeze(-1), 0.0).to(logits.dtype)
 
 
 def cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:

@@ -62,6 +62,11 @@ def test_every_product_runs_on_the_tensor_cores(rows):
     assert [described(row) for row in products if not row["tensor"]] == []
 
 
+def test_on_hopper_products_do_not_wait_for_each_other(rows):
+    assert any(row["arch"] == 90 and row["has_dot"] for row in rows)
+    assert [described(row) for row in rows if row["serialised"]] == []
+
+
 def test_every_kernel_is_compiled_for_every_architecture(rows):
     import fastgpt.kernels.triton as kernels
 

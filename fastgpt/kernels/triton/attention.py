@@ -162,13 +162,15 @@ def _forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
-    acc, top, total = _attend(
-        acc, top, total, queries, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head, seed_value, threshold,
-        scale_in_base, keep, False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    # The masked keys first: every query sees one of them. A loop that may run no time before another one costs Hopper
+    # its asynchronous products: ptxas then waits for each.
     acc, top, total = _attend(
         acc, top, total, queries, k, v, k_stride, v_stride, unmasked, end, start_m, n_key, head, seed_value, threshold,
         scale_in_base, keep, True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc, top, total = _attend(
+        acc, top, total, queries, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head, seed_value, threshold,
+        scale_in_base, keep, False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     _store_tile(out, acc / total[:, None], start_m, out_stride, n_query, D, BLOCK_M, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
@@ -234,14 +236,14 @@ def _dq_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
     acc = _accumulate_dq(
-        acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head,
-        seed_value, threshold, scale_in_base, keep,
-        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc = _accumulate_dq(
         acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, unmasked, end, start_m, n_key, head,
         seed_value, threshold, scale_in_base, keep,
         True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc = _accumulate_dq(
+        acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head,
+        seed_value, threshold, scale_in_base, keep,
+        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     _store_tile(dq, acc * scale, start_m, dq_stride, n_query, D, BLOCK_M, BLOCK_D)
 
