@@ -144,7 +144,7 @@ def _forward_kernel(
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_batch, out_head, out_stride,
     n_head, n_query, n_key, scale, threshold, keep,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_query, BLOCK_M)
     start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M  # those that see most keys first
@@ -162,16 +162,14 @@ def _forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
-    # The masked keys first: every query sees one of them. A loop that may run no time before another one costs Hopper
-    # its asynchronous products: ptxas then waits for each.
-    acc, top, total = _attend(
-        acc, top, total, queries, k, v, k_stride, v_stride, unmasked, end, start_m, n_key, head, seed_value, threshold,
-        scale_in_base, keep, True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, queries, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head, seed_value, threshold,
-        scale_in_base, keep, False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    for i in tl.static_range(2):  # the stretch of keys that need no mask, and the one that does
+        begin = unmasked if (i == 0) == MASKED_FIRST else 0
+        until = end if (i == 0) == MASKED_FIRST else unmasked
+        acc, top, total = _attend(
+            acc, top, total, queries, k, v, k_stride, v_stride, begin, until, start_m, n_key, head, seed_value,
+            threshold, scale_in_base, keep,
+            (i == 0) == MASKED_FIRST, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     _store_tile(out, acc / total[:, None], start_m, out_stride, n_query, D, BLOCK_M, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
     lse_in_e = top + tl.log2(total) * LN2 if FP32 else (top + tl.log2(total)) * LN2
@@ -208,7 +206,7 @@ def _dq_kernel(
     out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, dq_batch, dq_head, dq_stride,
     n_head, n_query, n_key, scale, threshold, keep,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_query, BLOCK_M)
     start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
@@ -235,16 +233,14 @@ def _dq_kernel(
     scale_in_base = _to_base(scale, FP32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
-    acc = _accumulate_dq(
-        acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, unmasked, end, start_m, n_key, head,
-        seed_value, threshold, scale_in_base, keep,
-        True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc = _accumulate_dq(
-        acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, 0, unmasked, start_m, n_key, head,
-        seed_value, threshold, scale_in_base, keep,
-        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    for i in tl.static_range(2):
+        begin = unmasked if (i == 0) == MASKED_FIRST else 0
+        until = end if (i == 0) == MASKED_FIRST else unmasked
+        acc = _accumulate_dq(
+            acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, begin, until, start_m, n_key, head,
+            seed_value, threshold, scale_in_base, keep,
+            (i == 0) == MASKED_FIRST, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     _store_tile(dq, acc * scale, start_m, dq_stride, n_query, D, BLOCK_M, BLOCK_D)
 
 
@@ -350,6 +346,15 @@ def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -
     }
 
 
+def _order(q: Tensor) -> dict[str, bool]:
+    """Whether the masked keys come first: every query sees one of them, so that any order is right.
+
+    On Hopper they do. A loop that may run no time costs the one behind it its asynchronous products: ptxas waits for
+    each. The last keys are seen by all queries of a block, and always there. Elsewhere that order takes registers.
+    """
+    return {"MASKED_FIRST": device_of(q).capability == 90}
+
+
 def _dropout(dropout_p: float) -> tuple[int, float]:
     """The threshold that a random word must reach, and what kept weights are multiplied by."""
     return min(int(dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
@@ -385,7 +390,7 @@ def _forward(
     _launch(
         "attention_forward", _forward_kernel, (T, "BLOCK_M"),
         q, k, v, out, lse, lse if seed is None else seed, *_strides(q, k, v, out), H, T, k.shape[2],
-        scale, *_dropout(dropout_p), constants=constants,
+        scale, *_dropout(dropout_p), constants=constants | _order(q),
     )  # fmt: skip
 
 
@@ -402,7 +407,7 @@ def _backward(
     _launch(
         "attention_dq", _dq_kernel, (T, "BLOCK_M"),
         q, k, v, out, dout, lse, dq, delta, seed_or_any, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,
-        constants=constants,
+        constants=constants | _order(q),
     )  # fmt: skip
     _launch(
         "attention_dk_dv", _dk_dv_kernel, (S, "BLOCK_N"),
