@@ -92,6 +92,10 @@ def _work(
             blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
             return _looped(machine), blocks, n_bytes
         return machine.code, programs, n_bytes
+    if kernel == "linear column_sums":
+        x = args[0]
+        blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
+        return _looped(machine), blocks, x.numel() * x.element_size()
     if kernel.startswith("cross_entropy"):
         logits = args[1] if kernel == "cross_entropy backward" else args[0]
         rows, classes = logits.shape

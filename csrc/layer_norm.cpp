@@ -118,13 +118,17 @@ void backward_row(
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& x_in, const Tensor& weight_in,
-    const Tensor& mean, const Tensor& rstd, bool needs_dbias) {
+    const Tensor& mean, const Tensor& rstd, bool needs_dbias, std::optional<Tensor> weight_main_grad_in,
+    std::optional<Tensor> bias_main_grad_in) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   const std::optional<Tensor> dsum = dsum_in ? std::optional(dense(*dsum_in)) : std::nullopt;
   const auto weight = to_floats(weight_in);
   const auto [rows, C] = shape_of(x);
   Tensor dx = empty(sizes_of(x), x.scalar_type());
-  Tensor dweight = empty({C}, weight_in.scalar_type()), dbias = empty({needs_dbias ? C : 0}, weight_in.scalar_type());
+  float* weight_main_grad = main_grad_of(weight_main_grad_in, C, "weight_main_grad");
+  float* bias_main_grad = main_grad_of(bias_main_grad_in, C, "bias_main_grad");
+  Tensor dweight = empty({weight_main_grad ? 0 : C}, weight_in.scalar_type());
+  Tensor dbias = empty({needs_dbias && !bias_main_grad ? C : 0}, weight_in.scalar_type());
 
   const int64_t n_partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
   std::vector<float> partials(n_partials * 2 * C);
@@ -147,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
         dw += load(partials.data() + p * 2 * C + i, n);
         db += load(partials.data() + p * 2 * C + C + i, n);
       }
-      store(data<W>(dweight) + i, dw, n);
-      if (needs_dbias) store(data<W>(dbias) + i, db, n);
+      deliver(dw, weight_main_grad ? weight_main_grad + i : nullptr, data<W>(dweight) + i, n);
+      if (needs_dbias) deliver(db, bias_main_grad ? bias_main_grad + i : nullptr, data<W>(dbias) + i, n);
     });
   });
   return {dx, dweight, dbias};

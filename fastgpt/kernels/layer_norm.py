@@ -3,6 +3,7 @@
 Ba, Kiros and Hinton, "Layer Normalization", 2016.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,16 +11,17 @@ from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, distinct, first_order
+from fastgpt.kernels.main_grad import for_autograd, main_grads_of
 
 
 class _LayerNorm(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *main_grads: Tensor | None) -> Any:
         return ops.resolve("layer_norm", x)(x, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, *_ = inputs
+        x, weight, _, _, *ctx.main_grads = inputs
         _, mean, rstd = output
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -31,17 +33,19 @@ class _LayerNorm(Function):
         if dy is None:
             return ()
         x, weight, mean, rstd = ctx.saved_tensors
-        return ops.resolve("layer_norm_backward", x)(dy, None, x, weight, mean, rstd, ctx.needs_input_grad[2])
+        return backward(dy, None, x, weight, mean, rstd, ctx.main_grads, ctx.needs_input_grad[2])
 
 
 class _AddLayerNorm(Function):
     @staticmethod
-    def forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+    def forward(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *main_grads: Tensor | None
+    ) -> Any:
         return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, weight, *_ = inputs
+        _, _, weight, _, _, *ctx.main_grads = inputs
         _, total, mean, rstd = output
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -50,13 +54,32 @@ class _AddLayerNorm(Function):
     @staticmethod
     @first_order("add_layer_norm")
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
-        total, weight, mean, rstd = ctx.saved_tensors
         if dy is None:
             return dsum, dsum
-        dx, dweight, dbias = ops.resolve("layer_norm_backward", total)(
-            dy, dsum, total, weight, mean, rstd, ctx.needs_input_grad[3]
-        )
-        return dx, dx, dweight, dbias
+        total, weight, mean, rstd = ctx.saved_tensors
+        needs_dbias = ctx.needs_input_grad[3]
+        dx, *gradients = backward(dy, dsum, total, weight, mean, rstd, ctx.main_grads, needs_dbias)
+        return dx, dx, *gradients
+
+
+def backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    main_grads: Sequence[Tensor | None], needs_dbias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of ``x``, the weight and the bias; ``None`` for one that has gone into its ``main_grad``.
+
+    Args:
+        dy: of the norm's result.
+        dsum: of what was normalised, besides.
+        x: what was normalised.
+        weight: the norm's.
+        mean: of each row.
+        rstd: reciprocal standard deviation of each row.
+        main_grads: the weight's and the bias's, or ``None``.
+        needs_dbias: whether there is a bias that needs its gradient.
+    """
+    dx, *gradients = ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *main_grads)
+    return dx, *for_autograd(gradients, main_grads)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -89,9 +112,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     """
     checks.floating(x=x, weight=weight)
     checks.floating_if_given(bias=bias)
+    main_grads = main_grads_of(weight, bias)  # of the parameters themselves, not of what autocast makes of them
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
-    return apply(_LayerNorm, x, weight, bias, eps)[0]
+    return apply(_LayerNorm, x, weight, bias, eps, *main_grads)[0]
 
 
 def add_layer_norm(
@@ -118,10 +142,11 @@ def add_layer_norm(
     """
     checks.floating(x=x, residual=residual, weight=weight)
     checks.floating_if_given(bias=bias)
+    main_grads = main_grads_of(weight, bias)
     x, residual, weight, bias = autocast.in_float32(x, residual, weight, bias)
     _check(x, weight, bias, eps)
     checks.same("x", x=x, residual=residual)
     checks.shape("residual", residual, tuple(x.shape))
     residual = distinct(residual, x)
-    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps)
+    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps, *main_grads)
     return y, total

@@ -1,4 +1,4 @@
-"""Linear layer and embedding that may accumulate their weight gradients in place (see ``main_grad.py``)."""
+"""Linear layer and embedding that may accumulate their gradients in place (see ``main_grad.py``)."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks
 from fastgpt.kernels.autograd import apply, first_order
-from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.main_grad import main_grad_of, main_grads_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
 from fastgpt.kernels.rehearsal import on_gpu
@@ -17,14 +17,14 @@ from fastgpt.kernels.rehearsal import on_gpu
 
 class _Linear(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *main_grads: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = matmul_into(x.new_empty(rows.shape[0], weight.shape[0]), rows, weight.T, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, ctx.main_grad = inputs
+        x, weight, _, *ctx.main_grads = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -35,7 +35,7 @@ class _Linear(Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_into(x.new_empty(x_rows.shape), rows, weight).view(x.shape)
-        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grad, *ctx.needs_input_grad[1:3])
+        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grads, *ctx.needs_input_grad[1:3])
 
 
 class _Embedding(Function):
@@ -71,12 +71,12 @@ def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: ``F.linear``, its weight gradient added into ``weight.main_grad`` if there is one.
+    """``x @ weight.T + bias``: ``F.linear``, gradients added into the ``main_grad`` of a parameter that has one.
 
     Args:
         x: ``(..., C_in)``, any strides.
         weight: ``(C_out, C_in)``, neither of them 0.
-        bias: ``(C_out,)`` or ``None``; its gradient always goes through autograd.
+        bias: ``(C_out,)`` or ``None``.
 
     Returns:
         ``(..., C_out)``.
@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.same("x", x=x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():
         return _pytorchs(x, weight, bias)
-    return apply(_Linear, x, weight, bias, main_grad_of(weight))
+    return apply(_Linear, x, weight, bias, *main_grads_of(weight, bias))
 
 
 def embedding(index: Tensor, weight: Tensor) -> Tensor:

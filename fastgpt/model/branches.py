@@ -24,7 +24,8 @@ from fastgpt import kernels
 from fastgpt.kernels import autocast, ops
 from fastgpt.kernels.attention import draw_seed, scale_or_default
 from fastgpt.kernels.autograd import apply, first_order
-from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.layer_norm import backward as layer_norm_backward
+from fastgpt.kernels.main_grad import for_autograd, main_grads_of
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
 RECOMPUTE = ("none", "cheap", "block")
@@ -78,7 +79,7 @@ def attention(
     parameters = _parameters(norm, qkv, projection)
     options = Options(norm.eps, keep, n_head, dropout_p)
     seed = draw_seed(dropout_p, x.device)
-    out, total = apply(_Attention, x, residual, *parameters, _main_grads(parameters), options, seed)
+    out, total = apply(_Attention, x, residual, *parameters, main_grads_of(*parameters), options, seed)
     return out, x if residual is None else total
 
 
@@ -100,7 +101,7 @@ def mlp(
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
     parameters = _parameters(norm, fc, projection)
-    out, total = apply(_MLP, x, residual, *parameters, _main_grads(parameters), Options(norm.eps, keep))
+    out, total = apply(_MLP, x, residual, *parameters, main_grads_of(*parameters), Options(norm.eps, keep))
     return out, x if residual is None else total
 
 
@@ -124,7 +125,7 @@ def block(
     parameters = (*_parameters(*attention_layers), *_parameters(*mlp_layers))
     options = Options(attention_layers[0].eps, True, n_head, dropout_p), Options(mlp_layers[0].eps, True)
     seed = draw_seed(dropout_p, x.device)
-    return apply(_Block, x, residual, *parameters, _main_grads(parameters), *options, seed)
+    return apply(_Block, x, residual, *parameters, main_grads_of(*parameters), *options, seed)
 
 
 # ---- what the functions are made of. Six parameters a branch: of the norm, of the layer in and of the one out ----
@@ -135,10 +136,6 @@ Saved = tuple[Any, ...]
 
 def _parameters(norm: kernels.LayerNorm, inner: kernels.Linear, outer: kernels.Linear) -> Parameters:
     return norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias
-
-
-def _main_grads(parameters: Parameters) -> Parameters:
-    return tuple(None if p is None else main_grad_of(p) for p in parameters)
 
 
 def _attention_forward(
@@ -163,15 +160,15 @@ def _attention_backward(
     total, mean, rstd, kept, qkv, attended, lse = saved
     B, T, C = total.shape
     dout = dout.reshape(B * T, C)
-    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4], needed[4], needed[5])
+    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4:], *needed[4:])
     dattended = _product(dout, proj_weight).view(B, T, C)
     dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *_head_options(qkv, options), seed)
     dqkv = dqkv.view(B * T, 3 * C)
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
-    inner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2], needed[2], needed[3])
+    dinner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2:4], *needed[2:4])
     dy = _product(dqkv, qkv_weight, into=spare).view(B, T, C)
-    dx, *norm = ops.resolve("layer_norm_backward", total)(dy, dtotal, total, norm_weight, mean, rstd, needed[1])
-    return dx, *_delivered((*norm, *inner, *dproj), main_grads, needed)
+    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1])
+    return *norm, *dinner, *dproj
 
 
 def _mlp_forward(
@@ -200,15 +197,15 @@ def _mlp_backward(
     dout = dout.reshape(B * T, C)
     dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next lines
     if activated is None:
-        activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True)
+        activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True, main_grads[3])
     else:
-        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(dhidden, hidden, fc_bias, True)
-    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4], needed[4], needed[5])
+        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(dhidden, hidden, fc_bias, True, main_grads[3])
+    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4:], *needed[4:])
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
-    dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, main_grads[2], needed[2], False)
+    dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, main_grads[2:4], needed[2], False)
     dy = _product(dhidden, fc_weight, into=spare).view(B, T, C)
-    dx, *norm = ops.resolve("layer_norm_backward", total)(dy, dtotal, total, norm_weight, mean, rstd, needed[1])
-    return dx, *_delivered((*norm, dfc_weight, dfc_bias, *dproj), main_grads, needed)
+    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1])
+    return *norm, dfc_weight, *for_autograd([dfc_bias], main_grads[3:4]), *dproj
 
 
 def _head_options(qkv: Tensor, options: Options) -> tuple[int, bool, float, float]:
@@ -238,14 +235,6 @@ def _normalised(
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> Tensor:
     """``x @ matrix + bias``, in memory that is no longer needed if there is some."""
     return matmul_into(x.new_empty(x.shape[0], matrix.shape[1]) if into is None else into, x, matrix, bias)
-
-
-def _delivered(gradients: Parameters, main_grads: Parameters, needed: tuple[bool, ...]) -> Parameters:
-    """What is left for autograd of the gradients once those with a ``main_grad`` have been added there."""
-    for gradient, main_grad, need in zip(gradients, main_grads, needed, strict=True):
-        if need and gradient is not None and main_grad is not None:
-            main_grad.add_(gradient)
-    return tuple(g if main_grad is None else None for g, main_grad in zip(gradients, main_grads, strict=True))
 
 
 def _draw_mask(x: Tensor, dropout_p: float) -> Tensor | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import add_layer_norm, layer_norm
+from fastgpt.kernels import add_layer_norm, layer_norm, ops
 
 
 def plain(x, weight, bias=None, eps=1e-5):
@@ -192,6 +192,80 @@ def test_the_number_of_threads_changes_no_bit(device, dtype, rule, on_threads):
     (again, *_), two = on_threads(2, lambda: rule.run(layer_norm, inputs, [dout]))
     assert torch.equal(y, again)
     assert all(map(torch.equal, one, two))
+
+
+# ---- gradients that go into main_grad ----
+
+
+def backward(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest):
+    return ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest)
+
+
+@pytest.mark.parametrize("shape", [(1, 63), (127, 63), (1023, 127), (2, 65, 33), (3, 1), (0, 8)], ids=str)
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=["both", "weight", "bias"])
+def test_gradients_are_added_to_a_main_grad_unrounded(device, dtype, rule, shape, given):
+    x, dsum, dy, weight, bias = operands(*shape, dtype=dtype, device=device, n=3)
+    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, 1e-5)
+    starts = [torch.randn_like(weight, dtype=torch.float32) for _ in range(2)]
+    main_grads = [start.clone() if there else None for start, there in zip(starts, given, strict=True)]
+    arguments = dy, dsum, x, weight, mean, rstd, True
+    dx, *returned = backward(*arguments, *main_grads)
+    expected_dx, *expected = backward(*arguments)
+    assert torch.equal(dx, expected_dx)
+    normal = (x.double() - mean.double().unsqueeze(-1)) * rstd.double().unsqueeze(-1)
+    columns = tuple(range(x.dim() - 1))
+    truths = (dy.double() * normal).sum(columns), dy.double().sum(columns)
+    for i, main_grad in enumerate(main_grads):
+        if main_grad is None:
+            assert torch.equal(returned[i], expected[i])
+            continue
+        assert returned[i].shape == (0,)
+        peer = starts[i] + (dy.float() * (normal.float() if i == 0 else 1.0)).sum(columns)
+        truth = starts[i].double() + truths[i]
+        rule.error(f"main_grad {i}", main_grad, [peer], truth, torch.float32, rule.gradient)
+
+
+def test_without_a_bias_only_the_weight_has_a_main_grad(device, dtype):
+    x, dy, weight, _ = operands(9, 63, dtype=dtype, device=device, n=2)
+    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, None, 1e-5)
+    main_grad = torch.ones(63, device=device)
+    _, dweight, dbias = backward(dy, None, x, weight, mean, rstd, False, main_grad)
+    assert dweight.shape == dbias.shape == (0,)
+    expected = backward(dy, None, x, weight, mean, rstd, False)[1].float()
+    torch.testing.assert_close(main_grad - 1, expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [layer_norm, lambda *t: add_layer_norm(t[0], t[0].detach(), *t[1:])[0]])
+def test_parameters_with_a_main_grad_get_their_gradients_there(device, dtype, function):
+    tensors = [t.requires_grad_() for t in operands(127, 63, dtype=dtype, device=device)]
+    expected = torch.autograd.grad(function(*tensors).sum(), tensors)
+    for parameter in tensors[1:]:
+        parameter.main_grad = torch.ones(63, device=device)
+    function(*tensors).sum().backward()
+    assert torch.equal(tensors[0].grad, expected[0])
+    for parameter, gradient in zip(tensors[1:], expected[1:], strict=True):
+        assert parameter.grad is None
+        torch.testing.assert_close(parameter.main_grad - 1, gradient.float(), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_a_frozen_parameter_keeps_its_main_grad_as_it_is(device, frozen):
+    tensors = [t.requires_grad_() for t in operands(9, 63, dtype=torch.float32, device=device)]
+    for parameter in tensors[1:]:
+        parameter.main_grad = torch.ones(63, device=device)
+    tensors[frozen].requires_grad_(False)
+    layer_norm(*tensors).backward(torch.randn(9, 63, device=device))
+    for i in (1, 2):
+        assert (tensors[i].main_grad == 1.0).all() == (i == frozen)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(8), torch.ones(63).bfloat16(), torch.ones(126)[::2]])
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_a_main_grad_that_cannot_be_added_to_is_refused(device, wrong):
+    x, dy, weight, _ = operands(9, 63, dtype=torch.float32, device=device, n=2)
+    rows = torch.ones(9, device=device)
+    with pytest.raises((RuntimeError, ValueError), match="main_grad: expected 63 elements of float32"):
+        backward(dy, None, x, weight, rows, rows, False, wrong.to(device))
 
 
 def wrong_arguments():

@@ -138,13 +138,14 @@ def add_layer_norm(
 
 
 def layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _too_wide(x):
-        return reference.layer_norm_backward(dy, dsum, x, weight, mean, rstd, needs_dbias)
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
+    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _too_wide(x) or x.numel() == 0:
+        return reference.layer_norm_backward(
+            dy, dsum, x, weight, mean, rstd, needs_dbias, weight_main_grad, bias_main_grad
+        )
     dx = x.new_empty(x.shape)
-    if x.numel() == 0:
-        return dx, torch.zeros_like(weight), weight.new_zeros(weight.shape if needs_dbias else 0)
     dy_rows, x_rows = rows_of(dy), rows_of(x)
     dsum_rows = dy_rows if dsum is None else rows_of(dsum)
     n_rows, C = x_rows.shape
@@ -159,5 +160,6 @@ def layer_norm_backward(
         dy_rows.stride(0), dsum_rows.stride(0), x_rows.stride(0), n_rows,
         C=C, HAS_DSUM=dsum is not None, HAS_BIAS=needs_dbias, BLOCK_C=block, **config,
     )  # fmt: skip
-    sums = sum_of_shares(shares, weight.dtype)
-    return dx, sums[0], sums[1] if needs_dbias else weight.new_empty(0)
+    main_grads = [weight_main_grad, bias_main_grad][: len(shares)]
+    dweight, *dbias = sum_of_shares(shares, weight.dtype, main_grads)
+    return dx, dweight, dbias[0] if needs_dbias else weight.new_empty(0)
