@@ -96,7 +96,7 @@ def _layer_norm(width: int) -> None:
     _, _, mean, rstd = OPS["add_layer_norm"](x, x, w, w, 1e-5)
     OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True)
     main_grad = _empty(width, dtype=torch.float32)
-    OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True, main_grad, main_grad)
+    OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True, main_grad, main_grad, main_grad)
 
 
 def _gelu(with_bias: bool, tanh: bool, again: bool = False) -> None:

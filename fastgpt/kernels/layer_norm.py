@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, distinct, first_order
-from fastgpt.kernels.main_grad import for_autograd, main_grads_of
+from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of
 
 
 class _LayerNorm(Function):
@@ -39,13 +39,14 @@ class _LayerNorm(Function):
 class _AddLayerNorm(Function):
     @staticmethod
     def forward(
-        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *main_grads: Tensor | None
-    ) -> Any:
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, before: HandedOn | None,
+        *main_grads: Tensor | None,
+    ) -> Any:  # fmt: skip
         return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, weight, _, _, *ctx.main_grads = inputs
+        _, _, weight, _, _, ctx.before, *ctx.main_grads = inputs
         _, total, mean, rstd = output
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -58,13 +59,13 @@ class _AddLayerNorm(Function):
             return dsum, dsum
         total, weight, mean, rstd = ctx.saved_tensors
         needs_dbias = ctx.needs_input_grad[3]
-        dx, *gradients = backward(dy, dsum, total, weight, mean, rstd, ctx.main_grads, needs_dbias)
+        dx, *gradients = backward(dy, dsum, total, weight, mean, rstd, ctx.main_grads, needs_dbias, ctx.before)
         return dx, dx, *gradients
 
 
 def backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    main_grads: Sequence[Tensor | None], needs_dbias: bool,
+    main_grads: Sequence[Tensor | None], needs_dbias: bool, before: HandedOn | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of ``x``, the weight and the bias; ``None`` for one that has gone into its ``main_grad``.
 
@@ -77,8 +78,12 @@ def backward(
         rstd: reciprocal standard deviation of each row.
         main_grads: the weight's and the bias's, or ``None``.
         needs_dbias: whether there is a bias that needs its gradient.
+        before: what was handed on with the summand whose gradient ``dx`` is, or ``None``.
     """
-    dx, *gradients = ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *main_grads)
+    sums = (*main_grads, None if before is None else before.main_grad)
+    dx, *gradients = ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
+    if before is not None:
+        before.summed.append(dx)
     return dx, *for_autograd(gradients, main_grads)
 
 
@@ -148,5 +153,5 @@ def add_layer_norm(
     checks.same("x", x=x, residual=residual)
     checks.shape("residual", residual, tuple(x.shape))
     residual = distinct(residual, x)
-    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps, *main_grads)
+    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps, handed_on_with(x), *main_grads)
     return y, total

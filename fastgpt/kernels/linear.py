@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks
 from fastgpt.kernels.autograd import apply, first_order
-from fastgpt.kernels.main_grad import main_grad_of, main_grads_of
+from fastgpt.kernels.main_grad import HandedOn, main_grad_of, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
 from fastgpt.kernels.rehearsal import on_gpu
@@ -17,14 +17,16 @@ from fastgpt.kernels.rehearsal import on_gpu
 
 class _Linear(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *main_grads: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, handed_on: HandedOn | None, *main_grads: Tensor | None
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = matmul_into(x.new_empty(rows.shape[0], weight.shape[0]), rows, weight.T, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, *ctx.main_grads = inputs
+        x, weight, _, ctx.handed_on, *ctx.main_grads = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -35,7 +37,9 @@ class _Linear(Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_into(x.new_empty(x_rows.shape), rows, weight).view(x.shape)
-        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grads, *ctx.needs_input_grad[1:3])
+        needs_dbias = ctx.needs_input_grad[2] and not (ctx.handed_on is not None and ctx.handed_on.settle(dy))
+        needs_dweight = ctx.needs_input_grad[1]
+        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grads, needs_dweight, needs_dbias)
 
 
 class _Embedding(Function):
@@ -101,7 +105,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.same("x", x=x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():
         return _pytorchs(x, weight, bias)
-    return apply(_Linear, x, weight, bias, *main_grads_of(weight, bias))
+    handed_on = to_hand_on(bias)
+    return tied(apply(_Linear, x, weight, bias, handed_on, *main_grads_of(weight, bias)), handed_on)
 
 
 def embedding(index: Tensor, weight: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | 
 
 def _layer_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
-    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None,
+    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None, dx_sums: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weight_shape = weight.shape if weight_main_grad is None else (0,)
     bias_shape = weight.shape if needs_dbias and bias_main_grad is None else (0,)
@@ -135,9 +135,10 @@ OPERATORS: dict[str, Operator] = {
         _add_layer_norm,
     ),
     # A gradient is added to its main_grad (fp32) where there is one, unrounded; an empty tensor is returned for it.
+    # dx_sums (fp32) += dx.sum(0) over all rows, dx unrounded.
     "layer_norm_backward": Operator(
         "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_dbias,"
-        " Tensor(a!)? weight_main_grad=None, Tensor(b!)? bias_main_grad=None)"
+        " Tensor(a!)? weight_main_grad=None, Tensor(b!)? bias_main_grad=None, Tensor(c!)? dx_sums=None)"
         " -> (Tensor dx, Tensor dweight, Tensor dbias)",
         _layer_norm_backward,
     ),

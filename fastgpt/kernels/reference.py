@@ -98,7 +98,7 @@ def _delivered(gradient: Tensor, dtype: torch.dtype, main_grad: Tensor | None) -
 
 def layer_norm_backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
-    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None,
+    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None, dx_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad, scale = _wide(dy), rstd.unsqueeze(-1).to(_wide(x).dtype)
     normal = (_wide(x) - mean.unsqueeze(-1)) * scale
@@ -110,6 +110,8 @@ def layer_norm_backward(
     dbias = weight.new_empty(0)
     if needs_dbias:
         dbias = _delivered(grad.reshape(-1, x.shape[-1]).sum(0), weight.dtype, bias_main_grad)
+    if dx_sums is not None:
+        dx_sums.add_(dx.reshape(-1, x.shape[-1]).sum(0))
     return _result(dx, x.dtype), dweight, dbias
 
 

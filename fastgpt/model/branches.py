@@ -25,7 +25,7 @@ from fastgpt.kernels import autocast, ops
 from fastgpt.kernels.attention import draw_seed, scale_or_default
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.layer_norm import backward as layer_norm_backward
-from fastgpt.kernels.main_grad import for_autograd, main_grads_of
+from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
 RECOMPUTE = ("none", "cheap", "block")
@@ -79,8 +79,9 @@ def attention(
     parameters = _parameters(norm, qkv, projection)
     options = Options(norm.eps, keep, n_head, dropout_p)
     seed = draw_seed(dropout_p, x.device)
-    out, total = apply(_Attention, x, residual, *parameters, main_grads_of(*parameters), options, seed)
-    return out, x if residual is None else total
+    links = _links(x, residual, projection)
+    out, total = apply(_Attention, x, residual, *parameters, main_grads_of(*parameters), options, seed, *links)
+    return tied(out, links[1]), x if residual is None else total
 
 
 def mlp(
@@ -101,8 +102,9 @@ def mlp(
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
     parameters = _parameters(norm, fc, projection)
-    out, total = apply(_MLP, x, residual, *parameters, main_grads_of(*parameters), Options(norm.eps, keep))
-    return out, x if residual is None else total
+    links = _links(x, residual, projection)
+    out, total = apply(_MLP, x, residual, *parameters, main_grads_of(*parameters), Options(norm.eps, keep), *links)
+    return tied(out, links[1]), x if residual is None else total
 
 
 def block(
@@ -125,7 +127,10 @@ def block(
     parameters = (*_parameters(*attention_layers), *_parameters(*mlp_layers))
     options = Options(attention_layers[0].eps, True, n_head, dropout_p), Options(mlp_layers[0].eps, True)
     seed = draw_seed(dropout_p, x.device)
-    return apply(_Block, x, residual, *parameters, main_grads_of(*parameters), *options, seed)
+    before, own = _links(x, residual, mlp_layers[2])
+    own = None if dropout_p else own  # what is dropped is dropped inside
+    out, total = apply(_Block, x, residual, *parameters, main_grads_of(*parameters), *options, seed, before, own)
+    return tied(out, own), total
 
 
 # ---- what the functions are made of. Six parameters a branch: of the norm, of the layer in and of the one out ----
@@ -136,6 +141,11 @@ Saved = tuple[Any, ...]
 
 def _parameters(norm: kernels.LayerNorm, inner: kernels.Linear, outer: kernels.Linear) -> Parameters:
     return norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias
+
+
+def _links(x: Tensor, residual: Tensor | None, projection: kernels.Linear) -> tuple[HandedOn | None, HandedOn | None]:
+    """What was handed on with ``x``, for a norm of ``x + residual``; and what to hand on with this branch's result."""
+    return None if residual is None else handed_on_with(x), to_hand_on(projection.bias)
 
 
 def _attention_forward(
@@ -153,21 +163,22 @@ def _attention_forward(
 
 def _attention_backward(
     dout: Tensor, dtotal: Tensor | None, saved: Saved, parameters: Parameters, main_grads: Parameters,
-    options: Options, seed: Tensor | None, needed: tuple[bool, ...],
+    options: Options, seed: Tensor | None, needed: tuple[bool, ...], before: HandedOn | None, own: HandedOn | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gradients of the sum and of the six parameters."""
     norm_weight, norm_bias, qkv_weight, _, proj_weight, _ = parameters
     total, mean, rstd, kept, qkv, attended, lse = saved
     B, T, C = total.shape
+    needs_dbias = needed[5] and not (own is not None and own.settle(dout))
     dout = dout.reshape(B * T, C)
-    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4:], *needed[4:])
+    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4:], needed[4], needs_dbias)
     dattended = _product(dout, proj_weight).view(B, T, C)
     dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *_head_options(qkv, options), seed)
     dqkv = dqkv.view(B * T, 3 * C)
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
     dinner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2:4], *needed[2:4])
     dy = _product(dqkv, qkv_weight, into=spare).view(B, T, C)
-    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1])
+    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1], before)
     return *norm, *dinner, *dproj
 
 
@@ -188,23 +199,24 @@ def _mlp_forward(
 
 def _mlp_backward(
     dout: Tensor, dtotal: Tensor | None, saved: Saved, parameters: Parameters, main_grads: Parameters,
-    options: Options, needed: tuple[bool, ...],
+    options: Options, needed: tuple[bool, ...], before: HandedOn | None, own: HandedOn | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gradients of the sum and of the six parameters."""
     norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, _ = parameters
     total, mean, rstd, kept, activated, hidden = saved
     B, T, C = total.shape
+    needs_dbias = needed[5] and not (own is not None and own.settle(dout))
     dout = dout.reshape(B * T, C)
     dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next lines
     if activated is None:
         activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True, main_grads[3])
     else:
         dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(dhidden, hidden, fc_bias, True, main_grads[3])
-    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4:], *needed[4:])
+    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4:], needed[4], needs_dbias)
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
     dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, main_grads[2:4], needed[2], False)
     dy = _product(dhidden, fc_weight, into=spare).view(B, T, C)
-    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1])
+    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1], before)
     return *norm, dfc_weight, *for_autograd([dfc_bias], main_grads[3:4]), *dproj
 
 
@@ -266,7 +278,7 @@ class _Dropout(Function):
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
-        parameters, (ctx.main_grads, ctx.branch_options, seed) = rest[:6], rest[6:]
+        parameters, (ctx.main_grads, ctx.branch_options, seed, *ctx.links) = rest[:6], rest[6:]
         out, total, saved = _attention_forward(x, residual, parameters, ctx.branch_options, seed)
         ctx.save_for_backward(seed, *parameters, *saved)
         ctx.set_materialize_grads(False)
@@ -280,7 +292,7 @@ class _Attention(Function):
         seed, *tensors = ctx.saved_tensors
         dx, *gradients = _attention_backward(
             dout, dtotal, tuple(tensors[6:]), tuple(tensors[:6]), ctx.main_grads, ctx.branch_options, seed,
-            ctx.needs_input_grad[2:8],
+            ctx.needs_input_grad[2:8], *ctx.links,
         )  # fmt: skip
         return dx, dx, *gradients
 
@@ -288,7 +300,7 @@ class _Attention(Function):
 class _MLP(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
-        parameters, (ctx.main_grads, ctx.branch_options) = rest[:6], rest[6:]
+        parameters, (ctx.main_grads, ctx.branch_options, *ctx.links) = rest[:6], rest[6:]
         out, total, saved = _mlp_forward(x, residual, parameters, ctx.branch_options)
         ctx.save_for_backward(*parameters, *saved)
         ctx.set_materialize_grads(False)
@@ -301,15 +313,16 @@ class _MLP(Function):
             return dtotal, dtotal
         tensors = ctx.saved_tensors
         dx, *gradients = _mlp_backward(
-            dout, dtotal, tensors[6:], tensors[:6], ctx.main_grads, ctx.branch_options, ctx.needs_input_grad[2:8]
-        )
+            dout, dtotal, tensors[6:], tensors[:6], ctx.main_grads, ctx.branch_options, ctx.needs_input_grad[2:8],
+            *ctx.links,
+        )  # fmt: skip
         return dx, dx, *gradients
 
 
 class _Block(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor]:
-        parameters, (ctx.main_grads, *ctx.branch_options, seed) = rest[:12], rest[12:]
+        parameters, (ctx.main_grads, *ctx.branch_options, seed, ctx.before, ctx.own) = rest[:12], rest[12:]
         attention_options, mlp_options = ctx.branch_options
         p = attention_options.dropout_p
         added, total = _attention_forward(x, residual, parameters[:6], attention_options, seed)[:2]
@@ -332,18 +345,20 @@ class _Block(Function):
         p, needed = attention_options.dropout_p, ctx.needs_input_grad[2:14]
         added, _, attention_saved = _attention_forward(total, None, attention_parameters, attention_options, seed)
         added = _dropped(added, attention_mask, p)
+        # the attention's bias, whose gradient the MLP's norm sums
+        between = None if attention_mask is not None or ctx.main_grads[5] is None else HandedOn(ctx.main_grads[5])
         dadded, mlp_gradients = dmlp_total, [None] * 6
         if dout is not None:
             _, _, mlp_saved = _mlp_forward(added, total, mlp_parameters, mlp_options, with_result=False)
             del added
             dadded, *mlp_gradients = _mlp_backward(
                 _dropped(dout, mlp_mask, p), dmlp_total, mlp_saved, mlp_parameters, ctx.main_grads[6:], mlp_options,
-                needed[6:],
+                needed[6:], between, ctx.own,
             )  # fmt: skip
             del mlp_saved
         dx, *gradients = _attention_backward(
             _dropped(dadded, attention_mask, p), dadded if ctx.has_residual else None, attention_saved,
-            attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6],
+            attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6], ctx.before, between,
         )  # fmt: skip
         if not ctx.has_residual:
             dx = dx + dadded  # rounded as by autograd, which adds them where there is no sum to add them in

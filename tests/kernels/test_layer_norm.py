@@ -225,6 +225,38 @@ def test_gradients_are_added_to_a_main_grad_unrounded(device, dtype, rule, shape
         rule.error(f"main_grad {i}", main_grad, [peer], truth, torch.float32, rule.gradient)
 
 
+@pytest.mark.parametrize("shape", [(1, 63), (127, 63), (1023, 127), (2, 65, 33), (3, 1), (0, 8)], ids=str)
+@pytest.mark.parametrize("with_dsum", [True, False], ids=["dsum", "no dsum"])
+@pytest.mark.parametrize("needs_dbias", [True, False], ids=["bias", "no bias"])
+def test_the_columns_of_dx_are_summed_unrounded_on_top_of_what_is_there(
+    device, dtype, rule, shape, with_dsum, needs_dbias
+):
+    x, dsum, dy, weight, bias = operands(*shape, dtype=dtype, device=device, n=3)
+    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, 1e-5)
+    before = torch.randn(shape[-1], device=device)
+    arguments = dy, dsum if with_dsum else None, x, weight, mean, rstd, needs_dbias
+    main_grads = (torch.zeros_like(before), torch.zeros_like(before) if needs_dbias else None)
+    sums, again = before.clone(), before.clone()
+    results = backward(*arguments, None, None, sums)
+    assert all(map(torch.equal, results, backward(*arguments)))
+    assert torch.equal(backward(*arguments, *main_grads, again)[0], results[0])
+    assert torch.equal(again, sums)
+
+    def plain(wide):
+        normal = (x.to(wide) - mean.to(wide).unsqueeze(-1)) * rstd.to(wide).unsqueeze(-1)
+        g = dy.to(wide) * weight.to(wide)
+        projection = (g * normal).mean(-1, keepdim=True)
+        dx = rstd.to(wide).unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - normal * projection)
+        dx = dx + dsum.to(wide) if with_dsum else dx
+        return before.to(wide) + dx.sum(tuple(range(x.dim() - 1)))
+
+    # what is left of a single column is the difference of equal numbers, and of the columns of few rows little more
+    floor = 1e-6 * (1 + dy.double().abs().sum().item() / max(1, shape[-1]))
+    truth = plain(torch.float64)
+    error, allowed = (sums.double() - truth).abs().max(), 3 * (plain(torch.float32).double() - truth).abs().max()
+    assert error <= allowed + floor
+
+
 def test_without_a_bias_only_the_weight_has_a_main_grad(device, dtype):
     x, dy, weight, _ = operands(9, 63, dtype=dtype, device=device, n=2)
     _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, None, 1e-5)

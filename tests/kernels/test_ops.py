@@ -86,7 +86,7 @@ def cases(dtype):
     yield "layer_norm_backward", (r(3, 4, 7), r(3, 4, 7), turned, r(7), rows, rows, False)
     yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, True, f(7), f(7))
     yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, True, None, f(7))
-    yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, False, f(7))
+    yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, False, f(7), None, f(7))
     yield "gelu", (turned, None, True)
     yield "gelu", (r(3, 4), r(4), False)
     yield "gelu_backward", (turned, r(3, 4, 7), r(7), True)
