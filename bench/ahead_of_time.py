@@ -113,6 +113,11 @@ def _bias_gradient(rows: int, columns: int) -> None:
     OPS["add_column_sums_"](_empty(columns, dtype=torch.float32), _empty(rows, columns))
 
 
+def _embedding(rows: int, columns: int) -> None:
+    main_grad, index = _empty(V, columns, dtype=torch.float32), _empty(rows, dtype=torch.int64)
+    OPS["embedding_backward_"](main_grad, _empty(rows, columns), index)
+
+
 def _cross_entropy(rows: int, classes: int) -> None:
     logits, targets, each = _empty(rows, classes), _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.float32)
     OPS["cross_entropy"](logits, targets, -1)
@@ -153,6 +158,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gelu bf16 bias again": lambda: _gelu(True, True, again=True),
     "linear bf16 bias": lambda: _bias_gradient(B * T, 3 * C),
     "linear bf16 bias, few rows": lambda: _bias_gradient(B, T * C),
+    "embedding bf16": lambda: _embedding(B * T, C),
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
     "adamw fp32": _adamw,
@@ -222,7 +228,7 @@ def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) 
 
 CONFIGURED = (
     "BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS", "BLOCK", "BLOCK_C", "CHUNK", "BLOCK_SHARES", "BLOCK_COLUMNS",
-    "num_warps", "num_stages",
+    "BLOCKS", "num_warps", "num_stages",
 )  # fmt: skip
 
 

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks
+from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, first_order
 from fastgpt.kernels.main_grad import HandedOn, main_grad_of, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
-from fastgpt.kernels.rehearsal import on_gpu
 
 
 class _Linear(Function):
@@ -56,12 +55,28 @@ class _Embedding(Function):
     @first_order("embedding")
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1]).to(ctx.main_grad.dtype)
-        if on_gpu(rows):  # sorts, where index_add_ adds in whatever order its threads arrive
-            ctx.main_grad.index_put_((index.reshape(-1),), rows, accumulate=True)
-        else:
-            ctx.main_grad.index_add_(0, index.reshape(-1), rows)
+        rows = dy.reshape(-1, dy.shape[-1])
+        ops.resolve("embedding_backward_", rows)(ctx.main_grad, rows, index.reshape(-1))
         return ()
+
+
+class _AddPositions(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, start: int, main_grad: Tensor) -> Tensor:
+        return x + weight[start : start + x.shape[-2]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, _, start, main_grad = inputs
+        ctx.main_grad = main_grad[start : start + x.shape[-2]]
+        ctx.save_for_backward()
+
+    @staticmethod
+    @first_order("add_positions")
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        rows = dy.reshape(-1, ctx.main_grad.numel())
+        ops.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)
+        return (dy,)
 
 
 def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,3 +148,17 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(index, weight) if main_grad is None else apply(_Embedding, index, weight, main_grad)
     except IndexError:
         raise IndexError(f"index: a value lies outside [0, {weight.shape[0]})") from None
+
+
+def add_positions(x: Tensor, weight: Tensor, start: int) -> Tensor:
+    """``x + weight[start : start + T]``, the gradient of ``weight`` added into its ``main_grad`` if there is one.
+
+    Args:
+        x: ``(..., T, C)``.
+        weight: ``(block_size, C)``, dtype of ``x``.
+        start: the position of the first token.
+    """
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return x + weight[start : start + x.shape[-2]]
+    return apply(_AddPositions, x, weight, start, main_grad)

@@ -125,6 +125,10 @@ OPERATORS: dict[str, Operator] = {
     ),
     # sums += x.sum(0), added up in fp32; sums is fp32
     "add_column_sums_": Operator("(Tensor(a!) sums, Tensor x) -> ()", lambda sums, x: None),
+    # main_grad[index] += dy, each sum in fp32 and in an order that depends on index alone: (V, C) fp32, (N, C), (N)
+    "embedding_backward_": Operator(
+        "(Tensor(a!) main_grad, Tensor dy, Tensor index) -> ()", lambda main_grad, dy, index: None
+    ),
     "layer_norm": Operator(
         "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
         _layer_norm,

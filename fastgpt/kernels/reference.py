@@ -67,6 +67,14 @@ def add_column_sums_(sums: Tensor, x: Tensor) -> None:
     sums.add_(x.sum(0, dtype=sums.dtype))
 
 
+def embedding_backward_(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
+    rows = dy.to(main_grad.dtype)
+    if on_gpu(rows):  # sorts, where index_add_ adds in whatever order its threads arrive
+        main_grad.index_put_((index,), rows, accumulate=True)
+    else:
+        main_grad.index_add_(0, index, rows)
+
+
 # ---- layer norm ----
 
 

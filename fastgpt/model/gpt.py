@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import kernels
+from fastgpt.kernels.linear import add_positions
 from fastgpt.model import branches
 from fastgpt.model.config import GPTConfig
 
@@ -152,7 +153,7 @@ class Transformer(nn.Module):
         """(B, T) int64 to (B, T, C)."""
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
-        x = self.wte(idx) + self.wpe.weight[start:end]
+        x = add_positions(self.wte(idx), self.wpe.weight, start)
         x, residual = branches.dropout(x, self.dropout, self.training), None
         for block in self.h:
             x, residual = block(x, residual, cache)

@@ -78,6 +78,7 @@ def cases(dtype):
     yield "matmul_", (f(3, 5), f(3, 4), f(4, 5), None, True, f(3))
     yield "matmul_", (f(3, 5), f(3, 4), f(4, 5), None, False, f(3))
     yield "add_column_sums_", (f(7), turned.reshape(12, 7))
+    yield "embedding_backward_", (f(9, 7), turned.reshape(12, 7), torch.arange(12) % 5)
     yield "layer_norm", (r(3, 4, 7), r(7), r(7), 1e-5)
     yield "layer_norm", (turned, r(7), None, 1e-5)
     yield "add_layer_norm", (r(3, 4, 7), r(3, 4, 7), r(7), r(7), 1e-5)

@@ -186,5 +186,5 @@ def test_outputs_have_the_shape_strides_and_dtype_that_the_fake_promises(name, a
 
 def test_every_operator_has_its_reference_and_its_case():
     assert all(callable(getattr(reference, name)) for name in ops.OPERATORS)
-    without_outputs = {"adamw_", "adamw_compact_", "matmul_", "add_column_sums_"}
+    without_outputs = {"adamw_", "adamw_compact_", "matmul_", "add_column_sums_", "embedding_backward_"}
     assert {name for name, _ in cases()} == set(ops.OPERATORS) - without_outputs
