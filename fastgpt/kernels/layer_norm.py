@@ -6,6 +6,7 @@ Ba, Kiros and Hinton, "Layer Normalization", 2016.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -39,9 +40,12 @@ class _LayerNorm(Function):
 class _AddLayerNorm(Function):
     @staticmethod
     def forward(
-        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, before: HandedOn | None,
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, before: HandedOn | None,
         *main_grads: Tensor | None,
     ) -> Any:  # fmt: skip
+        if residual is None:
+            y, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, eps)
+            return y, x.view_as(x), mean, rstd
         return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
 
     @staticmethod
@@ -154,4 +158,17 @@ def add_layer_norm(
     checks.shape("residual", residual, tuple(x.shape))
     residual = distinct(residual, x)
     y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps, handed_on_with(x), *main_grads)
+    return y, total
+
+
+def layer_norm_and_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm(x)`` and ``x`` once more, where a residual stream begins: its gradient is added as in a sum's.
+
+    Internal, and so without checks of its own. Arguments and errors are those of :func:`layer_norm`.
+    """
+    if torch.compiler.is_compiling() or autocast.enabled(x.device.type):
+        return layer_norm(x, weight, bias, eps), x
+    y, total, _, _ = apply(_AddLayerNorm, x, None, weight, bias, eps, None, *main_grads_of(weight, bias))
     return y, total

@@ -81,7 +81,7 @@ def attention(
     seed = draw_seed(dropout_p, x.device)
     links = _links(x, residual, projection)
     out, total = apply(_Attention, x, residual, *parameters, main_grads_of(*parameters), options, seed, *links)
-    return tied(out, links[1]), x if residual is None else total
+    return tied(out, links[1]), total
 
 
 def mlp(
@@ -104,7 +104,7 @@ def mlp(
     parameters = _parameters(norm, fc, projection)
     links = _links(x, residual, projection)
     out, total = apply(_MLP, x, residual, *parameters, main_grads_of(*parameters), Options(norm.eps, keep), *links)
-    return tied(out, links[1]), x if residual is None else total
+    return tied(out, links[1]), total
 
 
 def block(
@@ -277,12 +277,12 @@ class _Dropout(Function):
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
         parameters, (ctx.main_grads, ctx.branch_options, seed, *ctx.links) = rest[:6], rest[6:]
         out, total, saved = _attention_forward(x, residual, parameters, ctx.branch_options, seed)
         ctx.save_for_backward(seed, *parameters, *saved)
         ctx.set_materialize_grads(False)
-        return out, None if residual is None else total
+        return out, total
 
     @staticmethod
     @first_order("attention")
@@ -299,12 +299,12 @@ class _Attention(Function):
 
 class _MLP(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor]:
         parameters, (ctx.main_grads, ctx.branch_options, *ctx.links) = rest[:6], rest[6:]
         out, total, saved = _mlp_forward(x, residual, parameters, ctx.branch_options)
         ctx.save_for_backward(*parameters, *saved)
         ctx.set_materialize_grads(False)
-        return out, None if residual is None else total
+        return out, total
 
     @staticmethod
     @first_order("mlp")
@@ -332,7 +332,6 @@ class _Block(Function):
         mlp_mask = _draw_mask(out, p)
         out = _dropped(out, mlp_mask, p)
         ctx.save_for_backward(seed, total, attention_mask, mlp_mask, *parameters)
-        ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
         return out, mlp_total
 
@@ -357,9 +356,7 @@ class _Block(Function):
             )  # fmt: skip
             del mlp_saved
         dx, *gradients = _attention_backward(
-            _dropped(dadded, attention_mask, p), dadded if ctx.has_residual else None, attention_saved,
+            _dropped(dadded, attention_mask, p), dadded, attention_saved,
             attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6], ctx.before, between,
         )  # fmt: skip
-        if not ctx.has_residual:
-            dx = dx + dadded  # rounded as by autograd, which adds them where there is no sum to add them in
         return dx, dx, *gradients, *mlp_gradients

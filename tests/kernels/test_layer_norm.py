@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.kernels import add_layer_norm, layer_norm, ops
+from fastgpt.kernels.layer_norm import layer_norm_and_input
 
 
 def plain(x, weight, bias=None, eps=1e-5):
@@ -115,6 +116,20 @@ def test_a_gradient_may_reach_only_one_of_the_two_outputs(device, dtype, rule, u
     else:
         x, residual, weight, bias = inputs
         rule.accuracy(lambda a, b: add_layer_norm(a, b, weight, bias)[1], lambda a, b: a + b, [x, residual])
+
+
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)], ids=["both", "y", "input"])
+def test_where_a_residual_stream_begins_its_gradient_is_added_in_the_norms(device, dtype, rule, used):
+    inputs = operands(9, 63, dtype=dtype, device=device)[: 3 if used[0] else 1]
+    weight, bias = operands(9, 63, dtype=dtype, device=device)[1:]
+
+    def of(function):
+        def outputs(x, w=weight, b=bias):
+            return tuple(t for t, use in zip(function(x, w, b), used, strict=True) if use)
+
+        return outputs
+
+    rule.accuracy(of(layer_norm_and_input), of(lambda x, w, b: (plain(x, w.to(x), b.to(x)), x)), inputs)
 
 
 def test_the_two_summands_get_gradients_of_their_own(device, dtype):
