@@ -97,15 +97,27 @@ def _layer_norm(width: int) -> None:
     x, w = _empty(B, T, width), _empty(width)
     _, _, mean, rstd = OPS["add_layer_norm"](x, x, w, w, 1e-5)
     OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True)
+    main_grad = _empty(width, dtype=torch.float32)
+    OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True, main_grad, main_grad, main_grad)
 
 
 def _gelu(with_bias: bool, tanh: bool, again: bool = False) -> None:
     x, bias = _empty(B, T, 4 * C), _empty(4 * C) if with_bias else None
+    main_grad = _empty(4 * C, dtype=torch.float32) if with_bias else None
     if again:
-        OPS["gelu_again_backward_"](x, x, bias, tanh)
+        OPS["gelu_again_backward_"](x, x, bias, tanh, main_grad)
     else:
         OPS["gelu"](x, bias, tanh)
         OPS["gelu_backward"](x, x, bias, tanh)
+
+
+def _bias_gradient(rows: int, columns: int) -> None:
+    OPS["add_column_sums_"](_empty(columns, dtype=torch.float32), _empty(rows, columns))
+
+
+def _embedding(rows: int, columns: int) -> None:
+    main_grad, index = _empty(V, columns, dtype=torch.float32), _empty(rows, dtype=torch.int64)
+    OPS["embedding_backward_"](main_grad, _empty(rows, columns), index)
 
 
 def _cross_entropy(rows: int, classes: int) -> None:
@@ -146,6 +158,9 @@ CASES: dict[str, Callable[[], None]] = {
     "gelu bf16 tanh again": lambda: _gelu(False, True, again=True),
     "gelu bf16 exact again": lambda: _gelu(False, False, again=True),
     "gelu bf16 bias again": lambda: _gelu(True, True, again=True),
+    "linear bf16 bias": lambda: _bias_gradient(B * T, 3 * C),
+    "linear bf16 bias, few rows": lambda: _bias_gradient(B, T * C),
+    "embedding bf16": lambda: _embedding(B * T, C),
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
     "adamw fp32": _adamw,
@@ -216,7 +231,7 @@ def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) 
 
 CONFIGURED = (
     "BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS", "BLOCK", "BLOCK_C", "CHUNK", "BLOCK_SHARES", "BLOCK_COLUMNS",
-    "num_warps", "num_stages",
+    "BLOCKS", "num_warps", "num_stages",
 )  # fmt: skip
 
 

@@ -92,6 +92,15 @@ def _work(
             blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
             return _looped(machine), blocks, n_bytes
         return machine.code, programs, n_bytes
+    if kernel == "linear column_sums":
+        x = args[0]
+        blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
+        return _looped(machine), blocks, x.numel() * x.element_size()
+    if kernel == "embedding runs":
+        dy, _, _, main_grad = args[:4]
+        n_tokens = min(main_grad.shape[0], dy.shape[0])  # if all are different
+        n_bytes = dy.numel() * dy.element_size() + 8 * n_tokens * dy.shape[1]
+        return _looped(machine), dy.shape[0] * -(-dy.shape[1] // options["COLUMNS"]), n_bytes
     if kernel.startswith("cross_entropy"):
         logits = args[1] if kernel == "cross_entropy backward" else args[0]
         rows, classes = logits.shape

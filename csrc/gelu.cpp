@@ -71,7 +71,7 @@ void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t co
 // added in order: the sum does not depend on the number of threads.
 template <class T, class Kind>
 void backward_with_bias(
-    const T* dy, const T* x, const T* bias, T* dx, T* dbias, T* y, int64_t rows, int64_t columns) {
+    const T* dy, const T* x, const T* bias, T* dx, T* dbias, float* main_grad, T* y, int64_t rows, int64_t columns) {
   const int64_t per_share = rows_per_task(columns), shares = (rows + per_share - 1) / per_share;
   std::vector<float> partial(shares * columns, 0.0f);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
@@ -92,7 +92,7 @@ void backward_with_bias(
   for_each_vector(columns, [&](int64_t i, int64_t lanes) {
     Vec total{};
     for (int64_t share = 0; share < shares; ++share) total += load(partial.data() + share * columns + i, lanes);
-    store(dbias + i, total, lanes);
+    deliver(total, main_grad ? main_grad + i : nullptr, dbias + i, lanes);
   });
 }
 
@@ -110,11 +110,14 @@ Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh)
   return y;
 }
 
-// Writes dx, which may be dy, and the value into y if there is one; returns the bias's gradient.
+// Writes dx, which may be dy, and the value into y if there is one; returns the bias's gradient, if it is not added
+// to a main_grad.
 Tensor backward(
-    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias_in, bool tanh, const Tensor& dx,
-    const Tensor* y) {
-  Tensor dbias = empty({bias_in ? bias_in->numel() : 0}, x.scalar_type());
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias_in, bool tanh,
+    const std::optional<Tensor>& main_grad_in, const Tensor& dx, const Tensor* y) {
+  const int64_t n_bias = bias_in ? bias_in->numel() : 0;
+  float* main_grad = main_grad_of(main_grad_in, n_bias, "bias_main_grad");
+  Tensor dbias = empty({main_grad ? 0 : n_bias}, x.scalar_type());
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     T* value = y ? data<T>(*y) : nullptr;
@@ -123,22 +126,23 @@ Tensor backward(
     const Tensor bias = dense(*bias_in);
     const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
     (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(
-        data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), value, rows, columns);
+        data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), main_grad, value, rows, columns);
   });
   return dbias;
 }
 
 std::tuple<Tensor, Tensor> gelu_backward(
-    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh,
+    std::optional<Tensor> bias_main_grad) {
   const Tensor dx = empty(sizes_of(x), x.scalar_type());
-  return {dx, backward(dense(dy), dense(x), bias, tanh, dx, nullptr)};
+  return {dx, backward(dense(dy), dense(x), bias, tanh, bias_main_grad, dx, nullptr)};
 }
 
 std::tuple<Tensor, Tensor> gelu_again_backward_(
-    Tensor dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh) {
+    Tensor dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh, std::optional<Tensor> bias_main_grad) {
   STD_TORCH_CHECK(dy.is_contiguous(), "dy: expected to be contiguous");
   const Tensor y = empty(sizes_of(x), x.scalar_type());
-  return {y, backward(dy, dense(x), bias, tanh, dy, &y)};
+  return {y, backward(dy, dense(x), bias, tanh, bias_main_grad, dy, &y)};
 }
 
 }  // namespace

@@ -93,11 +93,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
 
 // With xhat = (x - mean) rstd and g = dy weight:
 //   dx = rstd (g - mean(g) - xhat mean(g xhat)) + dsum,  dweight = sum dy xhat,  dbias = sum dy,
-// dsum being what flows straight into the residual sum, if there is one.
+// dsum being what flows straight into the residual sum, if there is one. dx_sums, if there are any, get dx added.
 template <class T>
 void backward_row(
     const T* dy, const T* dsum, const T* x, const float* weight, float mean, float rstd, int64_t C, T* dx,
-    float* dweight, float* dbias) {
+    float* dweight, float* dbias, float* dx_sums) {
   Vec g_total{}, g_xhat_total{};
   for_each_vector(C, [&](int64_t i, int64_t n) {
     const Vec grad = load(dy + i, n), xhat = (load(x + i, n) - mean) * rstd;
@@ -113,42 +113,53 @@ void backward_row(
     Vec grad = (load(dy + i, n) * load(weight + i, n) - g_mean - xhat * g_xhat_mean) * rstd;
     if (dsum) grad += load(dsum + i, n);
     store(dx + i, grad, n);
+    if (dx_sums) store(dx_sums + i, load(dx_sums + i, n) + grad, n);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& x_in, const Tensor& weight_in,
-    const Tensor& mean, const Tensor& rstd, bool needs_dbias) {
+    const Tensor& mean, const Tensor& rstd, bool needs_dbias, std::optional<Tensor> weight_main_grad_in,
+    std::optional<Tensor> bias_main_grad_in, std::optional<Tensor> dx_sums_in) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   const std::optional<Tensor> dsum = dsum_in ? std::optional(dense(*dsum_in)) : std::nullopt;
   const auto weight = to_floats(weight_in);
   const auto [rows, C] = shape_of(x);
   Tensor dx = empty(sizes_of(x), x.scalar_type());
-  Tensor dweight = empty({C}, weight_in.scalar_type()), dbias = empty({needs_dbias ? C : 0}, weight_in.scalar_type());
+  float* weight_main_grad = main_grad_of(weight_main_grad_in, C, "weight_main_grad");
+  float* bias_main_grad = main_grad_of(bias_main_grad_in, C, "bias_main_grad");
+  float* dx_sums = main_grad_of(dx_sums_in, C, "dx_sums");
+  Tensor dweight = empty({weight_main_grad ? 0 : C}, weight_in.scalar_type());
+  Tensor dbias = empty({needs_dbias && !bias_main_grad ? C : 0}, weight_in.scalar_type());
 
   const int64_t n_partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
-  std::vector<float> partials(n_partials * 2 * C);
+  const int64_t of_partial = (dx_sums ? 3 : 2) * C;
+  std::vector<float> partials(n_partials * of_partial);
   dispatch(x.scalar_type(), [&, C = C, rows = rows](auto element) {
     using T = decltype(element);
     torch::stable::parallel_for(0, n_partials, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin * kRowsPerPartial; row < std::min(end * kRowsPerPartial, rows); ++row) {
-        float* partial = partials.data() + row / kRowsPerPartial * 2 * C;
+        float* partial = partials.data() + row / kRowsPerPartial * of_partial;
         backward_row(
             data<T>(dy) + row * C, dsum ? data<T>(*dsum) + row * C : nullptr, data<T>(x) + row * C, weight.data(),
-            data<float>(mean)[row], data<float>(rstd)[row], C, data<T>(dx) + row * C, partial, partial + C);
+            data<float>(mean)[row], data<float>(rstd)[row], C, data<T>(dx) + row * C, partial, partial + C,
+            dx_sums ? partial + 2 * C : nullptr);
       }
     });
   });
   dispatch(weight_in.scalar_type(), [&, C = C](auto element) {
     using W = decltype(element);
     for_each_vector(C, [&](int64_t i, int64_t n) {
-      Vec dw{}, db{};
-      for (int64_t p = 0; p < n_partials; ++p) {
-        dw += load(partials.data() + p * 2 * C + i, n);
-        db += load(partials.data() + p * 2 * C + C + i, n);
+      Vec dw{}, db{}, dx_total{};
+      for (const float* partial = partials.data() + i; partial < partials.data() + partials.size();
+           partial += of_partial) {
+        dw += load(partial, n);
+        db += load(partial + C, n);
+        if (dx_sums) dx_total += load(partial + 2 * C, n);
       }
-      store(data<W>(dweight) + i, dw, n);
-      if (needs_dbias) store(data<W>(dbias) + i, db, n);
+      deliver(dw, weight_main_grad ? weight_main_grad + i : nullptr, data<W>(dweight) + i, n);
+      if (needs_dbias) deliver(db, bias_main_grad ? bias_main_grad + i : nullptr, data<W>(dbias) + i, n);
+      if (dx_sums) store(dx_sums + i, load(dx_sums + i, n) + dx_total, n);
     });
   });
   return {dx, dweight, dbias};

@@ -1,5 +1,5 @@
-// C = A B + bias, or C += A B. Each row of A can be summed on the way: where A is a transposed gradient, that is the
-// bias's.
+// C = A B + bias, or C += A B. Each row of A can be summed on the way, or added likewise: where A is a transposed
+// gradient, that is the bias's.
 //
 // Which product runs where, and why not PyTorch's:
 // - AMX (amx_product.h): everything. oneDNN's products of bf16 reach a third of what the tiles can do, read past
@@ -67,9 +67,9 @@ void matmul_(
       out.is_cpu() && (same || out.scalar_type() == ScalarType::Float), "out: expected the operands' dtype or float32");
   STD_TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "out: rows must be contiguous");
   STD_TORCH_CHECK(
-      !row_sums || (row_sums->dim() == 1 && row_sums->size(0) == M && row_sums->scalar_type() == a.scalar_type() &&
-                    row_sums->is_contiguous()),
-      "row_sums: expected ", M, " elements of the operands' dtype");
+      !row_sums || (row_sums->is_cpu() && row_sums->dim() == 1 && row_sums->size(0) == M && row_sums->is_contiguous() &&
+                    (row_sums->scalar_type() == a.scalar_type() || row_sums->scalar_type() == ScalarType::Float)),
+      "row_sums: expected ", M, " elements of the operands' dtype or float32");
   const std::vector<float> bias_values = to_floats(bias);
   std::vector<float> sums_of_rows(row_sums ? M : 0);
   dispatch(a.scalar_type(), [&](auto element) {
@@ -86,8 +86,14 @@ void matmul_(
       const Tensor sums = empty({K > kDeepestUnrounded ? M : 0, out.stride(0)}, ScalarType::Float);
       into(data<BFloat16>(out), data<float>(sums));
     }
-    for (size_t i = 0; i < sums_of_rows.size(); ++i) data<T>(*row_sums)[i] = static_cast<T>(sums_of_rows[i]);
   });
+  if (row_sums)
+    dispatch(row_sums->scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      T* sums = data<T>(*row_sums);
+      for (int64_t i = 0; i < M; ++i)
+        sums[i] = static_cast<T>(sums_of_rows[i] + (accumulate ? static_cast<float>(sums[i]) : 0.0f));
+    });
 }
 
 // Whether matmul_ is faster on this CPU than PyTorch's product, with operands and a result of bf16 or fp32.

@@ -58,6 +58,24 @@ void dispatch(ScalarType dtype, Body&& body) {
   STD_TORCH_CHECK(false, "fastgpt's C++ kernels take float32 and bfloat16");
 }
 
+// Where a gradient is added up in fp32, if there is such a place.
+inline float* main_grad_of(const std::optional<Tensor>& t, int64_t n, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(
+      t->is_cpu() && t->scalar_type() == ScalarType::Float && t->numel() == n && t->is_contiguous(), name,
+      ": expected ", n, " elements of float32 on the CPU, contiguous");
+  return data<float>(*t);
+}
+
+// Adds sums to `main_grad` if there is one, unrounded, and otherwise writes them to `out`.
+template <class T>
+FASTGPT_INLINE void deliver(Vec sums, float* main_grad, T* out, int64_t n) {
+  if (main_grad)
+    store(main_grad, load(main_grad, n) + sums, n);
+  else
+    store(out, sums, n);
+}
+
 // The elements of `t` as fp32, for small tensors that are read many times; empty if there is none.
 inline std::vector<float> to_floats(const std::optional<Tensor>& t) {
   if (!t) return {};

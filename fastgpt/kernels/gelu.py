@@ -8,23 +8,25 @@ from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.main_grad import for_autograd, main_grad_of
 
 
 class _Gelu(Function):
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+    def forward(x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None) -> Any:
         return ops.resolve("gelu", x)(x, bias, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, bias, ctx.tanh = inputs
+        x, bias, ctx.tanh, ctx.bias_main_grad = inputs
         ctx.save_for_backward(x, bias)
 
     @staticmethod
     @first_order("gelu")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, bias = ctx.saved_tensors
-        return ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh)
+        dx, dbias = ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh, ctx.bias_main_grad)
+        return dx, *for_autograd([dbias], [ctx.bias_main_grad])
 
 
 def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Tensor:
@@ -46,6 +48,7 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
     """
     checks.floating(x=x)
     checks.floating_if_given(bias=bias)
+    bias_main_grad = None if bias is None else main_grad_of(bias)  # of the parameter itself, before autocast casts it
     if bias is not None and autocast.enabled(x.device.type) and torch.float64 not in (x.dtype, bias.dtype):
         bias = bias.to(x.dtype)
     if approximate not in ("tanh", "none"):
@@ -55,4 +58,4 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
         if x.dim() == 0 or x.shape[-1] == 0:
             raise ValueError(f"x: expected at least one dimension for a bias, the last not empty, got {tuple(x.shape)}")
         checks.shape("bias", bias, (x.shape[-1],))
-    return apply(_Gelu, x, bias, approximate == "tanh")
+    return apply(_Gelu, x, bias, approximate == "tanh", bias_main_grad)

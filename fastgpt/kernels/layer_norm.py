@@ -3,23 +3,26 @@
 Ba, Kiros and Hinton, "Layer Normalization", 2016.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, distinct, first_order
+from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of
 
 
 class _LayerNorm(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *main_grads: Tensor | None) -> Any:
         return ops.resolve("layer_norm", x)(x, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, *_ = inputs
+        x, weight, _, _, *ctx.main_grads = inputs
         _, mean, rstd = output
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -31,17 +34,23 @@ class _LayerNorm(Function):
         if dy is None:
             return ()
         x, weight, mean, rstd = ctx.saved_tensors
-        return ops.resolve("layer_norm_backward", x)(dy, None, x, weight, mean, rstd, ctx.needs_input_grad[2])
+        return backward(dy, None, x, weight, mean, rstd, ctx.main_grads, ctx.needs_input_grad[2])
 
 
 class _AddLayerNorm(Function):
     @staticmethod
-    def forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+    def forward(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, before: HandedOn | None,
+        *main_grads: Tensor | None,
+    ) -> Any:  # fmt: skip
+        if residual is None:
+            y, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, eps)
+            return y, x.view_as(x), mean, rstd
         return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, weight, *_ = inputs
+        _, _, weight, _, _, ctx.before, *ctx.main_grads = inputs
         _, total, mean, rstd = output
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -50,13 +59,36 @@ class _AddLayerNorm(Function):
     @staticmethod
     @first_order("add_layer_norm")
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
-        total, weight, mean, rstd = ctx.saved_tensors
         if dy is None:
             return dsum, dsum
-        dx, dweight, dbias = ops.resolve("layer_norm_backward", total)(
-            dy, dsum, total, weight, mean, rstd, ctx.needs_input_grad[3]
-        )
-        return dx, dx, dweight, dbias
+        total, weight, mean, rstd = ctx.saved_tensors
+        needs_dbias = ctx.needs_input_grad[3]
+        dx, *gradients = backward(dy, dsum, total, weight, mean, rstd, ctx.main_grads, needs_dbias, ctx.before)
+        return dx, dx, *gradients
+
+
+def backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    main_grads: Sequence[Tensor | None], needs_dbias: bool, before: HandedOn | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of ``x``, the weight and the bias; ``None`` for one that has gone into its ``main_grad``.
+
+    Args:
+        dy: of the norm's result.
+        dsum: of what was normalised, besides.
+        x: what was normalised.
+        weight: the norm's.
+        mean: of each row.
+        rstd: reciprocal standard deviation of each row.
+        main_grads: the weight's and the bias's, or ``None``.
+        needs_dbias: whether there is a bias that needs its gradient.
+        before: what was handed on with the summand whose gradient ``dx`` is, or ``None``.
+    """
+    sums = (*main_grads, None if before is None else before.main_grad)
+    dx, *gradients = ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
+    if before is not None:
+        before.summed.append(dx)
+    return dx, *for_autograd(gradients, main_grads)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -89,9 +121,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     """
     checks.floating(x=x, weight=weight)
     checks.floating_if_given(bias=bias)
+    main_grads = main_grads_of(weight, bias)  # of the parameters themselves, not of what autocast makes of them
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
-    return apply(_LayerNorm, x, weight, bias, eps)[0]
+    return apply(_LayerNorm, x, weight, bias, eps, *main_grads)[0]
 
 
 def add_layer_norm(
@@ -118,10 +151,24 @@ def add_layer_norm(
     """
     checks.floating(x=x, residual=residual, weight=weight)
     checks.floating_if_given(bias=bias)
+    main_grads = main_grads_of(weight, bias)
     x, residual, weight, bias = autocast.in_float32(x, residual, weight, bias)
     _check(x, weight, bias, eps)
     checks.same("x", x=x, residual=residual)
     checks.shape("residual", residual, tuple(x.shape))
     residual = distinct(residual, x)
-    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps)
+    y, total, _, _ = apply(_AddLayerNorm, x, residual, weight, bias, eps, handed_on_with(x), *main_grads)
+    return y, total
+
+
+def layer_norm_and_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm(x)`` and ``x`` once more, where a residual stream begins: its gradient is added as in a sum's.
+
+    Internal, and so without checks of its own. Arguments and errors are those of :func:`layer_norm`.
+    """
+    if torch.compiler.is_compiling() or autocast.enabled(x.device.type):
+        return layer_norm(x, weight, bias, eps), x
+    y, total, _, _ = apply(_AddLayerNorm, x, None, weight, bias, eps, None, *main_grads_of(weight, bias))
     return y, total

@@ -1,4 +1,4 @@
-"""Linear layer and embedding that may accumulate their weight gradients in place (see ``main_grad.py``)."""
+"""Linear layer and embedding that may accumulate their gradients in place (see ``main_grad.py``)."""
 
 from typing import Any
 
@@ -7,24 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks
+from fastgpt.kernels import autocast, checks, ops
 from fastgpt.kernels.autograd import apply, first_order
-from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.main_grad import HandedOn, main_grad_of, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
-from fastgpt.kernels.rehearsal import on_gpu
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, handed_on: HandedOn | None, *main_grads: Tensor | None
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = matmul_into(x.new_empty(rows.shape[0], weight.shape[0]), rows, weight.T, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, ctx.main_grad = inputs
+        x, weight, _, ctx.handed_on, *ctx.main_grads = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -35,7 +36,9 @@ class _Linear(Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = matmul_into(x.new_empty(x_rows.shape), rows, weight).view(x.shape)
-        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grad, *ctx.needs_input_grad[1:3])
+        needs_dbias = ctx.needs_input_grad[2] and not (ctx.handed_on is not None and ctx.handed_on.settle(dy))
+        needs_dweight = ctx.needs_input_grad[1]
+        return dx, *weight_and_bias_gradient(rows, x_rows, weight, ctx.main_grads, needs_dweight, needs_dbias)
 
 
 class _Embedding(Function):
@@ -52,12 +55,28 @@ class _Embedding(Function):
     @first_order("embedding")
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1]).to(ctx.main_grad.dtype)
-        if on_gpu(rows):  # sorts, where index_add_ adds in whatever order its threads arrive
-            ctx.main_grad.index_put_((index.reshape(-1),), rows, accumulate=True)
-        else:
-            ctx.main_grad.index_add_(0, index.reshape(-1), rows)
+        rows = dy.reshape(-1, dy.shape[-1])
+        ops.resolve("embedding_backward_", rows)(ctx.main_grad, rows, index.reshape(-1))
         return ()
+
+
+class _AddPositions(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, start: int, main_grad: Tensor) -> Tensor:
+        return x + weight[start : start + x.shape[-2]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, _, start, main_grad = inputs
+        ctx.main_grad = main_grad[start : start + x.shape[-2]]
+        ctx.save_for_backward()
+
+    @staticmethod
+    @first_order("add_positions")
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        rows = dy.reshape(-1, ctx.main_grad.numel())
+        ops.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)
+        return (dy,)
 
 
 def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,12 +90,12 @@ def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: ``F.linear``, its weight gradient added into ``weight.main_grad`` if there is one.
+    """``x @ weight.T + bias``: ``F.linear``, gradients added into the ``main_grad`` of a parameter that has one.
 
     Args:
         x: ``(..., C_in)``, any strides.
         weight: ``(C_out, C_in)``, neither of them 0.
-        bias: ``(C_out,)`` or ``None``; its gradient always goes through autograd.
+        bias: ``(C_out,)`` or ``None``.
 
     Returns:
         ``(..., C_out)``.
@@ -101,7 +120,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.same("x", x=x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():
         return _pytorchs(x, weight, bias)
-    return apply(_Linear, x, weight, bias, main_grad_of(weight))
+    handed_on = to_hand_on(bias)
+    return tied(apply(_Linear, x, weight, bias, handed_on, *main_grads_of(weight, bias)), handed_on)
 
 
 def embedding(index: Tensor, weight: Tensor) -> Tensor:
@@ -128,3 +148,17 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(index, weight) if main_grad is None else apply(_Embedding, index, weight, main_grad)
     except IndexError:
         raise IndexError(f"index: a value lies outside [0, {weight.shape[0]})") from None
+
+
+def add_positions(x: Tensor, weight: Tensor, start: int) -> Tensor:
+    """``x + weight[start : start + T]``, the gradient of ``weight`` added into its ``main_grad`` if there is one.
+
+    Args:
+        x: ``(..., T, C)``.
+        weight: ``(block_size, C)``, dtype of ``x``.
+        start: the position of the first token.
+    """
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return x + weight[start : start + x.shape[-2]]
+    return apply(_AddPositions, x, weight, start, main_grad)

@@ -1,8 +1,11 @@
 """Matrix products into memory that is there already. Internal: PyTorch's are what others should call."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastgpt.kernels import ops, reference
+from fastgpt.kernels.rehearsal import on_gpu
 
 # Below so many rows or columns a product is bound by reading the other operand, and packing it does not pay.
 SMALLEST_PACKED = 16
@@ -25,7 +28,7 @@ def matmul_into(
         b: ``(K, N)``, any strides, dtype of ``a``.
         bias: ``(N,)`` or ``None``.
         accumulate: add to what ``out`` holds; excludes ``bias``.
-        row_sums: ``(M,)``, dtype of ``a``, becomes ``a.sum(1)``.
+        row_sums: ``(M,)``, dtype of ``a`` or fp32: ``a.sum(1)``, added where the product is.
     """
     packable = min(out.shape) >= SMALLEST_PACKED and (a.dtype, out.dtype) in ops.EXTENSION.products
     multiply = ops.resolve("matmul_", a) if packable else reference.matmul_
@@ -34,24 +37,43 @@ def matmul_into(
 
 
 def weight_and_bias_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, main_grad: Tensor | None, needs_dweight: bool, needs_dbias: bool
+    dy: Tensor, x: Tensor, weight: Tensor, main_grads: Sequence[Tensor | None], needs_dweight: bool, needs_dbias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of ``y = x @ weight.T + bias``; that of ``weight`` goes into ``main_grad`` if there is one.
+    """Those of ``y = x @ weight.T + bias``, as far as they do not go into a ``main_grad``.
 
     Args:
         dy: ``(N, C_out)``, any strides.
         x: ``(N, C_in)``, any strides.
         weight: ``(C_out, C_in)``; its gradient is laid out in memory as it is, since autograd would copy it to be.
-        main_grad: fp32, shape of ``weight``, or ``None``.
+        main_grads: fp32, of the shapes of ``weight`` and the bias, or ``None``.
         needs_dweight: whether anybody asks for the gradient of ``weight``.
         needs_dbias: whether anybody asks for that of the bias.
     """
+    weight_main_grad, bias_main_grad = main_grads
+    accumulate = weight_main_grad is not None
+    transposed = not accumulate and weight.T.is_contiguous() and not weight.is_contiguous()
+    # A CPU's product sums the rows of dy.T on the way, and adds the sums if it adds its result.
+    on_the_way = needs_dweight and not on_gpu(dy) and not transposed and (accumulate or bias_main_grad is None)
+    dbias = row_sums = None
+    if needs_dbias and not on_the_way:
+        dbias = bias_gradient(dy, bias_main_grad)
+    elif needs_dbias and bias_main_grad is not None:
+        row_sums = bias_main_grad
+    elif needs_dbias:
+        row_sums = dbias = (dy.new_zeros if accumulate else dy.new_empty)(dy.shape[1])
     if not needs_dweight:
-        return None, dy.sum(0) if needs_dbias else None
-    dbias = dy.new_empty(dy.shape[1]) if needs_dbias else None
-    if main_grad is not None:
-        matmul_into(main_grad, dy.T, x, accumulate=True, row_sums=dbias)
         return None, dbias
-    if weight.T.is_contiguous() and not weight.is_contiguous():
-        return matmul_into(weight.new_empty(weight.T.shape), x.T, dy).T, dy.sum(0) if needs_dbias else None
-    return matmul_into(weight.new_empty(weight.shape), dy.T, x, row_sums=dbias), dbias
+    if transposed:
+        return matmul_into(weight.new_empty(weight.T.shape), x.T, dy).T, dbias
+    if weight_main_grad is None:
+        return matmul_into(weight.new_empty(weight.shape), dy.T, x, row_sums=row_sums), dbias
+    matmul_into(weight_main_grad, dy.T, x, accumulate=True, row_sums=row_sums)
+    return None, dbias
+
+
+def bias_gradient(dy: Tensor, main_grad: Tensor | None) -> Tensor | None:
+    """The sum of ``dy`` ``(N, C)`` over its rows; or ``None``, and the sum added to ``main_grad``, ``(C,)`` fp32."""
+    if main_grad is None:
+        return dy.sum(0)
+    ops.resolve("add_column_sums_", dy)(main_grad, dy)
+    return None

@@ -55,10 +55,19 @@ def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def _layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
+    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None, dx_sums: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    weight_shape = weight.shape if weight_main_grad is None else (0,)
+    bias_shape = weight.shape if needs_dbias and bias_main_grad is None else (0,)
+    return x.new_empty(x.shape), weight.new_empty(weight_shape), weight.new_empty(bias_shape)
+
+
+def _gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    bias_shape = weight.shape if needs_dbias else (0,)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(bias_shape)
+    bias_shape = (0,) if bias is None or bias_main_grad is not None else bias.shape
+    return x.new_empty(x.shape), x.new_empty(bias_shape)
 
 
 def _attention(
@@ -108,10 +117,17 @@ def _linear_cross_entropy(
 
 
 OPERATORS: dict[str, Operator] = {
-    # out = a @ b + bias, or out += a @ b; row_sums = a.sum(1)
+    # out = a @ b + bias and row_sums = a.sum(1); or accumulating out += a @ b and row_sums += a.sum(1). Both may be
+    # wider than a and b: fp32.
     "matmul_": Operator(
         "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool accumulate, Tensor(b!)? row_sums) -> ()",
         lambda out, a, b, bias, accumulate, row_sums: None,
+    ),
+    # sums += x.sum(0), added up in fp32; sums is fp32
+    "add_column_sums_": Operator("(Tensor(a!) sums, Tensor x) -> ()", lambda sums, x: None),
+    # main_grad[index] += dy, each sum in fp32 and in an order that depends on index alone: (V, C) fp32, (N, C), (N)
+    "embedding_backward_": Operator(
+        "(Tensor(a!) main_grad, Tensor dy, Tensor index) -> ()", lambda main_grad, dy, index: None
     ),
     "layer_norm": Operator(
         "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
@@ -122,20 +138,24 @@ OPERATORS: dict[str, Operator] = {
         " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
         _add_layer_norm,
     ),
+    # A gradient is added to its main_grad (fp32) where there is one, unrounded; an empty tensor is returned for it.
+    # dx_sums (fp32) += dx.sum(0) over all rows, dx unrounded.
     "layer_norm_backward": Operator(
-        "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_dbias)"
+        "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_dbias,"
+        " Tensor(a!)? weight_main_grad=None, Tensor(b!)? bias_main_grad=None, Tensor(c!)? dx_sums=None)"
         " -> (Tensor dx, Tensor dweight, Tensor dbias)",
         _layer_norm_backward,
     ),
     "gelu": Operator("(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape)),
     "gelu_backward": Operator(
-        "(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
-        lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty((0,) if bias is None else bias.shape)),
+        "(Tensor dy, Tensor x, Tensor? bias, bool tanh, Tensor(a!)? bias_main_grad=None) -> (Tensor dx, Tensor dbias)",
+        _gelu_backward,
     ),
     # Turns a contiguous dy into dx, in place; returns the forward's result too, which need not have been kept.
     "gelu_again_backward_": Operator(
-        "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor y, Tensor dbias)",
-        lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty((0,) if bias is None else bias.shape)),
+        "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh, Tensor(b!)? bias_main_grad=None)"
+        " -> (Tensor y, Tensor dbias)",
+        _gelu_backward,
     ),
     "attention": Operator(
         "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
@@ -243,7 +263,8 @@ EXTENSION = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"
 # What a compiled backend leaves to plain PyTorch, and why.
 _left_to_torch: dict[str, dict[str, str]] = {
     "triton": {"matmul_": "cuBLAS"},
-    "cpp": {} if EXTENSION.products else {"matmul_": "PyTorch's is faster on this CPU"},
+    "cpp": {"add_column_sums_": "products sum rows on the way"}
+    | ({} if EXTENSION.products else {"matmul_": "PyTorch's is faster on this CPU"}),
     "reference": {},
 }
 

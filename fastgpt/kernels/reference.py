@@ -51,8 +51,10 @@ def _sums_in_fp32(a: Tensor) -> bool:
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool, row_sums: Tensor | None) -> None:
-    if row_sums is not None:
-        torch.sum(a, 1, out=row_sums)
+    if row_sums is not None and accumulate:
+        row_sums.add_(a.sum(1, dtype=row_sums.dtype))
+    elif row_sums is not None:
+        torch.sum(a, 1, dtype=row_sums.dtype, out=row_sums)
     a = _with_zeros_behind(a)
     if accumulate and a.dtype == out.dtype:
         out.addmm_(a, b)
@@ -64,6 +66,18 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: 
         torch.addmm(bias, a, b, out=out)
     else:
         torch.mm(a, b, out=out)
+
+
+def add_column_sums_(sums: Tensor, x: Tensor) -> None:
+    sums.add_(x.sum(0, dtype=sums.dtype))
+
+
+def embedding_backward_(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
+    rows = dy.to(main_grad.dtype)
+    if on_gpu(rows):  # sorts, where index_add_ adds in whatever order its threads arrive
+        main_grad.index_put_((index,), rows, accumulate=True)
+    else:
+        main_grad.index_add_(0, index, rows)
 
 
 # ---- layer norm ----
@@ -87,17 +101,30 @@ def add_layer_norm(
     return y, total, mean, rstd
 
 
+def _delivered(gradient: Tensor, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor:
+    """``gradient`` in ``dtype``; or added to ``main_grad``, and an empty tensor in its place."""
+    if main_grad is None:
+        return _result(gradient, dtype)
+    main_grad.add_(gradient)
+    return gradient.new_empty(0, dtype=dtype)
+
+
 def layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
+    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None, dx_sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad, scale = _wide(dy), rstd.unsqueeze(-1).to(_wide(x).dtype)
     normal = (_wide(x) - mean.unsqueeze(-1)) * scale
     g = grad * _wide(weight)
     dx = scale * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     if dsum is not None:
         dx = dx + _wide(dsum)
-    dweight = (grad * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    dbias = grad.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if needs_dbias else weight.new_empty(0)
+    dweight = _delivered((grad * normal).reshape(-1, x.shape[-1]).sum(0), weight.dtype, weight_main_grad)
+    dbias = weight.new_empty(0)
+    if needs_dbias:
+        dbias = _delivered(grad.reshape(-1, x.shape[-1]).sum(0), weight.dtype, bias_main_grad)
+    if dx_sums is not None:
+        dx_sums.add_(dx.reshape(-1, x.shape[-1]).sum(0))
     return _result(dx, x.dtype), dweight, dbias
 
 
@@ -111,16 +138,20 @@ def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return _result(F.gelu(_wide(x) + _wide(bias), approximate=approximate), x.dtype)
 
 
-def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+def gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     approximate = "tanh" if tanh else "none"
     if bias is None:
         return _result(torch.ops.aten.gelu_backward(dy, x, approximate=approximate), x.dtype), x.new_empty(0)
     dx = torch.ops.aten.gelu_backward(_wide(dy), _wide(x) + _wide(bias), approximate=approximate)
-    return _result(dx, x.dtype), _result(dx.reshape(-1, x.shape[-1]).sum(0), bias.dtype)
+    return _result(dx, x.dtype), _delivered(dx.reshape(-1, x.shape[-1]).sum(0), bias.dtype, bias_main_grad)
 
 
-def gelu_again_backward_(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
-    dx, dbias = gelu_backward(dy, x, bias, tanh)
+def gelu_again_backward_(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    dx, dbias = gelu_backward(dy, x, bias, tanh, bias_main_grad)
     dy.copy_(dx)
     return gelu(x, bias, tanh), dbias
 

@@ -24,7 +24,8 @@ from fastgpt import kernels
 from fastgpt.kernels import autocast, ops
 from fastgpt.kernels.attention import draw_seed, scale_or_default
 from fastgpt.kernels.autograd import apply, first_order
-from fastgpt.kernels.main_grad import main_grad_of
+from fastgpt.kernels.layer_norm import backward as layer_norm_backward
+from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
 RECOMPUTE = ("none", "cheap", "block")
@@ -78,8 +79,9 @@ def attention(
     parameters = _parameters(norm, qkv, projection)
     options = Options(norm.eps, keep, n_head, dropout_p)
     seed = draw_seed(dropout_p, x.device)
-    out, total = apply(_Attention, x, residual, *parameters, _main_grads(parameters), options, seed)
-    return out, x if residual is None else total
+    links = _links(x, residual, projection)
+    out, total = apply(_Attention, x, residual, *parameters, main_grads_of(*parameters), options, seed, *links)
+    return tied(out, links[1]), total
 
 
 def mlp(
@@ -100,8 +102,9 @@ def mlp(
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
     parameters = _parameters(norm, fc, projection)
-    out, total = apply(_MLP, x, residual, *parameters, _main_grads(parameters), Options(norm.eps, keep))
-    return out, x if residual is None else total
+    links = _links(x, residual, projection)
+    out, total = apply(_MLP, x, residual, *parameters, main_grads_of(*parameters), Options(norm.eps, keep), *links)
+    return tied(out, links[1]), total
 
 
 def block(
@@ -124,7 +127,10 @@ def block(
     parameters = (*_parameters(*attention_layers), *_parameters(*mlp_layers))
     options = Options(attention_layers[0].eps, True, n_head, dropout_p), Options(mlp_layers[0].eps, True)
     seed = draw_seed(dropout_p, x.device)
-    return apply(_Block, x, residual, *parameters, _main_grads(parameters), *options, seed)
+    before, own = _links(x, residual, mlp_layers[2])
+    own = None if dropout_p else own  # what is dropped is dropped inside
+    out, total = apply(_Block, x, residual, *parameters, main_grads_of(*parameters), *options, seed, before, own)
+    return tied(out, own), total
 
 
 # ---- what the functions are made of. Six parameters a branch: of the norm, of the layer in and of the one out ----
@@ -137,8 +143,9 @@ def _parameters(norm: kernels.LayerNorm, inner: kernels.Linear, outer: kernels.L
     return norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias
 
 
-def _main_grads(parameters: Parameters) -> Parameters:
-    return tuple(None if p is None else main_grad_of(p) for p in parameters)
+def _links(x: Tensor, residual: Tensor | None, projection: kernels.Linear) -> tuple[HandedOn | None, HandedOn | None]:
+    """What was handed on with ``x``, for a norm of ``x + residual``; and what to hand on with this branch's result."""
+    return None if residual is None else handed_on_with(x), to_hand_on(projection.bias)
 
 
 def _attention_forward(
@@ -156,22 +163,23 @@ def _attention_forward(
 
 def _attention_backward(
     dout: Tensor, dtotal: Tensor | None, saved: Saved, parameters: Parameters, main_grads: Parameters,
-    options: Options, seed: Tensor | None, needed: tuple[bool, ...],
+    options: Options, seed: Tensor | None, needed: tuple[bool, ...], before: HandedOn | None, own: HandedOn | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gradients of the sum and of the six parameters."""
     norm_weight, norm_bias, qkv_weight, _, proj_weight, _ = parameters
     total, mean, rstd, kept, qkv, attended, lse = saved
     B, T, C = total.shape
+    needs_dbias = needed[5] and not (own is not None and own.settle(dout))
     dout = dout.reshape(B * T, C)
-    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4], needed[4], needed[5])
+    dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4:], needed[4], needs_dbias)
     dattended = _product(dout, proj_weight).view(B, T, C)
     dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *_head_options(qkv, options), seed)
     dqkv = dqkv.view(B * T, 3 * C)
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
-    inner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2], needed[2], needed[3])
+    dinner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2:4], *needed[2:4])
     dy = _product(dqkv, qkv_weight, into=spare).view(B, T, C)
-    dx, *norm = ops.resolve("layer_norm_backward", total)(dy, dtotal, total, norm_weight, mean, rstd, needed[1])
-    return dx, *_delivered((*norm, *inner, *dproj), main_grads, needed)
+    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1], before)
+    return *norm, *dinner, *dproj
 
 
 def _mlp_forward(
@@ -191,24 +199,25 @@ def _mlp_forward(
 
 def _mlp_backward(
     dout: Tensor, dtotal: Tensor | None, saved: Saved, parameters: Parameters, main_grads: Parameters,
-    options: Options, needed: tuple[bool, ...],
+    options: Options, needed: tuple[bool, ...], before: HandedOn | None, own: HandedOn | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Gradients of the sum and of the six parameters."""
     norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, _ = parameters
     total, mean, rstd, kept, activated, hidden = saved
     B, T, C = total.shape
+    needs_dbias = needed[5] and not (own is not None and own.settle(dout))
     dout = dout.reshape(B * T, C)
     dhidden = _product(dout, proj_weight)  # of what GELU returned, until the next lines
     if activated is None:
-        activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True)
+        activated, dfc_bias = ops.resolve("gelu_again_backward_", hidden)(dhidden, hidden, fc_bias, True, main_grads[3])
     else:
-        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(dhidden, hidden, fc_bias, True)
-    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4], needed[4], needed[5])
+        dhidden, dfc_bias = ops.resolve("gelu_backward", hidden)(dhidden, hidden, fc_bias, True, main_grads[3])
+    dproj = weight_and_bias_gradient(dout, activated, proj_weight, main_grads[4:], needed[4], needs_dbias)
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
-    dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, main_grads[2], needed[2], False)
+    dfc_weight, _ = weight_and_bias_gradient(dhidden, y, fc_weight, main_grads[2:4], needed[2], False)
     dy = _product(dhidden, fc_weight, into=spare).view(B, T, C)
-    dx, *norm = ops.resolve("layer_norm_backward", total)(dy, dtotal, total, norm_weight, mean, rstd, needed[1])
-    return dx, *_delivered((*norm, dfc_weight, dfc_bias, *dproj), main_grads, needed)
+    norm = layer_norm_backward(dy, dtotal, total, norm_weight, mean, rstd, main_grads[:2], needed[1], before)
+    return *norm, dfc_weight, *for_autograd([dfc_bias], main_grads[3:4]), *dproj
 
 
 def _head_options(qkv: Tensor, options: Options) -> tuple[int, bool, float, float]:
@@ -240,14 +249,6 @@ def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor
     return matmul_into(x.new_empty(x.shape[0], matrix.shape[1]) if into is None else into, x, matrix, bias)
 
 
-def _delivered(gradients: Parameters, main_grads: Parameters, needed: tuple[bool, ...]) -> Parameters:
-    """What is left for autograd of the gradients once those with a ``main_grad`` have been added there."""
-    for gradient, main_grad, need in zip(gradients, main_grads, needed, strict=True):
-        if need and gradient is not None and main_grad is not None:
-            main_grad.add_(gradient)
-    return tuple(g if main_grad is None else None for g, main_grad in zip(gradients, main_grads, strict=True))
-
-
 def _draw_mask(x: Tensor, dropout_p: float) -> Tensor | None:
     """One byte an element, 1 where it stays; ``None`` where all do."""
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p) if dropout_p else None
@@ -276,12 +277,12 @@ class _Dropout(Function):
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None]:
-        parameters, (ctx.main_grads, ctx.branch_options, seed) = rest[:6], rest[6:]
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        parameters, (ctx.main_grads, ctx.branch_options, seed, *ctx.links) = rest[:6], rest[6:]
         out, total, saved = _attention_forward(x, residual, parameters, ctx.branch_options, seed)
         ctx.save_for_backward(seed, *parameters, *saved)
         ctx.set_materialize_grads(False)
-        return out, None if residual is None else total
+        return out, total
 
     @staticmethod
     @first_order("attention")
@@ -291,19 +292,19 @@ class _Attention(Function):
         seed, *tensors = ctx.saved_tensors
         dx, *gradients = _attention_backward(
             dout, dtotal, tuple(tensors[6:]), tuple(tensors[:6]), ctx.main_grads, ctx.branch_options, seed,
-            ctx.needs_input_grad[2:8],
+            ctx.needs_input_grad[2:8], *ctx.links,
         )  # fmt: skip
         return dx, dx, *gradients
 
 
 class _MLP(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
-        parameters, (ctx.main_grads, ctx.branch_options) = rest[:6], rest[6:]
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor]:
+        parameters, (ctx.main_grads, ctx.branch_options, *ctx.links) = rest[:6], rest[6:]
         out, total, saved = _mlp_forward(x, residual, parameters, ctx.branch_options)
         ctx.save_for_backward(*parameters, *saved)
         ctx.set_materialize_grads(False)
-        return out, None if residual is None else total
+        return out, total
 
     @staticmethod
     @first_order("mlp")
@@ -312,15 +313,16 @@ class _MLP(Function):
             return dtotal, dtotal
         tensors = ctx.saved_tensors
         dx, *gradients = _mlp_backward(
-            dout, dtotal, tensors[6:], tensors[:6], ctx.main_grads, ctx.branch_options, ctx.needs_input_grad[2:8]
-        )
+            dout, dtotal, tensors[6:], tensors[:6], ctx.main_grads, ctx.branch_options, ctx.needs_input_grad[2:8],
+            *ctx.links,
+        )  # fmt: skip
         return dx, dx, *gradients
 
 
 class _Block(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, Tensor]:
-        parameters, (ctx.main_grads, *ctx.branch_options, seed) = rest[:12], rest[12:]
+        parameters, (ctx.main_grads, *ctx.branch_options, seed, ctx.before, ctx.own) = rest[:12], rest[12:]
         attention_options, mlp_options = ctx.branch_options
         p = attention_options.dropout_p
         added, total = _attention_forward(x, residual, parameters[:6], attention_options, seed)[:2]
@@ -330,7 +332,6 @@ class _Block(Function):
         mlp_mask = _draw_mask(out, p)
         out = _dropped(out, mlp_mask, p)
         ctx.save_for_backward(seed, total, attention_mask, mlp_mask, *parameters)
-        ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
         return out, mlp_total
 
@@ -343,19 +344,19 @@ class _Block(Function):
         p, needed = attention_options.dropout_p, ctx.needs_input_grad[2:14]
         added, _, attention_saved = _attention_forward(total, None, attention_parameters, attention_options, seed)
         added = _dropped(added, attention_mask, p)
+        # the attention's bias, whose gradient the MLP's norm sums
+        between = None if attention_mask is not None or ctx.main_grads[5] is None else HandedOn(ctx.main_grads[5])
         dadded, mlp_gradients = dmlp_total, [None] * 6
         if dout is not None:
             _, _, mlp_saved = _mlp_forward(added, total, mlp_parameters, mlp_options, with_result=False)
             del added
             dadded, *mlp_gradients = _mlp_backward(
                 _dropped(dout, mlp_mask, p), dmlp_total, mlp_saved, mlp_parameters, ctx.main_grads[6:], mlp_options,
-                needed[6:],
+                needed[6:], between, ctx.own,
             )  # fmt: skip
             del mlp_saved
         dx, *gradients = _attention_backward(
-            _dropped(dadded, attention_mask, p), dadded if ctx.has_residual else None, attention_saved,
-            attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6],
+            _dropped(dadded, attention_mask, p), dadded, attention_saved,
+            attention_parameters, ctx.main_grads[:6], attention_options, seed, needed[:6], ctx.before, between,
         )  # fmt: skip
-        if not ctx.has_residual:
-            dx = dx + dadded  # rounded as by autograd, which adds them where there is no sum to add them in
         return dx, dx, *gradients, *mlp_gradients

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import kernels
+from fastgpt.kernels.layer_norm import layer_norm_and_input
+from fastgpt.kernels.linear import add_positions
 from fastgpt.model import branches
 from fastgpt.model.config import GPTConfig
 
@@ -28,7 +30,7 @@ class LayerNorm(kernels.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if residual is None:
-            return super().forward(x), x
+            return layer_norm_and_input(x, self.weight, self.bias, self.eps)
         return kernels.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
         """(B, T) int64 to (B, T, C)."""
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
-        x = self.wte(idx) + self.wpe.weight[start:end]
+        x = add_positions(self.wte(idx), self.wpe.weight, start)
         x, residual = branches.dropout(x, self.dropout, self.training), None
         for block in self.h:
             x, residual = block(x, residual, cache)

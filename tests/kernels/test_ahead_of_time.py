@@ -17,6 +17,7 @@ from fastgpt.kernels.triton import launch
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 120)
+OPS = {"attention", "layer_norm", "gelu", "linear", "embedding", "cross_entropy", "adamw"}
 # bytes of shared memory that a block may have: NVIDIA's CUDA programming guide, compute capabilities
 LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
@@ -73,7 +74,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
     modules = (kernels.adamw, kernels.attention, kernels.columns, kernels.cross_entropy, kernels.gelu)
     expected = {
         f"{module.__name__.rpartition('.')[2]} {name.strip('_').removesuffix('_kernel')}"
-        for module in (*modules, kernels.layer_norm)
+        for module in (*modules, kernels.embedding, kernels.layer_norm, kernels.linear)
         for name in vars(module)
         if name.endswith("_kernel")
     }
@@ -106,8 +107,8 @@ def in_a_process(code):
     ("changed", "ops", "architectures"),
     [
         ("attention.py", {"attention"}, ARCHITECTURES),
-        ("launch.py", {"attention", "layer_norm", "gelu", "cross_entropy", "adamw"}, ARCHITECTURES),
-        ("sm_89.json", {"attention", "layer_norm", "gelu", "cross_entropy", "adamw"}, (89,)),
+        ("launch.py", OPS, ARCHITECTURES),
+        ("sm_89.json", OPS, (89,)),
         ("README.md", set(), ()),
     ],
 )

@@ -86,6 +86,25 @@ def test_the_forward_of_gelu_made_again_in_the_backward_has_the_same_bits_in_fp1
     assert all(map(torch.equal, (y, dy, dbias), expected))
 
 
+def test_sums_of_fp16_columns_are_added_in_fp32(backend):
+    x, sums = half(63, 127), torch.ones(127)
+    ops.resolve("add_column_sums_", x)(sums, x)
+    torch.testing.assert_close(sums, 1 + x.float().sum(0))
+
+
+@pytest.mark.parametrize("function", [layer_norm, lambda x, w, b: gelu(x, bias=b)], ids=["layer_norm", "gelu"])
+def test_fp16_gradients_are_added_to_a_main_grad_in_fp32(backend, function):
+    x, *vectors = (t.requires_grad_() for t in (half(63, 127), half(127), half(127)))
+    expected = torch.autograd.grad(function(x, *vectors).sum(), vectors, allow_unused=True)
+    for t in vectors:
+        t.main_grad = torch.ones(127)
+    function(x, *vectors).sum().backward()
+    for t, gradient in zip(vectors, expected, strict=True):
+        assert t.grad is None
+        wide = torch.zeros(127) if gradient is None else gradient.float()
+        torch.testing.assert_close(t.main_grad - 1, wide, rtol=2**-10, atol=1e-5)
+
+
 def test_fp16_parameters_take_the_steps_of_fp32_ones_rounded(backend):
     wide = torch.nn.Parameter(torch.randn(300).half().float())
     narrow = torch.nn.Parameter(wide.detach().half())

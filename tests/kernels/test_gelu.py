@@ -138,6 +138,38 @@ def test_the_number_of_threads_changes_no_bit_of_the_bias_gradient(device, dtype
     assert torch.equal(on_threads(1, gradient), on_threads(2, gradient))
 
 
+@kinds
+@pytest.mark.parametrize("shape", [(1, 63), (127, 63), (1023, 33), (2, 65, 257), (3, 1), (0, 5)], ids=str)
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "made again"])
+def test_the_gradient_of_a_bias_is_added_to_its_main_grad_unrounded(device, dtype, rule, kind, shape, again):
+    x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    bias, before = torch.randn(shape[-1], device=device).to(dtype), torch.randn(shape[-1], device=device)
+    name, main_grad = "gelu_again_backward_" if again else "gelu_backward", before.clone()
+    first, dbias = ops.resolve(name, x)(dy.clone(), x, bias, kind == "tanh", main_grad)
+    expected, rounded = ops.resolve(name, x)(dy.clone(), x, bias, kind == "tanh")
+    assert torch.equal(first, expected)
+    assert dbias.shape == (0,)
+    assert rounded.shape == bias.shape
+    columns = tuple(range(x.dim() - 1))
+    sums = []
+    for wide in (torch.float32, torch.float64):
+        z = x.to(wide) + bias.to(wide)
+        sums.append(before.to(wide) + torch.ops.aten.gelu_backward(dy.to(wide), z, approximate=kind).sum(columns))
+    rule.error("main_grad", main_grad, sums[:1], sums[1], torch.float32, rule.gradient)
+
+
+def test_a_bias_with_a_main_grad_gets_its_gradient_there_unless_it_is_frozen(device, dtype):
+    x, bias = (torch.randn(size, device=device).to(dtype).requires_grad_() for size in ((9, 33), (33,)))
+    dx, dbias = torch.autograd.grad(gelu(x, bias=bias).sum(), (x, bias))
+    bias.main_grad = torch.ones(33, device=device)
+    bias.requires_grad_(False)
+    assert torch.equal(*torch.autograd.grad(gelu(x, bias=bias).sum(), x), dx)
+    assert (bias.main_grad == 1.0).all()
+    gelu(x, bias=bias.requires_grad_()).sum().backward()
+    assert bias.grad is None
+    torch.testing.assert_close(bias.main_grad - 1, dbias.float(), rtol=2**-8, atol=1e-5)
+
+
 def truth(kind):
     """GELU by formulas that lose nothing to cancellation on the left, where PyTorch's float64 gives 0."""
     if kind == "tanh":

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import add_layer_norm, layer_norm
+from fastgpt.kernels import add_layer_norm, layer_norm, ops
+from fastgpt.kernels.layer_norm import layer_norm_and_input
 
 
 def plain(x, weight, bias=None, eps=1e-5):
@@ -117,6 +118,20 @@ def test_a_gradient_may_reach_only_one_of_the_two_outputs(device, dtype, rule, u
         rule.accuracy(lambda a, b: add_layer_norm(a, b, weight, bias)[1], lambda a, b: a + b, [x, residual])
 
 
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)], ids=["both", "y", "input"])
+def test_where_a_residual_stream_begins_its_gradient_is_added_in_the_norms(device, dtype, rule, used):
+    inputs = operands(9, 63, dtype=dtype, device=device)[: 3 if used[0] else 1]
+    weight, bias = operands(9, 63, dtype=dtype, device=device)[1:]
+
+    def of(function):
+        def outputs(x, w=weight, b=bias):
+            return tuple(t for t, use in zip(function(x, w, b), used, strict=True) if use)
+
+        return outputs
+
+    rule.accuracy(of(layer_norm_and_input), of(lambda x, w, b: (plain(x, w.to(x), b.to(x)), x)), inputs)
+
+
 def test_the_two_summands_get_gradients_of_their_own(device, dtype):
     x, residual, weight, bias = (t.requires_grad_() for t in operands(4, 8, dtype=dtype, device=device, n=2))
     y, total = add_layer_norm(x, residual, weight, bias)
@@ -192,6 +207,112 @@ def test_the_number_of_threads_changes_no_bit(device, dtype, rule, on_threads):
     (again, *_), two = on_threads(2, lambda: rule.run(layer_norm, inputs, [dout]))
     assert torch.equal(y, again)
     assert all(map(torch.equal, one, two))
+
+
+# ---- gradients that go into main_grad ----
+
+
+def backward(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest):
+    return ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest)
+
+
+@pytest.mark.parametrize("shape", [(1, 63), (127, 63), (1023, 127), (2, 65, 33), (3, 1), (0, 8)], ids=str)
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=["both", "weight", "bias"])
+def test_gradients_are_added_to_a_main_grad_unrounded(device, dtype, rule, shape, given):
+    x, dsum, dy, weight, bias = operands(*shape, dtype=dtype, device=device, n=3)
+    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, 1e-5)
+    starts = [torch.randn_like(weight, dtype=torch.float32) for _ in range(2)]
+    main_grads = [start.clone() if there else None for start, there in zip(starts, given, strict=True)]
+    arguments = dy, dsum, x, weight, mean, rstd, True
+    dx, *returned = backward(*arguments, *main_grads)
+    expected_dx, *expected = backward(*arguments)
+    assert torch.equal(dx, expected_dx)
+    normal = (x.double() - mean.double().unsqueeze(-1)) * rstd.double().unsqueeze(-1)
+    columns = tuple(range(x.dim() - 1))
+    truths = (dy.double() * normal).sum(columns), dy.double().sum(columns)
+    for i, main_grad in enumerate(main_grads):
+        if main_grad is None:
+            assert torch.equal(returned[i], expected[i])
+            continue
+        assert returned[i].shape == (0,)
+        peer = starts[i] + (dy.float() * (normal.float() if i == 0 else 1.0)).sum(columns)
+        truth = starts[i].double() + truths[i]
+        rule.error(f"main_grad {i}", main_grad, [peer], truth, torch.float32, rule.gradient)
+
+
+@pytest.mark.parametrize("shape", [(1, 63), (127, 63), (1023, 127), (2, 65, 33), (3, 1), (0, 8)], ids=str)
+@pytest.mark.parametrize("with_dsum", [True, False], ids=["dsum", "no dsum"])
+@pytest.mark.parametrize("needs_dbias", [True, False], ids=["bias", "no bias"])
+def test_the_columns_of_dx_are_summed_unrounded_on_top_of_what_is_there(
+    device, dtype, rule, shape, with_dsum, needs_dbias
+):
+    x, dsum, dy, weight, bias = operands(*shape, dtype=dtype, device=device, n=3)
+    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, 1e-5)
+    before = torch.randn(shape[-1], device=device)
+    arguments = dy, dsum if with_dsum else None, x, weight, mean, rstd, needs_dbias
+    main_grads = (torch.zeros_like(before), torch.zeros_like(before) if needs_dbias else None)
+    sums, again = before.clone(), before.clone()
+    results = backward(*arguments, None, None, sums)
+    assert all(map(torch.equal, results, backward(*arguments)))
+    assert torch.equal(backward(*arguments, *main_grads, again)[0], results[0])
+    assert torch.equal(again, sums)
+
+    def plain(wide):
+        normal = (x.to(wide) - mean.to(wide).unsqueeze(-1)) * rstd.to(wide).unsqueeze(-1)
+        g = dy.to(wide) * weight.to(wide)
+        projection = (g * normal).mean(-1, keepdim=True)
+        dx = rstd.to(wide).unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - normal * projection)
+        dx = dx + dsum.to(wide) if with_dsum else dx
+        return before.to(wide) + dx.sum(tuple(range(x.dim() - 1)))
+
+    # what is left of a single column is the difference of equal numbers, and of the columns of few rows little more
+    floor = 1e-6 * (1 + dy.double().abs().sum().item() / max(1, shape[-1]))
+    truth = plain(torch.float64)
+    error, allowed = (sums.double() - truth).abs().max(), 3 * (plain(torch.float32).double() - truth).abs().max()
+    assert error <= allowed + floor
+
+
+def test_without_a_bias_only_the_weight_has_a_main_grad(device, dtype):
+    x, dy, weight, _ = operands(9, 63, dtype=dtype, device=device, n=2)
+    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, None, 1e-5)
+    main_grad = torch.ones(63, device=device)
+    _, dweight, dbias = backward(dy, None, x, weight, mean, rstd, False, main_grad)
+    assert dweight.shape == dbias.shape == (0,)
+    expected = backward(dy, None, x, weight, mean, rstd, False)[1].float()
+    torch.testing.assert_close(main_grad - 1, expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [layer_norm, lambda *t: add_layer_norm(t[0], t[0].detach(), *t[1:])[0]])
+def test_parameters_with_a_main_grad_get_their_gradients_there(device, dtype, function):
+    tensors = [t.requires_grad_() for t in operands(127, 63, dtype=dtype, device=device)]
+    expected = torch.autograd.grad(function(*tensors).sum(), tensors)
+    for parameter in tensors[1:]:
+        parameter.main_grad = torch.ones(63, device=device)
+    function(*tensors).sum().backward()
+    assert torch.equal(tensors[0].grad, expected[0])
+    for parameter, gradient in zip(tensors[1:], expected[1:], strict=True):
+        assert parameter.grad is None
+        torch.testing.assert_close(parameter.main_grad - 1, gradient.float(), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_a_frozen_parameter_keeps_its_main_grad_as_it_is(device, frozen):
+    tensors = [t.requires_grad_() for t in operands(9, 63, dtype=torch.float32, device=device)]
+    for parameter in tensors[1:]:
+        parameter.main_grad = torch.ones(63, device=device)
+    tensors[frozen].requires_grad_(False)
+    layer_norm(*tensors).backward(torch.randn(9, 63, device=device))
+    for i in (1, 2):
+        assert (tensors[i].main_grad == 1.0).all() == (i == frozen)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(8), torch.ones(63).bfloat16(), torch.ones(126)[::2]])
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_a_main_grad_that_cannot_be_added_to_is_refused(device, wrong):
+    x, dy, weight, _ = operands(9, 63, dtype=torch.float32, device=device, n=2)
+    rows = torch.ones(9, device=device)
+    with pytest.raises((RuntimeError, ValueError), match="main_grad: expected 63 elements of float32"):
+        backward(dy, None, x, weight, rows, rows, False, wrong.to(device))
 
 
 def wrong_arguments():

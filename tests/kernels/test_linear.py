@@ -33,19 +33,52 @@ def test_linear_is_as_accurate_as_pytorch(device, dtype, rule, shape, C_out, wit
 
 @shapes
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-def test_main_grad_of_linear_receives_what_autograd_would_give(device, dtype, rule, shape, C_out, with_bias):
-    x, weight, bias = operands(*shape, C_out=C_out, dtype=dtype, device=device)
-    given = (bias,) if with_bias else ()
-    main_grad = give_main_grad(weight)
+@pytest.mark.parametrize("carriers", [{1}, {2}, {1, 2}], ids=["weight", "bias", "both"])
+def test_main_grad_of_linear_receives_what_autograd_would_give(device, dtype, rule, shape, C_out, with_bias, carriers):
+    leaves = operands(*shape, C_out=C_out, dtype=dtype, device=device)[: 2 + with_bias]
+    carriers = {i for i in carriers if i < len(leaves)}
+    for i in carriers:
+        give_main_grad(leaves[i], start=1.0)
     dy = torch.randn(*shape[:-1], C_out, device=device).to(dtype)
-    linear(x, weight, *given).backward(dy)
-    assert weight.grad is None
-    leaves = [x, weight, *given]
+    linear(*leaves).backward(dy)
     peer = rule.run(F.linear, leaves, [dy])[1]
     truth = rule.run(F.linear, [t.double() for t in leaves], [dy.double()])[1]
-    got = [x.grad, main_grad, *(t.grad for t in given)]
-    for i, what in enumerate(("dx", "main_grad", "dbias")[: len(got)]):
-        rule.error(what, got[i], [peer[i]], truth[i], dtype, rule.gradient)
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is None) == (i in carriers)
+        got = leaf.main_grad.double() - 1.0 if i in carriers else leaf.grad
+        rule.error(f"gradient {i}", got, [peer[i]], truth[i], dtype, rule.gradient)
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_a_frozen_parameter_keeps_its_main_grad_as_it_is(device, frozen):
+    tensors = operands(20, 33, C_out=20, device=device)
+    for t in tensors[1:]:
+        give_main_grad(t, start=1.0)
+    tensors[frozen].requires_grad_(False)
+    linear(*tensors).sum().backward()
+    for i in (1, 2):
+        assert (tensors[i].main_grad == 1.0).all() == (i == frozen)
+
+
+COLUMNS = [(1, 63), (63, 1), (127, 33), (1023, 63), (65, 513), (2, 40_000), (0, 7)]
+
+
+@pytest.mark.parametrize("shape", COLUMNS, ids=str)
+def test_column_sums_are_added_to_what_is_there_in_fp32(device, dtype, rule, shape):
+    x, before = torch.randn(shape, device=device).to(dtype), torch.randn(shape[1], device=device)
+    sums, again = before.clone(), before.clone()
+    for t in (sums, again):
+        ops.resolve("add_column_sums_", x)(t, x)
+    peer = before + x.float().sum(0)
+    rule.error("sums", sums, [peer], before.double() + x.double().sum(0), torch.float32, rule.output)
+    assert torch.equal(sums, again)
+
+
+def test_column_sums_are_taken_of_any_strides(device, dtype, strided):
+    x = strided(torch.randn(37, 65, device=device).to(dtype))
+    sums = torch.ones(65, device=device)
+    ops.resolve("add_column_sums_", x)(sums, x)
+    torch.testing.assert_close(sums, 1 + x.float().sum(0))
 
 
 @pytest.mark.parametrize("incoming", [False, True], ids=["inputs", "incoming gradient"])
@@ -241,12 +274,18 @@ def test_matmul_into_accumulates_bf16_products_in_fp32(device):
 
 @pytest.mark.parametrize(("M", "K", "N"), [(16, 1, 16), (17, 321, 33), (130, 2, 2000), (200, 1023, 40)])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_matmul_into_sums_the_rows_of_its_first_operand(device, dtype, rule, M, K, N, transposed):
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("wide", [True, False], ids=["fp32 sums", "sums"])
+def test_matmul_into_sums_the_rows_of_its_first_operand(device, dtype, rule, M, K, N, transposed, accumulate, wide):
     a = (torch.randn(K, M, device=device).T if transposed else torch.randn(M, K, device=device)).to(dtype)
-    b, out = torch.randn(K, N, device=device).to(dtype), torch.zeros(M, N, device=device)
-    sums = torch.full((M,), torch.nan, device=device, dtype=dtype)
-    matmul_into(out, a, b, accumulate=True, row_sums=sums)
-    rule.error("row_sums", sums, [a.sum(1)], a.double().sum(1), dtype, rule.output)
+    b = torch.randn(K, N, device=device).to(dtype)
+    out = torch.zeros(M, N, device=device) if accumulate else torch.empty(M, N, device=device, dtype=dtype)
+    sums_dtype = torch.float32 if wide else dtype
+    before = torch.randn(M, device=device).to(sums_dtype) if accumulate else torch.zeros((), device=device)
+    sums = before.clone() if accumulate else torch.full((M,), torch.nan, device=device, dtype=sums_dtype)
+    matmul_into(out, a, b, accumulate=accumulate, row_sums=sums)
+    peer = before + a.sum(1, dtype=sums_dtype)
+    rule.error("row_sums", sums, [peer], before.double() + a.double().sum(1), sums_dtype, rule.output)
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)

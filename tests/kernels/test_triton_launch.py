@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, columns, gelu, launch
+from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, columns, embedding, gelu, launch, layer_norm
 from fastgpt.kernels.triton.launch import Device
 
 RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
@@ -86,6 +86,14 @@ def test_a_million_rows_fit_the_grid(name):
             IMPLEMENTATIONS[operator](*arguments)
     assert len(grids) >= 2
     assert all(grid[0] < 2**31 and max(grid[1:], default=1) < 2**16 for grid in grids)
+
+
+def test_all_that_the_backward_of_a_norm_sums_is_added_up_in_one_launch():
+    x, weight, rows = (torch.empty(shape, device="meta") for shape in ((8, 16), (16,), (8,)))
+    launched = []
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
+        layer_norm.layer_norm_backward(x, x, x, weight, rows, rows, True, weight, weight, weight)
+    assert launched == [layer_norm._backward_kernel, columns._sum_kernel]
 
 
 # ---- tuning ----
@@ -182,3 +190,14 @@ def test_heads_that_lie_more_than_2_to_the_31_elements_apart_are_found():
     ours = attention.attention(q, q, q, True, 0.25, 0.0, None)
     expected = attention.attention(here, here, here, True, 0.25, 0.0, None)
     assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this takes memory that exists")
+def test_rows_of_an_embedding_beyond_2_to_the_31_elements_are_found():
+    V, C = 2**25 + 5, 64
+    main_grad = torch.frombuffer(mmap.mmap(-1, 4 * V * C), dtype=torch.float32).view(V, C)
+    index = torch.tensor([V - 1, 0] * 20 + [V - 2])
+    dy = torch.randn(41, C)
+    embedding.embedding_backward_(main_grad, dy, index)
+    for token in (0, V - 1, V - 2):
+        torch.testing.assert_close(main_grad[token], dy[index == token].sum(0))

@@ -10,7 +10,7 @@ TINY = GPTConfig(block_size=24, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 B = 3
 
 
-def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=()):
+def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=(), prepare=lambda model: None):
     """Loss and gradients of a step, by branches that recompute so much, or without one kernel after the other."""
     torch.manual_seed(1)
     model = GPT(config, recompute or "cheap")
@@ -20,9 +20,10 @@ def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith(frozen) if frozen else True)
     if store:
-        gradients = ParameterStore(model, dtype).grad
+        flat = ParameterStore(model, dtype)
     else:
         model.to(dtype)
+    prepare(model)
     x, y = torch.randint(config.vocab_size, (2, B, config.block_size))
     with pytest.MonkeyPatch.context() as patch:
         if recompute is None:
@@ -30,7 +31,7 @@ def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=())
         loss = model(x, y)
         loss.backward()
     if store:
-        return loss.detach(), {"all": gradients}
+        return loss.detach(), flat.named(flat.grad)
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -63,6 +64,48 @@ def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs(frozen, store
             assert gradients[name] is None
         else:
             assert torch.equal(gradients[name], gradient), name
+
+
+def double_the_output(model):
+    """By a hook between a block and the norm behind it."""
+    model.transformer.h[0].register_forward_hook(lambda block, given, output: (2 * output[0], output[1]))
+
+
+def use_the_output_twice(model):
+    """Another term of the loss takes it, by way of the sum that the next block adds to."""
+    model.transformer.h[0].register_forward_hook(lambda block, given, output: (output[0], output[1] + output[0].sin()))
+
+
+def triple_the_gradient(model):
+    model.transformer.h[0].register_forward_hook(
+        lambda block, given, output: (output[0].register_hook(lambda gradient: 3 * gradient), None)[1]
+    )
+
+
+@pytest.mark.parametrize("prepare", [lambda model: None, double_the_output, use_the_output_twice, triple_the_gradient])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("recompute", [*branches.RECOMPUTE, None])
+def test_gradients_in_the_store_are_those_that_autograd_gives_without_one(recompute, dropout, prepare):
+    config = replace(TINY, dropout=dropout)
+    _, gradients = step(config, recompute=recompute, store=True, prepare=prepare)
+    _, expected = step(config, recompute=recompute, prepare=prepare)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_without_dropout_no_projection_into_the_residual_stream_sums_its_biass_gradient(monkeypatch):
+    summed = []
+    product = branches.weight_and_bias_gradient
+    monkeypatch.setattr(
+        branches, "weight_and_bias_gradient", lambda *args: summed.append((args[2].shape, args[-1])) or product(*args)
+    )
+    C = TINY.n_embd
+    for recompute in branches.RECOMPUTE:
+        for dropout in (0.0, 0.3):
+            summed.clear()
+            step(replace(TINY, dropout=dropout), recompute=recompute, store=True)
+            into_the_stream = [asked for shape, asked in summed if shape[0] == C]
+            assert into_the_stream == [bool(dropout)] * (2 * TINY.n_layer)
 
 
 def floats_kept(config, recompute):

@@ -1,5 +1,6 @@
 """The account of a step: what it counts is what is called and held."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,26 @@ def test_recomputing_blocks_repeats_the_forward_but_for_its_last_product():
     none, block = (flops(count(replace(setup, recompute=kind)).micro_step, "GEMM") for kind in ("none", "block"))
     C = GPT2.n_embd
     assert block - none == 2 * setup.tokens * GPT2.n_layer * 8 * C * C
+
+
+def test_a_layer_more_calls_its_products_and_kernels_and_nothing_besides():
+    """No gradient of a vector has a call of its own but that of the bias of q, k and v on a GPU."""
+
+    def calls(n_layer):
+        setup = Setup(GPTConfig(n_layer=n_layer), 2, recompute="none")
+        return Counter(call.operator for call in count(setup).micro_step)
+
+    assert calls(3) - calls(2) == {
+        "add_layer_norm": 2, "layer_norm_backward": 2, "attention_qkv": 1, "attention_qkv_backward": 1,
+        "gelu": 1, "gelu_backward": 1, "addmm": 3 + 4, "mm": 1 + 4, "add_column_sums_": 1,
+    }  # fmt: skip
+
+
+def test_the_gradients_of_the_embeddings_are_one_call_each():
+    calls = Counter(call.operator for call in count(Setup(GPTConfig(n_layer=1, bias=False), 2)).micro_step)
+    assert calls["embedding_backward_"] == calls["add_column_sums_"] == 1
+    assert calls["add"] == 1  # of tokens and positions, forward
+    assert not calls.keys() & {"slice_backward", "index_put_", "index_add_", "embedding_dense_backward"}
 
 
 def test_adamw_moves_what_its_kernel_says():

@@ -6,9 +6,11 @@ Under ``TRITON_INTERPRET=1`` they run on CPU tensors, slowly, for tests.
 from collections.abc import Callable
 from typing import Any
 
-from fastgpt.kernels.triton import adamw, attention, cross_entropy, gelu, layer_norm
+from fastgpt.kernels.triton import adamw, attention, cross_entropy, embedding, gelu, layer_norm, linear
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "add_column_sums_": linear.add_column_sums_,
+    "embedding_backward_": embedding.embedding_backward_,
     "layer_norm": layer_norm.layer_norm,
     "add_layer_norm": layer_norm.add_layer_norm,
     "layer_norm_backward": layer_norm.layer_norm_backward,

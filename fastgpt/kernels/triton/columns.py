@@ -1,5 +1,7 @@
 """The second step of a sum over rows: many programs have each summed a share, this adds the shares up."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,23 +11,61 @@ from fastgpt.kernels.triton.launch import configuration, device_of, launch
 
 
 @triton.jit
-def _sum_kernel(shares, sums, n_shares, n_columns, BLOCK_SHARES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
+    if ADD:
+        total += tl.load(sums + columns, mask=in_columns, other=0.0)
+    tl.store(sums + columns, total.to(sums.dtype.element_ty), mask=in_columns)
+
+
+@triton.jit
+def _sum_kernel(
+    shares, sums_0, sums_1, sums_2, n_shares, n_columns, ADD_0: tl.constexpr, ADD_1: tl.constexpr, ADD_2: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
-    shares += tl.program_id(1).to(tl.int64) * n_shares * n_columns
+    shares += k.to(tl.int64) * n_shares * n_columns
     total = tl.zeros((BLOCK_SHARES, BLOCK_COLUMNS), dtype=tl.float32)
     for start in range(0, n_shares, BLOCK_SHARES):
         rows = start + tl.arange(0, BLOCK_SHARES)
         inside = (rows < n_shares)[:, None] & in_columns[None, :]
         total += tl.load(shares + rows[:, None] * n_columns + columns[None, :], mask=inside, other=0.0)
-    result = tl.sum(total, axis=0).to(sums.dtype.element_ty)
-    tl.store(sums + tl.program_id(1) * n_columns + columns, result, mask=in_columns)
+    result = tl.sum(total, axis=0)
+    if k == 0:
+        _deliver(result, sums_0, columns, in_columns, ADD_0)
+    elif k == 1:
+        _deliver(result, sums_1, columns, in_columns, ADD_1)
+    else:
+        _deliver(result, sums_2, columns, in_columns, ADD_2)
 
 
-def sum_of_shares(shares: Tensor, dtype: torch.dtype) -> Tensor:
-    """(K, n_shares, C) fp32 summed over its second dimension to (K, C), in an order that never changes."""
+def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """(K, n_shares, C) fp32 summed over its second dimension, in an order that never changes, in one launch.
+
+    Args:
+        shares: K is at most 3.
+        dtype: of the sums that are returned.
+        main_grads: for each of the K, (C,) fp32 to add its sum to, or ``None``.
+
+    Returns:
+        K tensors: (C,), or empty where there was a ``main_grad``.
+    """
     K, n_shares, C = shares.shape
-    sums = shares.new_empty((K, C), dtype=dtype)
+    for main_grad in main_grads:
+        check_main_grad(main_grad, C)
+    sums = [shares.new_empty(C, dtype=dtype) if m is None else m for m in main_grads]
+    adds = [m is not None for m in main_grads]
     config = configuration(device_of(shares), "sum_of_shares", "any")
-    launch(_sum_kernel, (triton.cdiv(C, config["BLOCK_COLUMNS"]), K), shares, sums, n_shares, C, **config)
-    return sums
+    launch(
+        _sum_kernel, (triton.cdiv(C, config["BLOCK_COLUMNS"]), K),
+        shares, *(sums * 3)[:3], n_shares, C, **{f"ADD_{k}": (adds * 3)[k] for k in range(3)}, **config,
+    )  # fmt: skip
+    return [shares.new_empty(0, dtype=dtype) if add else total for add, total in zip(adds, sums, strict=True)]
+
+
+def check_main_grad(main_grad: Tensor | None, n: int) -> None:
+    """Raises ``ValueError`` for one that a kernel cannot add to."""
+    if main_grad is None or (main_grad.dtype == torch.float32 and main_grad.numel() == n and main_grad.is_contiguous()):
+        return
+    raise ValueError(f"main_grad: expected {n} elements of float32, contiguous, got {tuple(main_grad.shape)}")

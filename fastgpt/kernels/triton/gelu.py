@@ -129,20 +129,29 @@ def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return y
 
 
-def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+def gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     dx = x.new_empty(x.shape)
-    return dx, _backward(dy, x, bias, tanh, dx, None)
+    return dx, _backward(dy, x, bias, tanh, bias_main_grad, dx, None)
 
 
-def gelu_again_backward_(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+def gelu_again_backward_(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape)
-    return y, _backward(dy, x, bias, tanh, dy, y)
+    return y, _backward(dy, x, bias, tanh, bias_main_grad, dy, y)
 
 
-def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dx: Tensor, y: Tensor | None) -> Tensor:
-    """Writes ``dx``, contiguous; returns the bias's gradient. With a ``y``, GELU goes there and ``dx`` is ``dy``."""
+def _backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, main_grad: Tensor | None, dx: Tensor, y: Tensor | None
+) -> Tensor:
+    """Writes ``dx``, contiguous; returns the bias's gradient, or adds it to ``main_grad`` and returns none.
+
+    With a ``y``, GELU goes there and ``dx`` is ``dy``.
+    """
     if x.numel() == 0:
-        return x.new_zeros(0 if bias is None else bias.shape)
+        return x.new_zeros(0 if bias is None or main_grad is not None else bias.shape)
     if bias is None:
         config = configuration(device_of(x), "gelu", "any")
         n = x.numel()
@@ -165,4 +174,4 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, dx: Tensor
         dy_rows, x_rows, bias.contiguous(), dx, dx if y is None else y, shares,
         dy_rows.stride(0), x_rows.stride(0), n_rows, n_columns, TANH=tanh, AGAIN=y is not None, **config,
     )  # fmt: skip
-    return sum_of_shares(shares, bias.dtype)[0]
+    return sum_of_shares(shares, bias.dtype, [main_grad])[0]

@@ -1,8 +1,8 @@
 """Layer norm and residual add + layer norm.
 
 Forward: a program holds whole rows in registers, so each is read once and written once. Backward: a fixed
-number of programs walk the rows, each summing its share of the weight's and bias's gradients in registers; one
-small kernel then adds up the shares, always in the same order.
+number of programs walk the rows, each summing its share of the weight's and bias's gradients in registers, and of
+the columns of dx where they are asked for; one small kernel then adds up the shares, always in the same order.
 
 Bytes moved a row, of C elements of s bytes: forward 2 C s, with the residual add 4 C s; backward 3 C s, with
 the gradient of the sum 4 C s.
@@ -55,7 +55,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy, dsum, x, weight, mean, rstd, dx, shares, dy_stride, dsum_stride, x_stride, n_rows,
-    C: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    C: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_DX: tl.constexpr,
     BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program, n_programs = tl.program_id(0), tl.num_programs(0)
@@ -64,6 +64,7 @@ def _backward_kernel(
     w = tl.load(weight + columns, mask=in_columns, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+    dx_sums = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
 
     for start in range(program * ROWS, n_rows, n_programs * ROWS):
         rows = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
@@ -85,12 +86,17 @@ def _backward_kernel(
         if HAS_DSUM:
             more = tl.load(dsum + rows[:, None] * dsum_stride + columns[None, :], mask=inside, other=0.0)
             result += more.to(tl.float32)
+        if SUM_DX:
+            dx_sums += result
         tl.store(dx + rows[:, None] * C + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
 
     share = shares + program * C + columns
     tl.store(share, tl.sum(dweight, axis=0), mask=in_columns)
     if HAS_BIAS:
-        tl.store(share + n_programs * C, tl.sum(dbias, axis=0), mask=in_columns)
+        share += n_programs * C
+        tl.store(share, tl.sum(dbias, axis=0), mask=in_columns)
+    if SUM_DX:
+        tl.store(share + n_programs * C, tl.sum(dx_sums, axis=0), mask=in_columns)
 
 
 def _forward(
@@ -138,13 +144,14 @@ def add_layer_norm(
 
 
 def layer_norm_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _too_wide(x):
-        return reference.layer_norm_backward(dy, dsum, x, weight, mean, rstd, needs_dbias)
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
+    weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None, dx_sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _too_wide(x) or x.numel() == 0:
+        return reference.layer_norm_backward(
+            dy, dsum, x, weight, mean, rstd, needs_dbias, weight_main_grad, bias_main_grad, dx_sums
+        )
     dx = x.new_empty(x.shape)
-    if x.numel() == 0:
-        return dx, torch.zeros_like(weight), weight.new_zeros(weight.shape if needs_dbias else 0)
     dy_rows, x_rows = rows_of(dy), rows_of(x)
     dsum_rows = dy_rows if dsum is None else rows_of(dsum)
     n_rows, C = x_rows.shape
@@ -152,12 +159,13 @@ def layer_norm_backward(
     device = device_of(x)
     config = configuration(device, "layer_norm_backward", str(max(block, 64)))
     n_programs = min(triton.cdiv(n_rows, config["ROWS"]), device.n_sm * config.pop("programs_per_sm"))
-    shares = x.new_empty((1 + needs_dbias, n_programs, C), dtype=torch.float32)
+    sums = [weight_main_grad] + [bias_main_grad] * needs_dbias + [dx_sums] * (dx_sums is not None)
+    shares = x.new_empty((len(sums), n_programs, C), dtype=torch.float32)
     launch(
         _backward_kernel, (n_programs,),
         dy_rows, dsum_rows, x_rows, weight.contiguous(), mean, rstd, dx, shares,
         dy_rows.stride(0), dsum_rows.stride(0), x_rows.stride(0), n_rows,
-        C=C, HAS_DSUM=dsum is not None, HAS_BIAS=needs_dbias, BLOCK_C=block, **config,
+        C=C, HAS_DSUM=dsum is not None, HAS_BIAS=needs_dbias, SUM_DX=dx_sums is not None, BLOCK_C=block, **config,
     )  # fmt: skip
-    sums = sum_of_shares(shares, weight.dtype)
-    return dx, sums[0], sums[1] if needs_dbias else weight.new_empty(0)
+    dweight, *dbias = sum_of_shares(shares, weight.dtype, sums)
+    return dx, dweight, dbias[0] if needs_dbias else weight.new_empty(0)
