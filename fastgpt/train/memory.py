@@ -25,8 +25,12 @@ def keep_freed_memory() -> bool:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that there is no memory left; on a CPU PyTorch has no class of its own for that."""
+    """Whether an exception says that there is no memory left; PyTorch has a class for that, but not always raises it.
+
+    Not its own are what C++ and PyTorch say on a CPU, and on a GPU what CUDA says where it loads a kernel or
+    instantiates a graph, Triton where it loads one, and cuBLAS where it makes its workspace.
+    """
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error)
-        for words in ("can't allocate memory", "bad_alloc")  # PyTorch's allocator; C++'s new
+        for words in ("can't allocate memory", "bad_alloc", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )

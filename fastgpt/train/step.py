@@ -6,6 +6,7 @@ and the optimizer are each recorded in a CUDA graph and replayed, and the learni
 norm stay in tensors on the device.
 """
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastgpt.kernels import FusedAdamW
 from fastgpt.model import GPT
+from fastgpt.train.memory import ran_out
 from fastgpt.train.parameters import ParameterStore
 
 Batch = tuple[Tensor, Tensor]
@@ -105,6 +107,7 @@ class TrainStep:
             lr: learning rate.
 
         Raises:
+            RecordingOutOfMemory: there is no memory to record a CUDA graph in.
             RuntimeError: a CUDA graph could not be recorded.
         """
         self.lr.fill_(lr)
@@ -120,6 +123,17 @@ class TrainStep:
         self.accumulation = accumulation
         self._batch = self._micro_graph = self._optimizer_graph = None
         self._updates = 0
+
+    def free_graphs(self) -> bool:
+        """Give back the memory of the recorded graphs, which the next update records anew; whether there were any."""
+        recorded = self._micro_graph is not None
+        self._micro_graph = self._optimizer_graph = None
+        return recorded
+
+    def do_without_graphs(self) -> None:
+        """Record none any more; an update that was not finished is forgotten."""
+        self._with_graphs = False
+        self.start_over(self.accumulation)
 
     def _micro_step(self, batch: Batch) -> None:
         if not self._with_graphs or self._updates == 0:
@@ -187,15 +201,28 @@ def leave_default_stream(device: torch.device) -> None:
         torch.cuda.set_stream(stream)
 
 
+class RecordingOutOfMemory(MemoryError):
+    """There is no memory to record a CUDA graph in, which takes somewhat more than a step without."""
+
+
 def _record(function: Callable[[], None], pool: Any) -> Any:
     """A CUDA graph of what ``function`` launches, which is not run."""
     graph = torch.cuda.CUDAGraph()
+    # Python's collector may come upon a dead graph or kernel, and to destroy one ends a recording.
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
             function()
     except RuntimeError as error:
-        for cause in (error, error.__context__):  # what ends the recording may fail over what interrupted it
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-        raise RuntimeError(f"a CUDA graph could not be recorded; cuda_graphs=False works without: {error}") from error
+        # what ends the recording may fail over what interrupted it
+        if ran_out(error) or (error.__context__ is not None and ran_out(error.__context__)):
+            # not chained: an exception holds the frames, and all that the step had in memory
+            raise RecordingOutOfMemory(str(error.__context__ or error)) from None
+        why = error.__context__ or error
+        raise RuntimeError(f"a CUDA graph could not be recorded; --cuda_graphs False works without: {why}") from error
+    finally:
+        if collecting:
+            gc.enable()
     return graph

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import gc
 import math
 import signal
 import sys
@@ -43,7 +44,7 @@ from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
 from fastgpt.train.statistics import standard_error
-from fastgpt.train.step import Batch, TrainStep, leave_default_stream
+from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
 
 Result = TypeVar("Result")
 
@@ -211,7 +212,8 @@ class Trainer:
         return rate
 
     def _in_memory(self, work: Callable[[], Result], log: RunLog) -> Result:
-        """What ``work`` returns, with smaller micro-batches if memory runs out."""
+        """What ``work`` returns; if memory runs out, without recorded graphs or with smaller micro-batches."""
+        graphs_freed = False
         while True:
             place = self.batches.state_dict()
             try:
@@ -220,13 +222,27 @@ class Trainer:
                 if not ran_out(error):
                     raise
                 smaller = self._smaller_micro_batch()
-                if smaller is None:
+                recording = isinstance(error, RecordingOutOfMemory)
+                # What a graph holds is free again once it is gone: an evaluation may need it.
+                graphs_freed = not graphs_freed and not recording and self.train_step.free_graphs()
+                if smaller is None and not recording and not graphs_freed:
                     raise RequestError(
                         f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size, "
                         "--recompute block or --state_bits 8 take less"
                     ) from error
-            self._shrink(smaller, log)  # not before the exception is gone, which holds what filled the memory
+            # not before the exception is gone, which holds what filled the memory
+            if recording and smaller is None:
+                self.train_step.do_without_graphs()
+                log.say("out of memory where CUDA graphs are recorded: going on without them")
+            elif not graphs_freed and smaller is not None:
+                self._shrink(smaller, log)
+            self._give_memory_back()
             self.batches.load_state_dict(place)
+
+    def _give_memory_back(self) -> None:
+        if self.device.type == "cuda":
+            gc.collect()  # a frame that holds tensors may lie in a cycle
+            torch.cuda.empty_cache()
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
@@ -246,8 +262,6 @@ class Trainer:
         for loader in self.loaders.values():
             loader.batch_size = smaller
         self.train_step.start_over(config.gradient_accumulation_steps)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         log.say(
             f"out of memory: going on with micro-batches of {smaller}, {config.gradient_accumulation_steps} in an "
             f"update of {config.tokens_per_step:,} tokens as before"

@@ -1,6 +1,8 @@
 """One update: what it leaves behind, and that a GPU would never have to wait for the host."""
 
+import gc
 import math
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -11,7 +13,14 @@ from fastgpt.kernels.rehearsal import rehearse
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train import step as step_module
 from fastgpt.train.account import Setup, _Ledger
-from fastgpt.train.step import FIRST_LOSS_SCALE, GROWTH_INTERVAL, TrainStep, leave_default_stream
+from fastgpt.train.memory import ran_out
+from fastgpt.train.step import (
+    FIRST_LOSS_SCALE,
+    GROWTH_INTERVAL,
+    RecordingOutOfMemory,
+    TrainStep,
+    leave_default_stream,
+)
 
 TINY = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -151,14 +160,37 @@ def test_memory_that_runs_out_while_recording_is_told_as_that(monkeypatch, maske
                 raise RuntimeError("operation failed due to a previous error during capture") from None
             raise
 
+    alive = []
+
     def full():
+        activations = torch.empty(1000)
+        alive.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    with pytest.raises(torch.OutOfMemoryError, match="no more"):
-        step_module._record(full, pool=None)
+    gc.disable()
+    try:
+        with pytest.raises(RecordingOutOfMemory, match="^no more$") as found:
+            step_module._record(full, pool=None)
+        assert ran_out(found.value)
+        del found
+        assert [activations() for activations in alive] == [None]  # or a smaller step would find no more memory
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_pythons_collector_rests_while_a_graph_is_recorded(monkeypatch):
+    """It may come upon a graph that nobody holds any more; to destroy one ends the recording."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext())
+    seen = []
+    step_module._record(lambda: seen.append(gc.isenabled()), pool=None)
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(monkeypatch):
@@ -169,7 +201,7 @@ def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(monkey
     def broken():
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with pytest.raises(RuntimeError, match="cuda_graphs=False works without: operation not permitted"):
+    with pytest.raises(RuntimeError, match="--cuda_graphs False works without: operation not permitted"):
         step_module._record(broken, pool=None)
 
 

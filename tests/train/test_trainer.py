@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
 from fastgpt.train import checkpoint
 from fastgpt.train.log import RunLog, read_metrics
+from fastgpt.train.step import RecordingOutOfMemory
 
 
 def losses(run):
@@ -116,9 +118,12 @@ def test_a_bfloat16_run_on_the_cpu_learns_as_a_float32_one_does(trainer, tmp_pat
     assert {tensor.dtype for tensor in weights(tmp_path / "bfloat16").values()} == {torch.float32}
 
 
-# As a GPU, PyTorch on a CPU, our kernels there, and Python say it.
+# As a GPU, PyTorch on a CPU, our kernels there, and Python say it; and as CUDA, Triton and cuBLAS do.
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("no more"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("can't allocate memory for a tensor"),
     MemoryError(),
@@ -185,6 +190,43 @@ def test_an_evaluation_that_memory_does_not_hold_is_taken_in_smaller_parts(train
     assert one.train() == 0
     assert one.config.batch_size == 2
     assert list(evaluations(tmp_path / "run")) == [0, 4, 8]
+
+
+def test_where_a_graph_cannot_be_recorded_for_lack_of_memory_a_run_goes_on_without(trainer, tmp_path, capsys):
+    """Recording takes somewhat more than the step before it, and the micro-batch that was asked for did fit that."""
+    usual, one = trainer(out_dir=tmp_path / "usual"), trainer()
+    one.train_step._with_graphs = True
+    full = RecordingOutOfMemory("no more")
+    one.train_step._micro_step = partial(limited_step, one.train_step, one.train_step._micro_step, full)
+    assert usual.train() == one.train() == 0
+    assert "out of memory where CUDA graphs are recorded: going on without them" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(tmp_path / "usual")
+
+
+def limited_step(step, micro_step, error, batch):
+    if step._with_graphs and step._updates:
+        raise error
+    micro_step(batch)
+
+
+def test_an_evaluation_may_have_the_memory_of_the_recorded_graphs(trainer, capsys):
+    one = trainer(eval_interval=2, batch_size="auto", total_batch_size=4 * 16)
+    forward, evaluations, graphs = one.train_step.forward, [], iter([True, False, True, False, *[False] * 9])
+
+    def limited(*args, **kwargs):
+        if not torch.is_grad_enabled() and one.step == 2:
+            evaluations.append(1)
+            if len(evaluations) == 1:
+                raise OUT_OF_MEMORY[0]
+        return forward(*args, **kwargs)
+
+    one.train_step.forward = limited
+    one.train_step.free_graphs = graphs.__next__
+    batch_size = one.config.batch_size
+    assert one.train() == 0
+    assert one.config.batch_size == batch_size
+    assert next(graphs) is False  # asked once
+    assert "out of memory" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux obeys ulimit -v")
