@@ -172,7 +172,7 @@ def test_memory_that_runs_out_while_recording_is_told_as_that(monkeypatch, maske
     monkeypatch.setattr(torch.cuda, "graph", recording)
     gc.disable()
     try:
-        with pytest.raises(RecordingOutOfMemory, match="^no more$") as found:
+        with pytest.raises(RecordingOutOfMemory, match=r"^no more$") as found:
             step_module._record(full, pool=None)
         assert ran_out(found.value)
         del found
