@@ -1,5 +1,6 @@
 """``python -m bench.mfu``: end to end on a tiny model, and what its records say."""
 
+import importlib
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from bench import measured, mfu
 from bench.timing import conditions
 from fastgpt.errors import RequestError
+from fastgpt.kernels.triton import launch
 from fastgpt.train import plan
 
 TINY = [
@@ -117,10 +119,14 @@ def test_a_wrong_request_is_refused_in_a_line(flags, said):
     [
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_nn_n", "GEMM"),
         ("nvjet_tst_192x192_64x4_1x2_h_bz_coopB_TNN", "GEMM"),
-        ("_dk_dv_kernel_attention", "attention"),
+        ("triton_tem_fused_mm_12", "GEMM"),
+        ("triton_poi_fused_addmm_gelu_2", "GELU"),
+        ("triton_for_fused_0", "optimizer"),
+        ("triton_per_fused_add_native_layer_norm_backward_5", "norm"),
+        ("void cunn_SoftMaxForward<4, float>", "loss"),
+        ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernel", "norm"),
         ("void pytorch_flash::flash_bwd_kernel", "attention"),
         ("triton_poi_fused_gelu_3", "GELU"),
-        ("_adamw_kernel", "optimizer"),
         ("void at::native::vectorized_layer_norm_kernel", "norm"),
         ("Memcpy HtoD (Pinned -> Device)", "copy"),
         ("something_else", "other"),
@@ -128,6 +134,20 @@ def test_a_wrong_request_is_refused_in_a_line(flags, said):
 )
 def test_a_kernel_is_known_by_its_name(kernel, kind):
     assert mfu.kind_of(kernel) == kind
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("attention", "attention"), ("layer_norm", "norm"), ("gelu", "GELU"), ("cross_entropy", "loss"),
+        ("adamw", "optimizer"), ("columns", "norm"), ("embedding", "embedding"),
+    ],
+)  # fmt: skip
+def test_our_kernels_are_known_by_the_names_that_a_profile_tells(module, kind):
+    kernels = vars(importlib.import_module(f"fastgpt.kernels.triton.{module}"))
+    names = [launch.name_of(kernel.fn) for name, kernel in kernels.items() if name.endswith("_kernel")]
+    assert names
+    assert {mfu.kind_of(name) for name in names} == {kind}
 
 
 def test_everybody_trains_on_the_same_tokens():

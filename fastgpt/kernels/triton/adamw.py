@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import reference
-from fastgpt.kernels.triton.launch import configuration, device_of, launch
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -50,7 +50,7 @@ def _size(sizes, tensor, ALIGNED: tl.constexpr):
     return n
 
 
-@triton.jit
+@kernel
 def _squares_kernel(
     pointers, sizes, tensors, offsets, sums, dtype: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,7 +68,7 @@ def _squares_kernel(
     tl.store(sums + chunk, tl.sum(total, axis=0))
 
 
-@triton.jit
+@kernel
 def _root_kernel(sums, norm, n, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, n, BLOCK):
@@ -87,7 +87,7 @@ def _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, 
     return p, m, v
 
 
-@triton.jit
+@kernel
 def _adamw_kernel(
     pointers, sizes, tensors, offsets, coefficients, grad_scale, n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
@@ -172,7 +172,7 @@ def _random_halves(key, tensor, purpose, begin, ROWS: tl.constexpr):
     return (words >> 16) & 0xFFFF, words & 0xFFFF
 
 
-@triton.jit
+@kernel
 def _compact_kernel(
     pointers, sizes, tensors, offsets, coefficients, grad_scale, key, numbers, n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,

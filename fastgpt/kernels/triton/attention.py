@@ -25,7 +25,7 @@ from torch import Tensor
 from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.reference import empty_heads, split_heads
 from fastgpt.kernels.triton import autotune
-from fastgpt.kernels.triton.launch import configuration, device_of, launch
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -138,7 +138,7 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@kernel(do_not_specialize=["threshold"])
 def _forward_kernel(
     q, k, v, out, lse, seed,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_batch, out_head, out_stride,
@@ -199,7 +199,7 @@ def _accumulate_dq(
     return acc
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@kernel(do_not_specialize=["threshold"])
 def _dq_kernel(
     q, k, v, out, dout, lse, dq, delta, seed,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
@@ -276,7 +276,7 @@ def _accumulate_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@kernel(do_not_specialize=["threshold"])
 def _dk_dv_kernel(
     q, k, v, dout, lse, delta, dk, dv, seed,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,

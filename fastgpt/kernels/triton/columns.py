@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.triton.launch import configuration, device_of, launch
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
     tl.store(sums + columns, total.to(sums.dtype.element_ty), mask=in_columns)
 
 
-@triton.jit
+@kernel
 def _sum_kernel(
     shares, sums_0, sums_1, sums_2, n_shares, n_columns, ADD_0: tl.constexpr, ADD_1: tl.constexpr, ADD_2: tl.constexpr,
     BLOCK_SHARES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,

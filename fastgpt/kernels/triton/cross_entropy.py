@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -45,7 +45,7 @@ def _loss(row, target, maximum, total, V, ignore_index):
     return tl.where(counts, (maximum - at_target) + tl.log2(total) * LN2, 0.0)
 
 
-@triton.jit
+@kernel
 def _forward_kernel(logits, targets, losses, lse, row_stride, target_stride, V, ignore_index, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * row_stride
@@ -71,7 +71,7 @@ def _write_gradient(row, drow, target, shift, factor, scale, V, ignore_index, BL
         tl.store(drow + columns, gradient.to(drow.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _backward_kernel(
     dlosses, logits, targets, lse, dlogits, dlosses_stride, row_stride, target_stride, V, ignore_index,
     BLOCK: tl.constexpr,
@@ -84,7 +84,7 @@ def _backward_kernel(
     )
 
 
-@triton.jit
+@kernel
 def _in_place_kernel(logits, targets, scale, losses, target_stride, V, ignore_index, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * V

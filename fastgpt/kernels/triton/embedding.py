@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.triton.columns import check_main_grad
-from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _add_to_row(main_grad, token, columns, in_columns, total, n_columns):
     tl.store(here, tl.load(here, mask=in_columns, other=0.0) + total, mask=in_columns)
 
 
-@triton.jit
+@kernel
 def _runs_kernel(
     dy, tokens, order, main_grad, parts, dy_stride, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -58,7 +58,7 @@ def _runs_kernel(
         token = next_token
 
 
-@triton.jit
+@kernel
 def _crossing_kernel(
     tokens, parts, main_grad, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr
 ):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.triton.columns import sum_of_shares
-from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
 TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)
@@ -48,7 +48,7 @@ def _value_and_derivative(x, TANH: tl.constexpr):
     return value, derivative
 
 
-@triton.jit
+@kernel
 def _forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
@@ -56,7 +56,7 @@ def _forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + here, value.to(y.dtype.element_ty), mask=here < n)
 
 
-@triton.jit
+@kernel
 def _backward_kernel(dy, x, dx, y, n, TANH: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
@@ -67,7 +67,7 @@ def _backward_kernel(dy, x, dx, y, n, TANH: tl.constexpr, AGAIN: tl.constexpr, B
         tl.store(y + here, value.to(y.dtype.element_ty), mask=here < n)
 
 
-@triton.jit
+@kernel
 def _bias_forward_kernel(
     x, bias, y, x_stride, n_rows, n_columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -81,7 +81,7 @@ def _bias_forward_kernel(
     tl.store(y + rows[:, None] * n_columns + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _bias_backward_kernel(
     dy, x, bias, dx, y, shares, dy_stride, x_stride, n_rows, n_columns,
     TANH: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

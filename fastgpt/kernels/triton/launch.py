@@ -6,6 +6,7 @@ for those bound by memory. :mod:`fastgpt.kernels.triton.autotune` may put one me
 before them.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -42,6 +44,18 @@ class Device:
 _INTERPRETER = Device("Triton's interpreter", 89, 4, 99 << 10)
 
 _ahead_of_time: tuple[Device, Callable[..., None]] | None = None
+
+
+def name_of(function: Any) -> str:
+    """What a kernel is called in a profile: ``attention_dq`` for ``_dq_kernel`` of attention.py."""
+    return f"{function.__module__.rpartition('.')[2]}_{function.__name__.strip('_').removesuffix('_kernel')}"
+
+
+def kernel(function: Any = None, **options: Any) -> Any:
+    """``triton.jit`` for what is launched: under a name that tells its op."""
+    if function is None:
+        return functools.partial(kernel, **options)
+    return triton.jit(function, repr=lambda _: name_of(function), **options)
 
 
 @contextmanager

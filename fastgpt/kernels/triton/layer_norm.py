@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.triton.columns import sum_of_shares
-from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
 WIDEST = 8192  # columns a program can hold; wider rows run on the reference
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     x, residual, weight, bias, y, total, mean, rstd, x_stride, residual_stride, n_rows, eps,
     C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -52,7 +52,7 @@ def _forward_kernel(
     tl.store(y + here, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _backward_kernel(
     dy, dsum, x, weight, mean, rstd, dx, shares, dy_stride, dsum_stride, x_stride, n_rows,
     C: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_DX: tl.constexpr,

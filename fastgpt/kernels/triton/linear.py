@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.triton.columns import check_main_grad, sum_of_shares
-from fastgpt.kernels.triton.launch import configuration, device_of, launch, rows_of
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
 
-@triton.jit
+@kernel
 def _column_sums_kernel(
     x, shares, x_stride, n_rows, n_columns, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
