@@ -174,6 +174,8 @@ def execute(line: Sequence[str], output: Path, seconds: float) -> str:
         process = subprocess.Popen(
             line, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             start_new_session=True,
+            # a shell's background jobs, and all that they start, ignore interrupts
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             return "passed" if process.wait(seconds) == 0 else "failed"
