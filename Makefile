@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all gpu gpu-rehearsal mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu gpu-rehearsal gpu-proof mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ gpu:  ## test and time everything on an NVIDIA GPU, in ten minutes, with the pyt
 
 gpu-rehearsal: $(VENV)/.installed  ## run the stages of make gpu, small, on a machine without a GPU
 	$(BIN)/python -m bench.gpu --rehearse --out build/gpu-rehearsal
+
+gpu-proof: $(VENV)/.installed  ## prove that the GPU's kernels stay in bounds and race with nobody, without a GPU
+	$(BIN)/python -m bench.gpu_proof
 
 mfu:  ## time whole training steps against torch.compile, on a GPU with the python3 at hand (ARGS=… for flags)
 	$(PYTHON) -m bench.mfu $(ARGS)

@@ -1,0 +1,351 @@
+"""What runs: every operator at small shapes, at shapes of more than 2**31 elements, and in place on no data at all.
+
+A case is called with the operators by name, so that a copy with a fault in it can take an operator's place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels.triton import IMPLEMENTATIONS, columns
+
+Ops = dict[str, Callable[..., Any]]
+Case = Callable[[Ops], Any]
+
+OPS: Ops = IMPLEMENTATIONS | {"sum_of_shares": columns.sum_of_shares}
+BF16, FP32, INT64, UINT8 = torch.bfloat16, torch.float32, torch.int64, torch.uint8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        name: of the case, or of what was planted.
+        expected: how the fault that must be found begins; empty if there must be none.
+        found: the fault; empty if there is none.
+        note: what has been looked at.
+    """
+
+    name: str
+    expected: str
+    found: str
+    note: str
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        """Whether it is as expected."""
+        return self.found.startswith(self.expected) if self.expected else not self.found
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        if self.expected:
+            return "found" if self.good else "MISSED"
+        return "quiet" if self.good else "FAULT"
+
+
+# ---- small: every element of every tensor is watched ----
+
+
+def _random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def _attention(
+    ops: Ops, B: int, H: int, T: int, D: int, dtype: torch.dtype = BF16, causal: bool = True, dropout_p: float = 0.0
+) -> None:
+    qkv, dout = _random(B, T, 3 * H * D, dtype=dtype), _random(B, T, H * D, dtype=dtype)
+    options = H, causal, D**-0.5, dropout_p, torch.tensor(7) if dropout_p else None
+    out, lse = ops["attention_qkv"](qkv, *options)
+    ops["attention_qkv_backward"](dout, qkv, out, lse, *options)
+
+
+def _attention_across(ops: Ops, T: int, S: int) -> None:
+    """From T queries to S keys, which lie in a wider tensor."""
+    q, k, v = _random(1, 2, T, 40), _random(1, 2, S, 64)[..., :40], _random(1, 2, S, 40)
+    out, lse = ops["attention"](q, k, v, False, 0.1, 0.0, None)
+    ops["attention_backward"](_random(1, 2, T, 40), q, k, v, out, lse, False, 0.1, 0.0, None)
+
+
+def _layer_norm(ops: Ops, rows: int, C: int) -> None:
+    x, dy, weight = _random(rows, C + 8)[:, :C], _random(rows, C), _random(C)
+    _, mean, rstd = ops["layer_norm"](x, weight, None, 1e-5)
+    ops["layer_norm_backward"](dy, None, x, weight, mean, rstd, False)
+
+
+def _add_layer_norm(ops: Ops, rows: int, C: int) -> None:
+    """With everything that is optional."""
+    x, dy, weight, bias = _random(rows, C + 8)[:, :C], _random(rows, C), _random(C), _random(C)
+    _, total, mean, rstd = ops["add_layer_norm"](x, _random(rows, C), weight, bias, 1e-5)
+    ops["layer_norm_backward"](dy, x, total, weight, mean, rstd, True)
+    main_grads = [torch.zeros(C) for _ in range(3)]
+    ops["layer_norm_backward"](dy, x, total, weight, mean, rstd, True, *main_grads)
+
+
+def _gelu(ops: Ops, rows: int, C: int, bias: bool, tanh: bool) -> None:
+    x, dy, b = _random(rows, C), _random(rows, C), _random(C) if bias else None
+    ops["gelu"](x, b, tanh)
+    ops["gelu_backward"](dy, x, b, tanh, torch.zeros(C) if bias else None)
+    ops["gelu_again_backward_"](dy, x, b, tanh)
+
+
+def _column_sums(ops: Ops, rows: int, C: int) -> None:
+    ops["add_column_sums_"](torch.zeros(C), _random(rows, C + 8)[:, :C])
+
+
+def _embedding(ops: Ops, rows: int, C: int) -> None:
+    """Half of the rows have one token, which fills whole blocks."""
+    tokens = torch.randint(0, 9, (rows,))
+    tokens[: rows // 2] = 4
+    ops["embedding_backward_"](torch.zeros(9, C), _random(rows, C), tokens)
+
+
+def _cross_entropy(ops: Ops, rows: int, V: int, dtype: torch.dtype = BF16) -> None:
+    logits, targets = _random(rows, V + 3, dtype=dtype)[:, :V], torch.randint(0, V, (rows,))
+    targets[0] = -1
+    _, lse = ops["cross_entropy"](logits, targets, -1)
+    ops["cross_entropy_backward"](torch.ones(()).expand(rows), logits, targets, lse, -1)
+    ops["cross_entropy_"](_random(rows, V, dtype=dtype), targets, torch.tensor(0.5), -1)
+
+
+def _adamw(ops: Ops, sizes: tuple[int, ...], grad_dtype: torch.dtype = FP32) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, copies = (
+        [torch.rand(size).to(dtype) for size in sizes] for dtype in (FP32, grad_dtype, FP32, FP32, BF16)
+    )
+    norm = ops["grad_norm"](grads)
+    ops["adamw_"](
+        params, grads, exp_avgs, exp_avg_sqs, copies, torch.tensor(1.0), torch.tensor(1e-3), norm,
+        0.9, 0.95, 1e-8, 0.1, True,
+    )  # fmt: skip
+
+
+def _adamw_compact(ops: Ops, sizes: tuple[int, ...], coded: bool) -> None:
+    moments = UINT8 if coded else BF16
+    params, grads, exp_avgs, exp_avg_sqs, copies = (
+        [torch.rand(size).to(dtype) for size in sizes] for dtype in (BF16, BF16, moments, moments, BF16)
+    )
+    scales = [[torch.ones(-(-size // 256)) for size in sizes if coded] for _ in range(2)]
+    ops["adamw_compact_"](
+        params, grads, exp_avgs, exp_avg_sqs, *scales, copies, torch.tensor(1.0), torch.tensor(1e-3),
+        torch.tensor(1.0), torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True,
+    )  # fmt: skip
+
+
+def _sum_of_shares(ops: Ops) -> None:
+    ops["sum_of_shares"](_random(2, 3, 70, dtype=FP32), FP32, [None, None])
+
+
+SMALL: dict[str, Case] = {
+    "attention bf16 D64": partial(_attention, B=2, H=2, T=150, D=64),
+    "attention bf16 D48 full": partial(_attention, B=1, H=2, T=77, D=48, causal=False),
+    "attention bf16 D128 dropout": partial(_attention, B=1, H=2, T=70, D=128, dropout_p=0.1),
+    "attention fp32 D32": partial(_attention, B=1, H=2, T=70, D=32, dtype=FP32),
+    "attention across, views": partial(_attention_across, T=33, S=145),
+    "layer_norm C100": partial(_layer_norm, rows=70, C=100),
+    "add_layer_norm C96": partial(_add_layer_norm, rows=37, C=96),
+    "add_layer_norm C768": partial(_add_layer_norm, rows=19, C=768),
+    "gelu": partial(_gelu, rows=7, C=301, bias=False, tanh=True),
+    "gelu exact": partial(_gelu, rows=4, C=512, bias=False, tanh=False),
+    "gelu bias": partial(_gelu, rows=150, C=301, bias=True, tanh=True),
+    "linear bias": partial(_column_sums, rows=150, C=301),
+    "linear bias, few rows": partial(_column_sums, rows=13, C=301),
+    "embedding": partial(_embedding, rows=170, C=301),
+    "cross_entropy V65": partial(_cross_entropy, rows=5, V=65),
+    "cross_entropy V9000": partial(_cross_entropy, rows=3, V=9000),
+    "cross_entropy fp32 V4096": partial(_cross_entropy, rows=3, V=4096, dtype=FP32),
+    "adamw": partial(_adamw, sizes=(3000, 17, 4096)),
+    "adamw aligned": partial(_adamw, sizes=(2048, 4112), grad_dtype=BF16),
+    "adamw_compact 8 bits": partial(_adamw_compact, sizes=(1500, 300), coded=True),
+    "adamw_compact bf16": partial(_adamw_compact, sizes=(1024, 2064), coded=False),
+    "sum_of_shares": _sum_of_shares,
+}
+
+
+# ---- large: a sample of the programs runs, in memory that is reserved but never touched ----
+
+
+def _untouched(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _large_attention(ops: Ops) -> None:
+    B = 2**31 // (16 * 64) + 5
+    qkv, lse = _untouched(B, 16, 3 * 64), _untouched(B, 1, 16, dtype=FP32)
+    out, _ = ops["attention_qkv"](qkv, 1, True, 0.125, 0.0, None)
+    ops["attention_qkv_backward"](out, qkv, out, lse, 1, True, 0.125, 0.0, None)
+
+
+def _wide_attention(ops: Ops) -> None:
+    """As far apart as positions may lie before a copy is made."""
+    q = _untouched(1, 400, 1, 2**23 - 1)[..., :64].transpose(1, 2)
+    out, lse = ops["attention"](q, q, q, True, 0.125, 0.0, None)
+    ops["attention_backward"](out, q, q, q, out, lse, True, 0.125, 0.0, None)
+
+
+def _large_layer_norm(ops: Ops) -> None:
+    rows, C = 2**31 // 8192 + 9, 8192
+    x, weight, each = _untouched(rows, C), _untouched(C), _untouched(rows, dtype=FP32)
+    ops["add_layer_norm"](x, x, weight, weight, 1e-5)
+    ops["layer_norm_backward"](x, x, x, weight, each, each, True)
+
+
+def _far_rows(ops: Ops) -> None:
+    """Few rows, 2**29 elements apart."""
+    x, weight, each = _untouched(9, 2**29)[:, :64], _untouched(64), _untouched(9, dtype=FP32)
+    ops["layer_norm"](x, weight, weight, 1e-5)
+    ops["layer_norm_backward"](x, x, x, weight, each, each, True)
+    ops["gelu"](x, weight, True)
+    ops["gelu_backward"](x, x, weight, True)
+    ops["add_column_sums_"](torch.zeros(64), x)
+    ops["embedding_backward_"](torch.zeros(9, 64), x, torch.arange(9))
+    ops["cross_entropy"](x, torch.zeros(9, dtype=INT64), -1)
+
+
+def _large_gelu(ops: Ops) -> None:
+    x = _untouched(2**31 + 5)
+    ops["gelu"](x, None, True)
+    ops["gelu_again_backward_"](x, x, None, False)
+
+
+def _large_bias(ops: Ops) -> None:
+    x, bias = _untouched(2**17, 2**14 + 1), _untouched(2**14 + 1)
+    ops["gelu"](x, bias, True)
+    ops["gelu_again_backward_"](x, x, bias, True)
+    ops["add_column_sums_"](torch.zeros(2**14 + 1), x)
+
+
+def _tall_gelu(ops: Ops) -> None:
+    """256 sequences of 1024."""
+    ops["gelu"](_untouched(2**18, 64), _untouched(64), True)
+
+
+def _large_embedding(ops: Ops) -> None:
+    rows, C = 2**31 // 8192 + 9, 8192
+    ops["embedding_backward_"](_untouched(rows, C, dtype=FP32), _untouched(rows, C), torch.arange(rows))
+
+
+def _large_cross_entropy(ops: Ops) -> None:
+    V = 50304
+    rows = 2**31 // V + 3
+    logits, targets, each = _untouched(rows, V), torch.full((rows,), V - 1), _untouched(rows, dtype=FP32)
+    ops["cross_entropy"](logits, targets, -1)
+    ops["cross_entropy_backward"](each, logits, targets, each, -1)
+    ops["cross_entropy_"](logits, targets, torch.tensor(0.5), -1)
+
+
+def _large_adamw(ops: Ops) -> None:
+    n, scalar = 2**31 + 4099, torch.tensor(1.0)
+    lists = [[_untouched(n, dtype=dtype)] for dtype in (FP32, BF16, BF16, BF16, BF16)]
+    ops["grad_norm"](lists[1])
+    ops["adamw_"](*lists, scalar, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, True)
+
+
+def _large_adamw_compact(ops: Ops) -> None:
+    n, scalar = 2**31 + 4099, torch.tensor(1.0)
+    lists = [[_untouched(n, dtype=dtype)] for dtype in (BF16, BF16, UINT8, UINT8)]
+    scales = [[_untouched(-(-n // 256), dtype=FP32)] for _ in range(2)]
+    ops["adamw_compact_"](
+        *lists, *scales, [], scalar, scalar, scalar, torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True
+    )
+
+
+LARGE: dict[str, Case] = {
+    "attention, 2**31 elements": _large_attention,
+    "attention, positions 2**23 - 1 apart": _wide_attention,
+    "layer_norm, 2**31 elements": _large_layer_norm,
+    "all that take rows, far apart": _far_rows,
+    "gelu, 2**31 elements": _large_gelu,
+    "gelu and linear bias, 2**31 elements": _large_bias,
+    "gelu bias, 2**18 rows": _tall_gelu,
+    "embedding, 2**31 elements": _large_embedding,
+    "cross_entropy, 2**31 elements": _large_cross_entropy,
+    "adamw, 2**31 elements": _large_adamw,
+    "adamw_compact, 2**31 elements": _large_adamw_compact,
+}
+
+
+# ---- in place: what is compiled, for tensors without data ----
+
+
+def _no_data(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _cross_entropy_in_place(ops: Ops, V: int, dtype: torch.dtype) -> None:
+    ops["cross_entropy_"](_no_data(64, V, dtype=dtype), _no_data(64, dtype=INT64), _no_data(dtype=FP32), -1)
+
+
+def _gelu_in_place(ops: Ops, rows: int, C: int, bias: bool) -> None:
+    dy, x = _no_data(rows, C), _no_data(rows, C)
+    main_grad = _no_data(C, dtype=FP32) if bias else None
+    ops["gelu_again_backward_"](dy, x, _no_data(C) if bias else None, True, main_grad)
+
+
+def _sums_in_place(ops: Ops, rows: int, C: int) -> None:
+    ops["add_column_sums_"](_no_data(C, dtype=FP32), _no_data(rows, C))
+
+
+def _embedding_in_place(ops: Ops, C: int) -> None:
+    ops["embedding_backward_"](_no_data(50304, C, dtype=FP32), _no_data(512, C), _no_data(512, dtype=INT64))
+
+
+def _adamw_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, copy: bool) -> None:
+    """Moments have the parameter's dtype."""
+    lists = [[_no_data(n, dtype=dtype)] for dtype in (param, grad, param, param)]
+    scalar = _no_data(dtype=FP32)
+    ops["adamw_"](*lists, [_no_data(n)] if copy else [], scalar, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, True)
+
+
+def _compact_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, moment: torch.dtype) -> None:
+    """fp32 parameters have a copy."""
+    lists = [[_no_data(n, dtype=dtype)] for dtype in (param, grad, moment, moment)]
+    scales = [[_no_data(-(-n // 256), dtype=FP32)] if moment == UINT8 else [] for _ in range(2)]
+    scalar, copies = _no_data(dtype=FP32), [_no_data(n)] if param == FP32 else []
+    ops["adamw_compact_"](
+        *lists, *scales, copies, scalar, scalar, scalar, _no_data(dtype=INT64), 0.9, 0.95, 1e-8, 0.1, True, True
+    )
+
+
+def _named(word: str, run: Callable[..., None], *choices: dict[str, Any]) -> dict[str, Case]:
+    return {f"{word} {' '.join(str(v).removeprefix('torch.') for v in c.values())}": partial(run, **c) for c in choices}
+
+
+SIZES = (4096, 4099)  # of lists that are aligned to 16 bytes, and of those that are not
+IN_PLACE: dict[str, Case] = {
+    **_named(
+        "cross_entropy", _cross_entropy_in_place,
+        *({"V": V, "dtype": dtype} for V in (65, 9000, 50304) for dtype in (BF16, FP32)),
+    ),
+    **_named(
+        "gelu", _gelu_in_place,
+        *({"rows": 64, "C": C, "bias": bias} for C in (3072, 301) for bias in (True, False)),
+    ),
+    **_named("linear bias", _sums_in_place, *({"rows": rows, "C": C} for rows in (8, 512) for C in (768, 301))),
+    **_named("embedding", _embedding_in_place, {"C": 768}, {"C": 301}),
+    **_named(
+        "adamw", _adamw_in_place,
+        *(
+            {"n": n, "param": param, "grad": grad, "copy": copy}
+            for n in SIZES
+            for param, grad, copy in (
+                (FP32, FP32, True), (FP32, BF16, True), (FP32, FP32, False), (BF16, BF16, False), (BF16, FP32, False),
+            )
+        ),
+    ),
+    **_named(
+        "adamw_compact", _compact_in_place,
+        *(
+            {"n": n, "param": param, "grad": grad, "moment": moment}
+            for n in SIZES
+            for param, grad, moment in (
+                (BF16, BF16, UINT8), (FP32, FP32, UINT8), (FP32, BF16, BF16), (BF16, FP32, BF16), (BF16, BF16, BF16),
+            )
+        ),
+    ),
+}  # fmt: skip
