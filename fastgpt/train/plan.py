@@ -53,7 +53,8 @@ class Shares:
 
 
 GPU_SHARES = Shares(1.0, 0.6, 1.0)  # assumed
-# Fitted to bench/results/amd-epyc-zen-5-avx512-bf16/mfu-*.json, two cores: there the errors below are no test of them.
+# Fitted to bench/results/amd-epyc-family-26-model-2-stepping-1-avx512-bf16/mfu-*.json, two cores: there the errors
+# below are no test of them.
 CPU_SHARES = Shares(0.87, 0.42, 0.27)
 
 # Rows and columns of a product that one block computes, and the share of the best rate that it gets to. Assumed.

