@@ -95,20 +95,20 @@ class BatchLoader:
         rng.shuffle(self._order)
         self._epoch, self._visited = epoch, 0
 
-    def evenly_spaced(self, n_batches: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """``n_batches`` batches whose blocks lie evenly over the whole split: for evaluation.
+    def evenly_spaced(self, n_batches: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``n_batches`` batches of ``batch_size`` blocks that lie evenly over the whole split: for evaluation.
 
         The same ones at every call and for every seed, so that two evaluations differ by the model alone.
         Leaves the epoch where it stands.
         """
-        n_blocks = n_batches * self.batch_size
+        n_blocks = n_batches * batch_size
         positions = (np.arange(n_blocks) + 0.5) * (self._ends[-1] / n_blocks)
-        for batch in positions.astype(np.int64).reshape(n_batches, self.batch_size):
+        for batch in positions.astype(np.int64).reshape(n_batches, batch_size):
             yield self._blocks_at(batch)
 
     def _blocks_at(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch whose blocks start at ``positions``, numbered through all shards."""
-        shape = (self.batch_size, self.block_size)
+        shape = (len(positions), self.block_size)
         x = torch.empty(shape, dtype=torch.int64, pin_memory=self.pin_memory)
         y = torch.empty(shape, dtype=torch.int64, pin_memory=self.pin_memory)
         x_rows, y_rows = x.numpy(), y.numpy()

@@ -359,6 +359,14 @@ class FusedAdamW(Optimizer):
         if not grad.is_contiguous() or grad.is_neg():
             p.grad = grad.resolve_neg().contiguous()
 
+    def forget_graphs(self) -> None:
+        """Call this once no CUDA graph with a step of this optimizer is replayed any more.
+
+        Until then each step outside a graph asks the GPU how many steps there have been, and waits for it.
+        """
+        self._captured = False
+        self._steps.clear()
+
     def _count(self, p: Tensor, step: Tensor, capturing: bool) -> int:
         """How many steps ``p`` has taken; a GPU is asked only where that cannot be known here."""
         known = self._steps.get(p)

@@ -32,6 +32,7 @@ class State:
     state_bits: int = 32  # of the moments
     loss_scale: float = 1.0
     updates_since_overflow: int = 0
+    eval_batch_size: int | None = None  # blocks whose mean is one of the losses of an evaluation
     optimizer_seeds: list[int] = field(default_factory=list)  # for each parameter group that rounds at random
 
 

@@ -46,6 +46,7 @@ class ParameterStore:
     Args:
         model: its parameters are replaced; buffers are left alone.
         dtype: what the model computes with: fp32, bf16 or fp16.
+        device: of the flat buffers, and so of the model's parameters from now on; theirs now if ``None``.
 
     Attributes:
         master: fp32 parameters, the ones that the optimizer updates and checkpoints keep.
@@ -54,13 +55,15 @@ class ParameterStore:
         n_decayed: elements at the front that belong to matrices and get weight decay.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
         named = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)  # stable
         self.slots, size = _lay_out(named)
         self.n_decayed = next(
             (slot.offset for slot, (_, p) in zip(self.slots, named, strict=True) if p.dim() < 2), size
         )
-        device = named[0][1].device
+        device = named[0][1].device if device is None else device
         self.master = torch.zeros(size, device=device)
         self.grad = torch.zeros(size, device=device)
         for slot, (_, parameter) in zip(self.slots, named, strict=True):

@@ -36,7 +36,8 @@ class TrainStep:
     and an update whose gradients are not finite is left out. This costs a look at the gradient norm each update.
 
     Args:
-        model: fp32, on its device; its parameters move into ``store``.
+        model: fp32; its parameters move into ``store``.
+        device: to train on; the model's if ``None``. A model that comes from the CPU is never on it twice.
         dtype: of the weights that the model computes with: fp32, bf16 or fp16.
         accumulation: micro-batches in an update.
         betas: AdamW's.
@@ -59,6 +60,7 @@ class TrainStep:
         self,
         model: GPT,
         *,
+        device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         accumulation: int = 1,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -68,24 +70,23 @@ class TrainStep:
         compile: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
-        self.store = ParameterStore(model, dtype)
+        self.store = ParameterStore(model, dtype, device)
         groups = self.store.groups(weight_decay)
         self.optimizer = FusedAdamW(
             groups, 0.0, betas, max_grad_norm=max_grad_norm, copies=self.store.copies(groups), state_bits=state_bits
         )
-        device = self.store.master.device
         self.moments = self.store.moments(state_bits)
         for i, group in enumerate(groups):
             parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
             self.optimizer.use_state(group["params"][0], parts)
-        self.lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.store.master.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
-        self.loss = torch.zeros((), device=device)
-        self._sum = torch.zeros((), device=device)
-        self._scale = torch.full((), FIRST_LOSS_SCALE, device=device) if dtype == torch.float16 else None
+        self.loss = torch.zeros((), device=self.lr.device)
+        self._sum = torch.zeros_like(self.loss)
+        self._scale = torch.full_like(self.loss, FIRST_LOSS_SCALE) if dtype == torch.float16 else None
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
         self.updates_since_overflow = 0
         self._batch: Batch | None = None  # where the graph finds its micro-batch
@@ -122,6 +123,7 @@ class TrainStep:
         self._sum.zero_()
         self.accumulation = accumulation
         self._batch = self._micro_graph = self._optimizer_graph = None
+        self.optimizer.forget_graphs()
         self._updates = 0
 
     def free_graphs(self) -> bool:
@@ -183,6 +185,8 @@ class TrainStep:
             factor = 2.0
         else:
             self.store.grad.zero_()
+            if self.optimizer.max_grad_norm is not None:
+                self.optimizer.grad_norm = torch.full_like(self.loss, math.inf)
             factor = 0.5
         self.set_loss_scale(self.loss_scale * factor)
 
@@ -208,6 +212,9 @@ class RecordingOutOfMemory(MemoryError):
 def _record(function: Callable[[], None], pool: Any) -> Any:
     """A CUDA graph of what ``function`` launches, which is not run."""
     graph = torch.cuda.CUDAGraph()
+    # cuBLAS keeps a workspace for each stream. The graph must have its own, in its own memory: one from outside is
+    # freed by whoever clears them all, as torch.compile does before it records, and the replay would write there still.
+    torch._C._cuda_clearCublasWorkspaces()
     # Python's collector may come upon a dead graph or kernel, and to destroy one ends a recording.
     gc.collect()
     collecting = gc.isenabled()
@@ -216,13 +223,15 @@ def _record(function: Callable[[], None], pool: Any) -> Any:
         with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
             function()
     except RuntimeError as error:
-        # what ends the recording may fail over what interrupted it
-        if ran_out(error) or (error.__context__ is not None and ran_out(error.__context__)):
+        if ran_out(error):
             # not chained: an exception holds the frames, and all that the step had in memory
-            raise RecordingOutOfMemory(str(error.__context__ or error)) from None
+            raise RecordingOutOfMemory(str(error)) from None
+        # If the end of the recording fails too, it hides what came first, and PyTorch's allocator and random numbers
+        # believe that it goes on: even where memory ran out there is no going on from here.
         why = error.__context__ or error
         raise RuntimeError(f"a CUDA graph could not be recorded; --cuda_graphs False works without: {why}") from error
     finally:
+        torch._C._cuda_clearCublasWorkspaces()  # the graph's own belongs to its replays alone
         if collecting:
             gc.enable()
     return graph

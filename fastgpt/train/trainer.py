@@ -92,9 +92,10 @@ class Trainer:
         leave_default_stream(self.device)
         self.batches = Prefetcher(self.loaders["train"], self.device)
         torch.manual_seed(config.seed)
-        self.model = GPT(self.model_config, config.recompute).to(self.device)
+        self.model = GPT(self.model_config, config.recompute)
         self.train_step = TrainStep(
             self.model,
+            device=self.device,
             dtype=self.dtype,
             accumulation=config.gradient_accumulation_steps,
             betas=(config.beta1, config.beta2),
@@ -104,6 +105,8 @@ class Trainer:
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
         )
+        # stays when the micro-batch is halved or a resumed run has another: evaluations are compared block by block
+        self.eval_batch_size = config.batch_size
         self.step = self.tokens = 0
         self.val_loss: tuple[int, float] | None = None  # of the last evaluation, and its step
         self.best_val_loss: float | None = None  # among the checkpoints
@@ -247,7 +250,9 @@ class Trainer:
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
         batch = self.batches.next()
-        self.diagnosis.time_spent(DATA, time.perf_counter() - start)
+        # a GPU that is still at work did not wait for it
+        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
+            self.diagnosis.time_spent(DATA, time.perf_counter() - start)
         return batch
 
     def _smaller_micro_batch(self) -> int | None:
@@ -273,10 +278,19 @@ class Trainer:
     def evaluate(self, split: str) -> list[float]:
         """Losses in eval mode of ``eval_iters`` batches: the same ones at every evaluation."""
         self.model.eval()
-        batches = self.loaders[split].evenly_spaced(self.config.eval_iters)
-        losses = [self.train_step.forward(*(t.to(self.device, non_blocking=True) for t in batch)) for batch in batches]
+        batches = self.loaders[split].evenly_spaced(self.config.eval_iters, self.eval_batch_size)
+        losses = [self._loss(*(t.to(self.device, non_blocking=True) for t in batch)) for batch in batches]
         self.model.train()
         return torch.stack(losses).tolist()
+
+    def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The mean loss of a batch of any size, in micro-batches."""
+        size = self.config.batch_size
+        if len(x) <= size:
+            return self.train_step.forward(x, y)
+        parts = list(zip(x.split(size), y.split(size), strict=True))
+        losses = torch.stack([self.train_step.forward(*part) for part in parts])
+        return losses @ losses.new_tensor([len(part[0]) / len(x) for part in parts])
 
     def _evaluate(self, log: RunLog) -> None:
         start = time.perf_counter()
@@ -344,6 +358,7 @@ class Trainer:
             state_bits=self.config.state_bits,
             loss_scale=self.train_step.loss_scale,
             updates_since_overflow=self.train_step.updates_since_overflow,
+            eval_batch_size=self.eval_batch_size,
             optimizer_seeds=[group["seed"] for group in self.train_step.optimizer.param_groups if "seed" in group],
         )
         moments = {kind: self.train_step.store.named(flat) for kind, flat in self.train_step.moments.items()}
@@ -378,6 +393,7 @@ class Trainer:
         for group, seed in zip(self.train_step.optimizer.param_groups, state.optimizer_seeds, strict=False):
             group["seed"] = seed
         self.train_step.set_loss_scale(state.loss_scale, state.updates_since_overflow)
+        self.eval_batch_size = state.eval_batch_size or self.eval_batch_size
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
         self.batches.load_state_dict(state.loader)

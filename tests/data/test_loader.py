@@ -125,7 +125,7 @@ def test_epochs_are_tokens_drawn_by_tokens_of_the_split():
 
 def test_evaluation_leaves_the_epoch_where_it_stands():
     loader, other = (BatchLoader([counting(0, 1000)], 4, 8, seed=2) for _ in range(2))
-    list(loader.evenly_spaced(3))
+    list(loader.evenly_spaced(3, 5))
     assert loader.state_dict() == other.state_dict()
     assert torch.equal(loader.next()[0], other.next()[0])
 

@@ -5,6 +5,8 @@ import io
 import math
 import pickle
 from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -465,6 +467,18 @@ def test_a_graph_makes_tables_of_its_own(backend, capturing, options):
         train(optimizers[0], params, [second])
     assert [table.cache_info() for table in (host._table, host._chunk_tables)] == kept
     assert same_bits(params, others)
+
+
+def test_every_stream_has_tables_of_its_own(monkeypatch):
+    """Another's might be read before they are filled."""
+    from fastgpt.kernels.triton import adamw as host
+
+    streams = iter([1, 1, 2])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
+    make = lru_cache(lambda numbers, device, stream: object())
+    first, again, other = (host._kept(make, (1, 2), torch.device("cuda", 0)) for _ in range(3))
+    assert first is again is not other
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

@@ -3,7 +3,7 @@
 import gc
 import math
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -147,19 +147,25 @@ def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkey
     assert made == [0, 2, 2]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_memory_that_runs_out_while_recording_is_told_as_that(monkeypatch, masked):
-    """Ending a recording that was interrupted may fail too, and hide why."""
+@pytest.fixture
+def recording(monkeypatch):
+    """Stands in for CUDA where a graph is recorded; gives a list of what is done there, in order."""
+    done = []
 
     @contextmanager
-    def recording(graph, pool, stream):
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            if masked:
-                raise RuntimeError("operation failed due to a previous error during capture") from None
-            raise
+    def graph(graph, pool, stream):
+        done.append("begin")
+        yield
+        done.append("end")
 
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("clear"), raising=False)
+    return done
+
+
+def test_memory_that_runs_out_while_recording_is_told_as_that(recording):
     alive = []
 
     def full():
@@ -167,9 +173,6 @@ def test_memory_that_runs_out_while_recording_is_told_as_that(monkeypatch, maske
         alive.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
     gc.disable()
     try:
         with pytest.raises(RecordingOutOfMemory, match=r"^no more$") as found:
@@ -182,27 +185,73 @@ def test_memory_that_runs_out_while_recording_is_told_as_that(monkeypatch, maske
         gc.enable()
 
 
-def test_pythons_collector_rests_while_a_graph_is_recorded(monkeypatch):
+def test_a_recording_that_cannot_even_be_ended_is_no_mere_lack_of_memory(recording, monkeypatch):
+    """PyTorch's allocator then believes that it goes on, and gives no memory back."""
+
+    @contextmanager
+    def graph(graph, pool, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def full():
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="--cuda_graphs False works without: no more") as found:
+        step_module._record(full, pool=None)
+    assert not ran_out(found.value)
+
+
+def test_pythons_collector_rests_while_a_graph_is_recorded(recording):
     """It may come upon a graph that nobody holds any more; to destroy one ends the recording."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext())
     seen = []
     step_module._record(lambda: seen.append(gc.isenabled()), pool=None)
     assert seen == [False]
     assert gc.isenabled()
 
 
-def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext())
+def test_cublas_has_a_workspace_in_the_graphs_own_memory_and_keeps_it_for_nothing_else(recording):
+    step_module._record(lambda: recording.append("work"), pool=None)
+    assert recording == ["clear", "begin", "work", "end", "clear"]
 
+
+def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(recording):
     def broken():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="--cuda_graphs False works without: operation not permitted"):
         step_module._record(broken, pool=None)
+
+
+@needs_gpu
+def test_making_a_step_takes_no_more_of_a_gpu_than_it_keeps():
+    """A model that were there too would count once more: a card that the plan says is enough would not be."""
+    model = GPT(replace(TINY, n_embd=256, n_layer=8))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = TrainStep(model, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    kept = [step.store.master, step.store.grad, step.store.working, *step.moments.values()]
+    assert torch.cuda.max_memory_allocated() - before < 1.05 * sum(t.nbytes for t in kept)
+
+
+def test_once_its_graphs_are_gone_an_update_asks_no_more_how_many_there_have_been(monkeypatch):
+    asked = []
+    real = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: asked.append(tensor) or real(tensor))
+    step = make()
+    train(step, 1)
+    step.optimizer._captured = True  # as it is after a recording
+    for expected in (2, 4):  # of two groups
+        train(step, 1)
+        assert len(asked) == expected
+    step.do_without_graphs()
+    train(step, 1)
+    assert len(asked) == 6  # once more, for what the graphs did
+    train(step, 2)
+    assert len(asked) == 6
 
 
 class Waiting(GPT):
@@ -288,6 +337,7 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_left_out_and_halves_the
     assert step.loss_scale == 2.0**39
     assert step.updates_since_overflow == 0
     assert math.isfinite(step.loss.item())
+    assert step.grad_norm.item() == math.inf  # not that of the update before
 
 
 def test_the_scale_doubles_after_so_many_updates_without_overflow():

@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastgpt.data.shards import open_dataset, write_shard
 from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
 from fastgpt.train import checkpoint
+from fastgpt.train.diagnose import DATA
 from fastgpt.train.log import RunLog, read_metrics
 from fastgpt.train.step import RecordingOutOfMemory
 
@@ -190,6 +192,45 @@ def test_an_evaluation_that_memory_does_not_hold_is_taken_in_smaller_parts(train
     assert one.train() == 0
     assert one.config.batch_size == 2
     assert list(evaluations(tmp_path / "run")) == [0, 4, 8]
+
+
+def test_an_evaluation_sees_the_same_tokens_whatever_the_micro_batch(trainer, tmp_path):
+    """Or the losses before and after a halving, or of a run resumed on another device, could not be compared."""
+    flags = {"total_batch_size": 4 * 16, "max_iters": 4}
+    one = trainer(batch_size=4, **flags)
+    seen = []
+    one.model.register_forward_pre_hook(lambda model, args: seen.append(args) if not model.training else None)
+
+    def evaluate(trainer):
+        seen.clear()
+        losses = trainer.evaluate("val")
+        return losses, [torch.cat(part) for part in zip(*seen, strict=True)]
+
+    losses, tokens = evaluate(one)
+    one.train()
+    trained = evaluate(one)[0]
+    one._shrink(1, SimpleNamespace(say=print))
+    smaller_losses, smaller_tokens = evaluate(one)
+    assert smaller_losses == pytest.approx(trained, rel=1e-3)  # of bf16
+    assert len(smaller_losses) == len(losses) == 2
+
+    resumed = trainer(batch_size=2, init_from="resume", **flags)
+    resumed.model.register_forward_pre_hook(lambda model, args: seen.append(args) if not model.training else None)
+    resumed_losses, resumed_tokens = evaluate(resumed)
+    assert resumed_losses == pytest.approx(trained, rel=1e-3)
+    for others in (smaller_tokens, resumed_tokens):
+        assert all(torch.equal(ours, other) for ours, other in zip(tokens, others, strict=True))
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_drawing_a_batch_while_a_gpu_is_at_work_is_not_told_as_waiting_for_data(trainer, monkeypatch, idle):
+    one = trainer()
+    told = []
+    monkeypatch.setattr(one.diagnosis, "time_spent", lambda kind, seconds: told.append(kind))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: idle))
+    monkeypatch.setattr(one, "device", torch.device("cuda"))
+    one._next_batch()
+    assert told == [DATA] * idle
 
 
 def test_where_a_graph_cannot_be_recorded_for_lack_of_memory_a_run_goes_on_without(trainer, tmp_path, capsys):

@@ -242,13 +242,18 @@ def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
     return table
 
 
+# A stream is part of what tables are kept by: on another one they might be read before they are filled.
+
+
 @lru_cache(maxsize=256)
-def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return _numbers(numbers, device)
 
 
 @lru_cache(maxsize=64)
-def _chunk_tables(sizes: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_tables(
+    sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sizes of the tensors; for each chunk the tensor it belongs to and its first element there."""
     counts = [-(-size // chunk) for size in sizes]
     n_chunks = _numbers(counts, device)
@@ -259,12 +264,14 @@ def _chunk_tables(sizes: tuple[int, ...], chunk: int, device: torch.device) -> t
 
 
 def _kept(make: Any, *args: Any) -> Any:
-    """A table made before, or ``make(*args)``. A CUDA graph makes its own at every replay.
+    """A table made before for the current stream, or ``make(*args, stream)``; the last of ``args`` is the device.
 
-    It would go on reading one that has long been forgotten here, and fills one only when it is replayed.
+    A CUDA graph makes its own at every replay: it would go on reading one that has long been forgotten here, and fills
+    one only when it is replayed.
     """
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return make.__wrapped__(*args) if capturing else make(*args)
+    stream = torch.cuda.current_stream(args[-1]).cuda_stream if args[-1].type == "cuda" else 0
+    return make.__wrapped__(*args, stream) if capturing else make(*args, stream)
 
 
 def _tables(lists: list[list[Tensor]], chunk: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
