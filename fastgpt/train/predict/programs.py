@@ -1,7 +1,7 @@
 """Other people's training steps as lists of calls, to be predicted by the same model as our own.
 
 Products and attention follow from the shape. What differs between programs is what lies between them: how often a
-layer's activations, the logits and the weights pass through memory, counted from each program's source. A kernel that
+layer's activations, the logits and the weights pass through memory: counted by hand, and not fitted. A kernel that
 reads x and writes y, both bf16, moves 2 + 2 bytes a number.
 """
 
