@@ -374,7 +374,7 @@ def describe_all(contenders: dict[str, Contender], request: Request, best: dict[
         if request.device.type == "cuda"
         else None
     )
-    machine = plan.Machine(hardware.device_name(request.device), best["gemm_flops"], best["bandwidth"], peak, n_sm=n_sm)
+    machine = plan.measured(hardware.device_name(request.device), best["gemm_flops"], best["bandwidth"], peak, n_sm)
     predicted = plan.predict(setup, machine, account)
     flops = request.config.flops_per_token * request.tokens
     return {

@@ -77,6 +77,12 @@ class GPU:
         return ARCHITECTURES[self.capability]
 
     @property
+    def family(self) -> str:
+        """Architecture and kind: cards of one family get to like shares of their peaks. ``sm_89 GeForce``."""
+        socket = "SXM" in self.name or self.name in SXM
+        return f"sm_{self.capability} {'GeForce' if self.halved else 'SXM' if socket else 'PCIe'}"
+
+    @property
     def flops_per_cycle(self) -> int:
         """Dense tensor-core FLOP a cycle and SM for bf16 and fp16 with fp32 accumulation."""
         return self.architecture.tensor_flops // (2 if self.halved else 1)

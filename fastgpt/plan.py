@@ -3,6 +3,8 @@
 python -m fastgpt.plan --preset gpt2-124m --gpu rtx-4070      # on a card that need not be here
 python -m fastgpt.plan --preset gpt2-124m --vram 8GB          # on the device at hand, with less memory
 python -m fastgpt.plan --preset gpt2-350m --gpu 4090 --tokens 10B
+python -m fastgpt.plan --points                               # what others have measured, beside the predictions
+python -m fastgpt.plan --points --gpu rtx-4070                # on one card
 
 Takes every flag of ``python -m fastgpt.train``. Times and sizes are predictions; how far they have been off where a
 step was measured is said beside them.
@@ -21,7 +23,7 @@ from fastgpt import hardware, limits
 from fastgpt.cli import Parser, run
 from fastgpt.data.shards import open_dataset
 from fastgpt.errors import RequestError
-from fastgpt.gpus import find_gpu
+from fastgpt.gpus import GPUS, find_gpu
 from fastgpt.limits import Bound
 from fastgpt.model import GPTConfig
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
@@ -30,11 +32,16 @@ from fastgpt.train.account import Setup, count
 from fastgpt.train.config import TrainConfig, add_flags, parse_count, parse_gigabytes, resolve
 from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, before, wanted_tokens_per_step
 from fastgpt.train.log import duration
+from fastgpt.train.predict import fit
+from fastgpt.train.predict.points import CAUSES
+from fastgpt.train.predict.programs import PROGRAMS, Workload, tokens_per_second
 from fastgpt.train.presets import PRESETS
 
 # What a step takes beside its tensors, by type of device.
 RESERVE = {"cuda": "CUDA's own, assumed", "cpu": "libraries in use, gaps in malloc's heap"}
 LOADED = "Python and PyTorch, loaded"
+
+OTHERS = ("nanoGPT, compiled", "nanoGPT")  # programs to compare with
 
 # Of datasets that may not have been prepared yet; any other is taken for GPT-2's.
 VOCABULARIES = {"stdlib": 256, "shakespeare-char": 65}
@@ -56,6 +63,7 @@ class Plan:
         choices: micro-batches that fit.
         findings: what is wrong with it already.
         tokens: a budget to give the hours for, ``None`` if not asked.
+        dtype: of the weights that the model computes with.
     """
 
     config: TrainConfig
@@ -69,6 +77,7 @@ class Plan:
     choices: list[plan.Choice]
     findings: list[Finding]
     tokens: int | None
+    dtype: torch.dtype
 
     @property
     def peak(self) -> int:
@@ -116,7 +125,10 @@ def make(
         config, setup.model, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
         machine.n_sm, wanted_tokens_per_step(config),
     )  # fmt: skip
-    return Plan(config, setup.model, machine, memory, loaded, threads, parts, prediction, found, before(facts), tokens)
+    return Plan(
+        config, setup.model, machine, memory, loaded, threads, parts, prediction, found, before(facts), tokens,
+        setup.dtype,
+    )  # fmt: skip
 
 
 # ---- words ----
@@ -148,6 +160,7 @@ def lines(p: Plan) -> list[str]:
         f"  speed       {p.tokens_per_second:,.0f} tokens/s, {update:.3g} s an update, predicted"
         + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; its peak is unknown, so there is no MFU"),
         f"    by kind of call: {share(p.prediction)}",
+        *(f"    {line}" for line in public_lines(p)),
         f"    {plan.error_words(p.machine.name)}",
     ]
     for name, tokens in p.milestones().items():
@@ -169,6 +182,64 @@ def lines(p: Plan) -> list[str]:
             + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
         )
     return text
+
+
+def public_lines(p: Plan) -> list[str]:
+    """What others have measured says of the speed, and what their programs give on the card."""
+    if not is_held_to_points(p):
+        return []
+    if has_interval(p):
+        text = [f"{span(p.tokens_per_second)} if it is as near as for nine of ten public programs (--points)"]
+    else:
+        text = ["no public step on such a card is known and its shares are assumed: it may be a third slower"]
+    compiled, eager = (others(p)[name] for name in OTHERS)
+    text.append(
+        f"nanoGPT at this micro-batch: {compiled:,.0f} with torch.compile ({span(compiled)}), {eager:,.0f} without"
+    )
+    for c in fit.comparisons():
+        if c.point.get("card") == p.machine.name and c.role in ("fitted", "judged"):
+            text.append(f"{c.point['id']}: {c.measured:,.0f} measured by others, {c.predicted:,.0f} predicted")
+    return text
+
+
+def is_held_to_points(p: Plan) -> bool:
+    """Whether public steps say something of this one: bf16, on a card of the table."""
+    return p.machine.name in GPUS and p.dtype == torch.bfloat16
+
+
+def has_interval(p: Plan) -> bool:
+    """Whether the card's shares were fitted, and so judged."""
+    return is_held_to_points(p) and GPUS[p.machine.name].family in plan.GPU_SHARES
+
+
+def span(rate: float) -> str:
+    """``52,220 to 62,027``."""
+    low, high = fit.interval(rate)
+    return f"{low:,.0f} to {high:,.0f}"
+
+
+def others(p: Plan) -> dict[str, float]:
+    """Tokens a second that other programs would give with the same model and micro-batch, predicted."""
+    workload = Workload.of(p.model, p.config.batch_size, p.config.gradient_accumulation_steps)
+    return {name: tokens_per_second(PROGRAMS[name], workload, p.machine) for name in OTHERS}
+
+
+def point_lines(card: str | None) -> list[str]:
+    """Every public step beside its prediction, on all cards or on one; at most 110 columns."""
+    titles = {"fitted": "shares are fitted to these", "judged": "and judged by these"}
+    titles |= {cause: f"not answered for: {cause}" for cause in CAUSES}
+    text = ["training steps that others have measured, tokens/s of one GPU; their sources: points.json", ""]
+    for role, title in titles.items():
+        of_role = [c for c in fit.comparisons() if c.role == role and card in (None, c.point.get("card"))]
+        if of_role:
+            text.append(f"{title:<70}{'measured':>12}{'predicted':>12}{'error':>8}")
+        for c in of_role:
+            measured, predicted = (f"{rate:,.0f}" if rate is not None else "-" for rate in (c.measured, c.predicted))
+            error = f"{c.error:+.1%}" if c.error is not None else "-"
+            gpu = str(c.point.get("card", c.point["gpu"])).removeprefix("NVIDIA ").removeprefix("GeForce ")
+            text.append(f"  {c.point['id']:<28}{gpu[:38]:<40}{measured:>12}{predicted:>12}{error:>8}")
+    near = f"nine of ten pairs of a program and a card are judged within {fit.factor() - 1:.1%}"
+    return [*text, "", fit.summary("fitted"), fit.summary("judged"), near]
 
 
 def amount(number: float) -> str:
@@ -213,6 +284,8 @@ def to_json(p: Plan) -> dict[str, Any]:
             "mfu": p.prediction.mfu(accumulation),
             "micro_step_seconds_by_kind": p.prediction.micro_step,
             "update_seconds": p.prediction.update,
+            "interval": fit.interval(p.tokens_per_second) if has_interval(p) else None,
+            "others": others(p) if is_held_to_points(p) else {},
         },
         "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in plan.errors()],
         "findings": [asdict(finding) for finding in p.findings],
@@ -257,10 +330,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", help="a card such as rtx-4070, which need not be here")
     parser.add_argument("--vram", help="its memory, if that is not all there is: 8GB")
     parser.add_argument("--tokens", help="a budget to give the hours for: 10B")
+    parser.add_argument("--points", action="store_true", help="what others have measured, beside the predictions")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
-    gpu_name, vram, tokens, as_json = (flags.pop(name) for name in ("gpu", "vram", "tokens", "json"))
+    gpu_name, vram, tokens, points, as_json = (flags.pop(name) for name in ("gpu", "vram", "tokens", "points", "json"))
+    if points:
+        show(point_lines(find_gpu(gpu_name).name if gpu_name else None))
+        return 0
     config = resolve(flags, PRESETS)
     threads, loaded = None, 0
     vocab_size, dataset_tokens = dataset_facts(config)
@@ -288,10 +365,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json:
         print(json.dumps(to_json(planned), indent=1))
         return 0
-    console = Console(highlight=False, soft_wrap=True)
-    for line in lines(planned):
-        console.print(line, markup=False)
+    show(lines(planned))
     return 0
+
+
+def show(text: Sequence[str]) -> None:
+    """Print lines as they are."""
+    console = Console(highlight=False, soft_wrap=True)
+    for line in text:
+        console.print(line, markup=False)
 
 
 if __name__ == "__main__":

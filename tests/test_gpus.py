@@ -309,3 +309,18 @@ def test_an_unknown_card_is_refused_with_the_nearest_names(text, said):
 def test_words_without_a_cards_number_or_untrue_of_it_name_none(text):
     with pytest.raises(RequestError, match="is no GPU of the table"):
         find_gpu(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("rtx 4070", "sm_89 GeForce"),
+        ("l40s", "sm_89 PCIe"),
+        ("a100 sxm 80gb", "sm_80 SXM"),
+        ("h100 80gb hbm3", "sm_90 SXM"),
+        ("h100 nvl", "sm_90 PCIe"),
+        ("b200", "sm_100 SXM"),
+    ],
+)
+def test_a_family_is_an_architecture_and_what_feeds_it(name, family):
+    assert find_gpu(name).family == family

@@ -1,6 +1,7 @@
 """``python -m fastgpt.plan``: what a run will take, said before it runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastgpt import hardware, limits, plan
 from fastgpt.errors import RequestError
 from fastgpt.model import GPTConfig
 from fastgpt.train import plan as model_of_the_step
+from fastgpt.train.predict import fit, points
 
 
 def planned(capsys, *flags):
@@ -76,13 +78,61 @@ def test_a_micro_batch_that_was_asked_for_is_taken_and_may_not_fit(capsys):
 def test_the_error_of_the_model_is_said_beside_the_prediction(capsys, monkeypatch):
     errors = model_of_the_step.errors
     text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
-    assert "where a step was measured" in text
+    assert "where our step was measured" in text
     assert "no GPU has been measured" in text or any(e.device.startswith("NVIDIA") for e in errors())
     monkeypatch.setattr(model_of_the_step, "errors", lambda: [])
     assert "nobody knows how far off" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
     own = model_of_the_step.Error("NVIDIA GeForce RTX 4070", "gpt2-124m", 108.0, 100.0, 1, 1)
     monkeypatch.setattr(model_of_the_step, "errors", lambda: [own])
     assert "on this device the model is off by +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+
+
+def test_what_others_have_measured_is_said_beside_the_prediction(capsys):
+    flags = ["--preset", "gpt2-124m", "--gpu", "rtx-4070"]
+    p, text = planned(capsys, *flags)["predicted"], words(capsys, *flags)
+    low, high = p["interval"]
+    assert low < p["tokens_per_second"] < high
+    assert f"{low:,.0f} to {high:,.0f} if it is as near" in text
+    assert p["others"]["nanoGPT"] < p["others"]["nanoGPT, compiled"] < p["tokens_per_second"]
+    assert f"{p['others']['nanoGPT, compiled']:,.0f} with torch.compile" in text
+    assert "nanochat-d12-4070: 55,710 measured by others" in text
+    assert "nanogpt-384w-4070" not in text  # not answered for
+
+
+def test_the_readme_gives_what_is_predicted_for_the_reference_card(capsys):
+    p = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")["predicted"]
+
+    def thousands(rate):
+        low, high = fit.interval(rate)
+        return f"{rate / 1e3:.1f} ({low / 1e3:.1f} to {high / 1e3:.1f};"
+
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    assert f"fastgpt {thousands(p['tokens_per_second'])} {p['mfu']:.0%}".replace("%", " %") in readme
+    assert f"nanoGPT with torch.compile {thousands(p['others']['nanoGPT, compiled'])}" in readme
+    assert f"nanoGPT as it comes {p['others']['nanoGPT'] / 1e3:.1f}." in readme
+    assert fit.summary("judged") == "34 steps judged, off by 3.6% in the mean and 17.6% at most"
+
+
+def test_a_card_like_which_nobody_has_measured_any_gets_no_interval(capsys):
+    text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090")
+    assert "no public step on such a card is known" in text
+    assert "if it is as near" not in text
+    assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090")["predicted"]["interval"] is None
+    assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "t4")["predicted"]["others"] == {}  # no bf16
+
+
+def test_the_public_points_are_printed_beside_their_predictions(capsys):
+    text = words(capsys, "--points")
+    assert all(len(line) <= 110 for line in text.splitlines())
+    for c in fit.comparisons():
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [c.point["id"]]]
+        assert line.split()[-1] == ("-" if c.error is None else f"{c.error:+.1%}")
+    for cause in points.CAUSES:
+        assert f"not answered for: {cause}" in text
+    assert fit.summary("judged") in text
+    on_a_card = words(capsys, "--points", "--gpu", "rtx-4070")
+    assert "nanogpt-124m-4070" in on_a_card
+    assert "4090" not in on_a_card
 
 
 def test_a_cpu_is_planned_for_by_its_measured_ceilings(capsys, monkeypatch):

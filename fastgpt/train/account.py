@@ -64,6 +64,7 @@ class Call:
         flops: of products; causal attention counts what is not masked.
         bytes: read and written, each tensor once for either.
         product: (M, N, K) of a matrix product.
+        length: tokens of a sequence, T, of attention.
     """
 
     operator: str
@@ -71,6 +72,7 @@ class Call:
     flops: float
     bytes: float
     product: tuple[int, int, int] | None = None
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         qkv, n_products = args[int(backward)], 7 if backward else 2
         B, T, C3 = qkv.shape
         # of each product, 2 T T D FLOPs a head, half lies above the diagonal
-        yield Call(name, "attention", n_products * B * T * T * C3 / 3, _traffic(func, args, kwargs, results))
+        flops = n_products * B * T * T * C3 / 3
+        yield Call(name, "attention", flops, _traffic(func, args, kwargs, results), length=T)
     elif name == "embedding":
         yield Call(name, "other", 0.0, 2.0 * _bytes(results[0]))
     elif name in ("index_put_", "index_add_"):

@@ -1,11 +1,12 @@
 """A model of the step: how long it takes, and what fits, on a device that need not be there.
 
-The calls are those of ``account.py``. A matrix product takes what its tiles need, a wave of them as long as a whole
-one, or what its bytes need, if that is more; attention a share of that rate; all else its bytes. Nothing overlaps.
+A roofline for each call of ``account.py``. A matrix product takes what its tiles need, a wave of them as long as a
+whole one, or what its bytes need, if that is more; attention a share of that rate; all else its bytes, less what a GPU
+still has in its L2 cache. Nothing overlaps.
 
-Shares marked *assumed* come from what is commonly seen of cuBLAS and of attention kernels, not from a measurement of
-ours; a device whose ceilings have been measured is predicted from those. ``errors`` tells how far off the model has
-been wherever a step was measured, and belongs beside every prediction.
+A GPU's shares are fitted to half of what others have measured (``predict/fit.py``, which also tells the error on the
+other half); a device whose ceilings have been measured is predicted from those. ``errors`` tells how far off the model
+has been wherever a step of ours was measured, and belongs beside every prediction.
 """
 
 import json
@@ -20,19 +21,16 @@ import torch
 
 from fastgpt import hardware
 from fastgpt.errors import RequestError
-from fastgpt.gpus import GPU
+from fastgpt.gpus import GPU, GPUS
 from fastgpt.limits import Bound
 from fastgpt.model import GPTConfig
 from fastgpt.train.account import Account, Call, Setup, count
 from fastgpt.train.config import AUTO, TrainConfig
+from fastgpt.train.predict.points import large_product
 
 MEASURED = Path(__file__).parent / "measured.json"  # by bench.mfu; copied from its records
 
-# FLOP/s of a large product, as a share of the dense peak at the table's clock: what others have measured
-# (bench/public_points.json). GeForce cards boost beyond that clock; data-centre cards are held back by their power.
-GEMM_SHARE = {80: 0.84, 86: 1.03, 89: 1.03, 90: 0.8, 120: 1.05}
-OTHER_GEMM_SHARE = 0.75  # with less power: 0.66 on an H100 PCIe, 0.74 on an L40S, 0.75 to 0.81 on an A100 PCIe
-COPY_SHARE = 0.88  # of the memory's bandwidth, measured likewise
+COPY_SHARE = 0.88  # of the memory's bandwidth: the median of what others have measured (predict/points.json)
 LAUNCH_SECONDS = 2e-6  # assumed, of the shortest kernel in a CUDA graph
 HOST_SECONDS = 50e-6  # of a call on a CPU, beside its work; fitted, as below
 
@@ -43,16 +41,28 @@ class Shares:
 
     Attributes:
         product: of a large product's FLOP/s, products whose tiles fill the device.
-        attention: of a large product's FLOP/s, attention.
+        attention: of a large product's FLOP/s, attention; on a GPU over long sequences.
         elementwise: of a copy's bandwidth, norms, GELU and the loss, which also compute.
+        reuse: of the L2 cache, what a kernel still finds there of its operands.
     """
 
-    product: float
-    attention: float
-    elementwise: float
+    product: float = 1.0
+    attention: float = 0.6
+    elementwise: float = 1.0
+    reuse: float = 0.5
 
 
-GPU_SHARES = Shares(1.0, 0.6, 1.0)  # assumed
+# By family of cards (gpus.py), fitted to half of the public steps by python -m fastgpt.train.predict.fit, as the tests
+# do anew. A family without a step has what the fit starts from, which is assumed.
+GPU_SHARES = {
+    "sm_120 GeForce": Shares(1.023, 0.631, reuse=0.408),
+    "sm_120 PCIe": Shares(1.037, 0.608, reuse=0.408),
+    "sm_80 PCIe": Shares(0.850, 0.414, reuse=0.408),
+    "sm_80 SXM": Shares(0.921, 0.332, reuse=0.408),
+    "sm_89 GeForce": Shares(1.053, 0.708, reuse=0.408),
+    "sm_89 PCIe": Shares(0.816, 0.506, reuse=0.408),
+    "sm_90 SXM": Shares(0.859, 0.438, reuse=0.408),
+}
 # Fitted to bench/results/amd-epyc-family-26-model-2-stepping-1-avx512-bf16/mfu-*.json, two cores: there the errors
 # below are no test of them.
 CPU_SHARES = Shares(0.87, 0.42, 0.27)
@@ -60,6 +70,11 @@ CPU_SHARES = Shares(0.87, 0.42, 0.27)
 # Rows and columns of a product that one block computes, and the share of the best rate that it gets to. Assumed.
 TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
 SPLITS = (1, 2, 4, 8)  # of the inner dimension
+
+# Attention on a GPU over T tokens runs at T / (T + 512) of its rate over many: tiles are masked by half, softmax begins
+# and ends. FlashAttention-2 on A100 and H100, with heads of 64 and 128 and 512 to 16,384 tokens, has 450 to 550 there
+# (predict/points.json).
+HALF_RATE_LENGTH = 512
 
 MOST_SEQUENCES = 128  # of a micro-batch: beyond it nothing is won
 
@@ -90,6 +105,8 @@ class Machine:
         peak: dense peak, FLOP/s, for MFU; ``None`` where it is not known.
         memory: bytes; ``None`` for no limit.
         n_sm: streaming multiprocessors; ``None`` for a CPU.
+        l2: bytes of a GPU's L2 cache.
+        shares: of these that a GPU's step gets to.
     """
 
     name: str
@@ -98,6 +115,8 @@ class Machine:
     peak: float | None = None
     memory: int | None = None
     n_sm: int | None = None
+    l2: int = 0
+    shares: Shares = Shares()
 
 
 @dataclass(frozen=True)
@@ -145,16 +164,22 @@ def machine(gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> Machine:
     peak = gpu.tflops(dtype)
     if peak is None:
         raise ValueError(f"gpu: the {gpu.name} has no {dtype}")
-    fed = gpu.halved or (gpu.capability in (80, 90) and "PCI" not in gpu.name.upper())  # a GeForce, or a socket's card
-    share = GEMM_SHARE.get(gpu.capability, OTHER_GEMM_SHARE) if fed else OTHER_GEMM_SHARE
-    assumed = Machine(
-        gpu.name, share * peak * 1e12, COPY_SHARE * gpu.bandwidth_gb_s * 1e9, peak * 1e12,
-        int(gpu.memory_gb * 2**30), gpu.n_sm,
-    )  # fmt: skip
+    memory = int(gpu.memory_gb * 2**30)
     for row in measurements():
         if row["device"] == gpu.name and row["dtype"] == str(dtype).removeprefix("torch."):
-            return replace(assumed, gemm=row["gemm_flops"], bandwidth=row["bandwidth"])
-    return assumed
+            found = measured(gpu.name, row["gemm_flops"], row["bandwidth"], peak * 1e12, gpu.n_sm)
+            return replace(found, memory=memory)
+    gemm, bandwidth = large_product(gpu) * peak * 1e12, COPY_SHARE * gpu.bandwidth_gb_s * 1e9
+    return replace(measured(gpu.name, gemm, bandwidth, peak * 1e12, gpu.n_sm), memory=memory)
+
+
+def measured(name: str, gemm: float, bandwidth: float, peak: float | None = None, n_sm: int | None = None) -> Machine:
+    """A device by its ceilings; where it is a card of the table, with its cache and its family's shares."""
+    found = Machine(name, gemm, bandwidth, peak, n_sm=n_sm)
+    gpu = GPUS.get(name)
+    if gpu is None:
+        return found
+    return replace(found, l2=int(gpu.l2_mb * 2**20), shares=GPU_SHARES.get(gpu.family, Shares()))
 
 
 def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -164,7 +189,7 @@ def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
         return machine(gpu, dtype)
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
     gemm, bandwidth = hardware.gemm_ceiling(device, dtype), hardware.measure_bandwidth(device)
-    return Machine(hardware.device_name(device), gemm, bandwidth, n_sm=n_sm)
+    return measured(hardware.device_name(device), gemm, bandwidth, n_sm=n_sm)
 
 
 def predict(setup: Setup, machine: Machine, account: Account | None = None) -> Prediction:
@@ -182,13 +207,16 @@ def predict(setup: Setup, machine: Machine, account: Account | None = None) -> P
 
 def seconds(call: Call, machine: Machine) -> float:
     """What one call takes."""
-    shares = CPU_SHARES if machine.n_sm is None else GPU_SHARES
+    shares = CPU_SHARES if machine.n_sm is None else machine.shares
     bandwidth = machine.bandwidth * (shares.elementwise if call.kind in ("norm", "GELU", "loss") else 1.0)
     if call.product is not None:
         computing = _product_seconds(call, machine) / shares.product
     else:
         computing = call.flops / (shares.attention * machine.gemm)
-    work = max(computing, call.bytes / bandwidth)
+        if machine.n_sm is not None and call.length:
+            computing *= 1.0 + HALF_RATE_LENGTH / call.length
+    cached = min(shares.reuse * machine.l2, call.bytes / 2)  # half of the operands at most: what was written last
+    work = max(computing, (call.bytes - cached) / bandwidth)
     return work + HOST_SECONDS if machine.n_sm is None else max(work, LAUNCH_SECONDS)
 
 
@@ -378,9 +406,9 @@ def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
             row["state_bits"], row["recompute"],
         )  # fmt: skip
         account = count(setup)
-        at_hand = Machine(row["device"], row["gemm_flops"], row["bandwidth"], n_sm=row["n_sm"])
+        device = measured(row["device"], row["gemm_flops"], row["bandwidth"], n_sm=row["n_sm"])
         words = f"{row['name']}, {setup.batch_size} x {setup.model.block_size}, {row['dtype']}"
-        predicted = predict(setup, at_hand, account).seconds(row["accumulation"])
+        predicted = predict(setup, device, account).seconds(row["accumulation"])
         found.append(Error(row["device"], words, 1e3 * predicted, row["ms"], account.peak, row["peak_bytes"]))
     return found
 
@@ -389,7 +417,7 @@ def error_words(device: str) -> str:
     """How far off the model has been."""
     known = errors()
     if not known:
-        return "no step has been measured yet, so nobody knows how far off this is"
+        return "no step of ours has been measured yet, so nobody knows how far off this is"
     here = [error for error in known if error.device == device]
     if here:
         worst = max(here, key=lambda error: abs(error.time))
@@ -397,4 +425,4 @@ def error_words(device: str) -> str:
     low, high = min(error.time for error in known), max(error.time for error in known)
     devices = sorted({error.device for error in known})
     gpus = "" if any(name.startswith("NVIDIA") for name in devices) else "; no GPU has been measured"
-    return f"where a step was measured ({', '.join(devices)}) the model is off by {low:+.0%} to {high:+.0%}{gpus}"
+    return f"where our step was measured ({', '.join(devices)}) the model is off by {low:+.0%} to {high:+.0%}{gpus}"

@@ -55,6 +55,30 @@ def test_what_has_to_be_moved_takes_its_bytes():
     assert plan.seconds(product(256, 128, 8, n_bytes=5e9), CARD) == pytest.approx(5e-3)
 
 
+def test_half_of_what_a_kernel_moves_may_lie_in_the_cache():
+    cached = replace(CARD, l2=2 * 10**9, shares=replace(CARD.shares, reuse=0.5))
+    assert plan.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)  # but for half of the cache
+    assert plan.seconds(Call("gelu", "GELU", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
+
+
+def test_attention_over_few_tokens_runs_at_less_of_its_rate():
+    def rate(length):
+        return 1e9 / plan.seconds(Call("attention", "attention", 1e9, 0.0, length=length), CARD)
+
+    assert rate(plan.HALF_RATE_LENGTH) == pytest.approx(rate(10**9) / 2, rel=1e-3)
+    assert rate(10**9) == pytest.approx(CARD.shares.attention * CARD.gemm, rel=1e-3)
+
+
+def test_a_card_of_the_table_has_its_familys_shares_and_its_cache_and_an_unknown_one_has_none():
+    for gpu in (find_gpu("rtx-4070"), find_gpu("l40s")):
+        assert plan.machine(gpu).shares == plan.GPU_SHARES[gpu.family]
+        assert plan.measured(gpu.name, 1e12, 1e12, n_sm=gpu.n_sm).shares == plan.GPU_SHARES[gpu.family]
+        assert plan.machine(gpu).l2 == gpu.l2_mb * 2**20
+    assert plan.measured("a card of the future", 1e12, 1e12, n_sm=10) == plan.Machine(
+        "a card of the future", 1e12, 1e12, n_sm=10
+    )
+
+
 def test_nothing_on_a_gpu_takes_less_than_a_launch_and_on_a_cpu_than_a_call():
     tiny = Call("add", "other", 0.0, 8.0)
     assert plan.seconds(tiny, CARD) == plan.LAUNCH_SECONDS
