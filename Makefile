@@ -48,14 +48,17 @@ wheel: $(VENV)/.installed  ## build the source distribution, and the wheel from 
 	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_REQUIRE_BUILD=1 \
 		$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
-lint: $(VENV)/.installed  ## check style and types
+lint: $(VENV)/.installed  ## check style, types and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
+	$(BIN)/typos
 
 format: $(VENV)/.installed  ## rewrite files in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i csrc/*
 
 clean:  ## remove everything that was built, not the data nor the runs
 	rm -rf $(VENV) build dist *.egg-info fastgpt/kernels/*.so

@@ -128,8 +128,7 @@ FASTGPT_AMX FASTGPT_INLINE void read_depths(
   const auto words = [&](int64_t k) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k < depth ? there : 0, from + k * stride));
   };
-  for (int64_t j = 0; j < 16; ++j)
-    block[0][j] = _mm512_or_si512(words(2 * j), _mm512_slli_epi32(words(2 * j + 1), 16));
+  for (int64_t j = 0; j < 16; ++j) block[0][j] = _mm512_or_si512(words(2 * j), _mm512_slli_epi32(words(2 * j + 1), 16));
 }
 FASTGPT_AMX FASTGPT_INLINE void read_depths(
     const float* from, int64_t stride, int64_t lanes, int64_t depth, Block<float>& block, bool& large) {
@@ -142,8 +141,8 @@ FASTGPT_AMX FASTGPT_INLINE void read_depths(
   }
 }
 
-// Packs `lanes` by `depth` of `from`, whose rows are the lanes, in the order in which they lie in memory. A's tiles have
-// a row a lane, B's a row a pair of depths. Returns whether a large number was split.
+// Packs `lanes` by `depth` of `from`, whose rows are the lanes, in the order in which they lie in memory. A's tiles
+// have a row a lane, B's a row a pair of depths. Returns whether a large number was split.
 template <bool kRowsAreLanes, class T>
 FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char* out) {
   const bool lanes_lie_together = from.row == 1 && from.column != 1;
@@ -158,7 +157,8 @@ FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char*
       for (auto& part : block)
         for (auto& word : part) word = _mm512_setzero_si512();
     } else if (from.column == 1) {
-      for (int64_t i = 0; i < n; ++i) __builtin_prefetch(source.base + (i + kTileLanes) * from.row);  // of the next block
+      for (int64_t i = 0; i < n; ++i)
+        __builtin_prefetch(source.base + (i + kTileLanes) * from.row);  // of the next block
       read_lanes(source.base, from.row, n, deep, block, large);
       flip = !kRowsAreLanes;
     } else if (from.row == 1) {

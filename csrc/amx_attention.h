@@ -34,9 +34,7 @@ class Buffer {
 inline Buffer buffer_of_sums(int64_t n) { return Buffer(n * static_cast<int64_t>(sizeof(float))); }
 
 // The rows from `first` on as a matrix, and where row i of a panel's 32 x 32 sums lies: 16 of them, and 16 more behind.
-inline Matrix<BFloat16> matrix(Rows<const BFloat16> rows, int64_t first) {
-  return {rows[first], rows.stride, 1};
-}
+inline Matrix<BFloat16> matrix(Rows<const BFloat16> rows, int64_t first) { return {rows[first], rows.stride, 1}; }
 constexpr int64_t row_of_sums(int64_t i) { return i / kTileLanes * 2 * kSumsOfTile + i % kTileLanes * 16; }
 constexpr int64_t row_of_tiles(int64_t i) { return i / kTileLanes * kTileBytes + i % kTileLanes * 64; }
 
@@ -76,8 +74,7 @@ FASTGPT_AMX inline void forward_panel(
         return keep_first(value, std::max<int64_t>(0, visible - j * kLanesOfPanel - half * kTileLanes), beyond);
       };
       Vec top = broadcast(row_max[i]);
-      for (int64_t j = 0; j < n_panels; ++j)
-        top = max(max(top, score(j, 0, row_max[i])), score(j, 1, row_max[i]));
+      for (int64_t j = 0; j < n_panels; ++j) top = max(max(top, score(j, 0, row_max[i])), score(j, 1, row_max[i]));
       const float new_max = max(top);
       if (p.dropout) p.dropout.factors(head, first + i, key, n_panels * kLanesOfPanel, keep);
       Vec total{};
@@ -116,8 +113,7 @@ FASTGPT_AMX inline void forward_panel(
   }
 }
 
-FASTGPT_AMX inline void forward(
-    const Problem& p, const Inputs<const BFloat16>& x, Heads<BFloat16> out, float* lse) {
+FASTGPT_AMX inline void forward(const Problem& p, const Inputs<const BFloat16>& x, Heads<BFloat16> out, float* lse) {
   const int64_t panels_of_head = panels(p.n_query);
   torch::stable::parallel_for(0, p.n_heads * panels_of_head, 1, [&](int64_t begin, int64_t end) FASTGPT_AMX {
     const Tiles tiles;
@@ -130,8 +126,7 @@ FASTGPT_AMX inline void forward(
         pack<false>(matrix(x.v[head], 0).transposed(), p.head_dim, p.n_key, values.packed());
         packed_head = head;
       }
-      forward_panel(
-          p, head, x.q[head], first, keys.packed(), values.packed(), out[head], lse + head * p.n_query);
+      forward_panel(p, head, x.q[head], first, keys.packed(), values.packed(), out[head], lse + head * p.n_query);
     }
   });
 }
@@ -297,7 +292,8 @@ FASTGPT_AMX inline void backward_head(
   for (int64_t i = 0; i < query_panels * kLanesOfPanel; ++i) {
     Vec total{};
     if (i < p.n_query)
-      for_each_vector(D, [&](int64_t d, int64_t lanes) { total += load(dout[i] + d, lanes) * load(out[i] + d, lanes); });
+      for_each_vector(
+          D, [&](int64_t d, int64_t lanes) { total += load(dout[i] + d, lanes) * load(out[i] + d, lanes); });
     own.delta.sums()[i] = sum(total);
     own.lse.sums()[i] = i < p.n_query ? lse[i] : INFINITY;
   }
@@ -306,8 +302,7 @@ FASTGPT_AMX inline void backward_head(
 
   for (int64_t query = 0; query < p.n_query; query += kTileLanes)
     for (int64_t d = 0; d < D; d += kTileLanes) {
-      const float* tile = own.dqueries.sums() +
-                          (query / kLanesOfPanel * steps + d / kLanesOfPanel) * kSumsOfPanels +
+      const float* tile = own.dqueries.sums() + (query / kLanesOfPanel * steps + d / kLanesOfPanel) * kSumsOfPanels +
                           (d / kTileLanes % 2 * 2 + query / kTileLanes % 2) * kSumsOfTile;
       __m512i rows[kTileLanes];
       for (int64_t i = 0; i < kTileLanes; ++i) rows[i] = _mm512_load_si512(tile + i * kTileLanes);

@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor> attention(
   Tensor out = empty_heads(q, T), lse = empty({B, H, T}, ScalarType::Float);
   dispatch(q.scalar_type(), [&](auto element) {
     using E = decltype(element);
-    forward<E>(p, {heads_of<const E>(q), heads_of<const E>(k), heads_of<const E>(v)}, heads_of<E>(out), data<float>(lse));
+    forward<E>(
+        p, {heads_of<const E>(q), heads_of<const E>(k), heads_of<const E>(v)}, heads_of<E>(out), data<float>(lse));
   });
   return {out, lse};
 }

@@ -43,8 +43,9 @@ struct Inputs {
 };
 template <class U>
 Inputs<U> inputs_of_packed(const Tensor& qkv, int64_t n_head) {
-  return {heads_of_packed<U>(qkv, n_head, 3, 0), heads_of_packed<U>(qkv, n_head, 3, 1),
-          heads_of_packed<U>(qkv, n_head, 3, 2)};
+  return {
+      heads_of_packed<U>(qkv, n_head, 3, 0), heads_of_packed<U>(qkv, n_head, 3, 1),
+      heads_of_packed<U>(qkv, n_head, 3, 2)};
 }
 
 struct Dropout {

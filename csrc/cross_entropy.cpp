@@ -11,16 +11,16 @@ namespace {
 template <class T>
 float row_max(const T* logits, int64_t V) {
   Vec running = broadcast(-INFINITY);
-  for_each_vector(V, [&](int64_t i, int64_t n) {
-    running = max(running, keep_first(load(logits + i, n), n, -INFINITY));
-  });
+  for_each_vector(
+      V, [&](int64_t i, int64_t n) { running = max(running, keep_first(load(logits + i, n), n, -INFINITY)); });
   return max(running);
 }
 
 template <class T>
 float sum_of_exp(const T* logits, float shift, int64_t V) {
   Vec total{};
-  for_each_vector(V, [&](int64_t i, int64_t n) { total += keep_first(exp_nonpositive(load(logits + i, n) - shift), n); });
+  for_each_vector(
+      V, [&](int64_t i, int64_t n) { total += keep_first(exp_nonpositive(load(logits + i, n) - shift), n); });
   return sum(total);
 }
 
@@ -34,7 +34,8 @@ float loss_of(float top, float log_sum, T at_target) {
 template <class T>
 void gradient_row(const T* logits, int64_t target, float lse, float scale, int64_t V, T* grad) {
   const float at_target = std::exp(static_cast<float>(logits[target]) - lse) - 1.0f;
-  for_each_vector(V, [&](int64_t i, int64_t n) { store(grad + i, exp_nonpositive(load(logits + i, n) - lse) * scale, n); });
+  for_each_vector(
+      V, [&](int64_t i, int64_t n) { store(grad + i, exp_nonpositive(load(logits + i, n) - lse) * scale, n); });
   grad[target] = static_cast<T>(at_target * scale);
 }
 
@@ -88,8 +89,7 @@ Tensor cross_entropy_backward(
         if (target == ignore_index)
           std::memset(static_cast<void*>(grad), 0, V * sizeof(T));
         else
-          gradient_row(
-              data<T>(logits) + row * V, target, data<float>(lse)[row], data<float>(dlosses)[row], V, grad);
+          gradient_row(data<T>(logits) + row * V, target, data<float>(lse)[row], data<float>(dlosses)[row], V, grad);
       }
     });
   });

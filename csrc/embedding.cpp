@@ -11,7 +11,8 @@ constexpr int64_t kColumns = 64;  // a thread's columns are a multiple: whole ca
 
 void embedding_backward_(Tensor main_grad, const Tensor& dy_in, const Tensor& index_in) {
   const Tensor dy = dense(dy_in), index = dense(index_in);
-  STD_TORCH_CHECK(main_grad.dim() == 2 && dy.dim() == 2 && index.dim() == 1, "embedding_backward_: takes (V, C), (N, C), (N)");
+  STD_TORCH_CHECK(
+      main_grad.dim() == 2 && dy.dim() == 2 && index.dim() == 1, "embedding_backward_: takes (V, C), (N, C), (N)");
   const int64_t V = main_grad.size(0), C = main_grad.size(1), N = dy.size(0);
   STD_TORCH_CHECK(dy.size(1) == C && index.size(0) == N, "embedding_backward_: shapes do not fit");
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_cpu(), "index: expected int64 on the CPU");

@@ -104,8 +104,8 @@ Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh)
     if (!bias_in) return (tanh ? forward<T, Tanh> : forward<T, Exact>)(data<T>(x), data<T>(y), x.numel());
     const Tensor bias = dense(*bias_in);
     const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
-    (tanh ? forward_with_bias<T, Tanh> : forward_with_bias<T, Exact>)(
-        data<T>(x), data<T>(bias), data<T>(y), rows, columns);
+    (tanh ? forward_with_bias<T, Tanh> : forward_with_bias<T, Exact>)(data<T>(x), data<T>(bias), data<T>(y), rows,
+                                                                      columns);
   });
   return y;
 }
@@ -125,8 +125,9 @@ Tensor backward(
       return (tanh ? backward<T, Tanh> : backward<T, Exact>)(data<T>(dy), data<T>(x), data<T>(dx), value, x.numel());
     const Tensor bias = dense(*bias_in);
     const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
-    (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(
-        data<T>(dy), data<T>(x), data<T>(bias), data<T>(dx), data<T>(dbias), main_grad, value, rows, columns);
+    (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(data<T>(dy), data<T>(x), data<T>(bias),
+                                                                        data<T>(dx), data<T>(dbias), main_grad, value,
+                                                                        rows, columns);
   });
   return dbias;
 }

@@ -3,8 +3,7 @@
 
 // Needs a compiler that knows it (GCC 11, Clang 12), and Linux to ask for its registers. Every CPU with AMX has
 // AVX512_BF16, whose library alone holds the code.
-#if defined(__AVX512BF16__) && defined(__linux__) && \
-    (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
+#if defined(__AVX512BF16__) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
 #include <cpuid.h>
 #include <cstdlib>
 #include <cstring>

@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
         T* s = data<T>(total) + row * C;
         for_each_vector(C, [&](int64_t i, int64_t n) { store(s + i, load(a + i, n) + load(b + i, n), n); });
         normalise_row(
-            s, weight.data(), bias_in ? bias.data() : nullptr, eps, C, data<T>(y) + row * C,
-            data<float>(mean) + row, data<float>(rstd) + row);
+            s, weight.data(), bias_in ? bias.data() : nullptr, eps, C, data<T>(y) + row * C, data<float>(mean) + row,
+            data<float>(rstd) + row);
       }
     });
   });

@@ -61,7 +61,8 @@ void matmul_(
   STD_TORCH_CHECK(a.size(0) == M && b.size(0) == K && b.size(1) == N, "matmul_: shapes do not fit");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), "bias: expected ", N, " elements");
   for (const Tensor& t : {a, b, bias ? *bias : a})
-    STD_TORCH_CHECK(t.scalar_type() == a.scalar_type() && t.is_cpu(), "matmul_: takes operands of one dtype on the CPU");
+    STD_TORCH_CHECK(
+        t.scalar_type() == a.scalar_type() && t.is_cpu(), "matmul_: takes operands of one dtype on the CPU");
   const bool same = out.scalar_type() == a.scalar_type();
   STD_TORCH_CHECK(
       out.is_cpu() && (same || out.scalar_type() == ScalarType::Float), "out: expected the operands' dtype or float32");
@@ -77,8 +78,9 @@ void matmul_(
     const Matrix<T> left{data<T>(a), a.stride(0), a.stride(1)}, right{data<T>(b), b.stride(0), b.stride(1)};
     const auto into = [&](auto* c, float* sums) {
       using Out = std::remove_pointer_t<decltype(c)>;
-      multiply<T, Out>({M, N, K, left, right, bias ? bias_values.data() : nullptr, accumulate, c, out.stride(0), sums,
-                        row_sums ? sums_of_rows.data() : nullptr});
+      multiply<T, Out>(
+          {M, N, K, left, right, bias ? bias_values.data() : nullptr, accumulate, c, out.stride(0), sums,
+           row_sums ? sums_of_rows.data() : nullptr});
     };
     if (out.scalar_type() == ScalarType::Float) {
       into(data<float>(out), nullptr);

@@ -31,17 +31,18 @@ struct Product {
 
   // The rows from i and the columns from j on, at most so many of them. The cells of column 0 sum the rows of A.
   Product cell(int64_t i, int64_t j, int64_t rows, int64_t columns) const {
-    return {std::min(rows, M - i),
-            std::min(columns, N - j),
-            K,
-            a.at(i, 0),
-            b.at(0, j),
-            bias ? bias + j : nullptr,
-            accumulate,
-            c + i * ldc + j,
-            ldc,
-            sums ? sums + i * ldc + j : nullptr,
-            row_sums && j == 0 ? row_sums + i : nullptr};
+    return {
+        std::min(rows, M - i),
+        std::min(columns, N - j),
+        K,
+        a.at(i, 0),
+        b.at(0, j),
+        bias ? bias + j : nullptr,
+        accumulate,
+        c + i * ldc + j,
+        ldc,
+        sums ? sums + i * ldc + j : nullptr,
+        row_sums && j == 0 ? row_sums + i : nullptr};
   }
 };
 

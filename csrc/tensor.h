@@ -16,13 +16,11 @@ namespace fastgpt {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Tensor empty_strided(
-    const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle;
   const auto error = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle);
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
   // PyTorch's words for it, which the stable ABI does not hand on
   STD_TORCH_CHECK(error == 0, "can't allocate memory for a tensor");
   return Tensor(handle);

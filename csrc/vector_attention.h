@@ -17,7 +17,8 @@ template <class T>
 void pack(Rows<T> rows, int64_t first, int64_t n, const Problem& p, float factor, float* out) {
   for (int64_t i = 0; i < n; ++i) {
     float* row = out + i * p.padded_dim;
-    for_each_vector(p.head_dim, [&](int64_t d, int64_t lanes) { store(row + d, load(rows[first + i] + d, lanes) * factor); });
+    for_each_vector(
+        p.head_dim, [&](int64_t d, int64_t lanes) { store(row + d, load(rows[first + i] + d, lanes) * factor); });
   }
 }
 
@@ -63,13 +64,15 @@ void forward_block(
   const int64_t keys_in_use = p.visible(first + n - 1);
   for (int64_t key = 0; key < keys_in_use; key += kKeyBlock) {
     const int64_t columns = round_up(std::min(kKeyBlock, keys_in_use - key), kLanes);
-    gemm({n, columns, p.head_dim, queries.get(), p.padded_dim, 1, keys_transposed + key * p.padded_dim, kKeyBlock,
-          weights, kKeyBlock, false});
+    gemm(
+        {n, columns, p.head_dim, queries.get(), p.padded_dim, 1, keys_transposed + key * p.padded_dim, kKeyBlock,
+         weights, kKeyBlock, false});
     for (int64_t i = 0; i < n; ++i) {
       float* row = weights + i * kKeyBlock;
       const int64_t visible = std::max<int64_t>(0, std::min(columns, p.visible(first + i) - key));
       Vec top = broadcast(row_max[i]);
-      for_each_vector(visible, [&](int64_t j, int64_t lanes) { top = max(top, keep_first(load(row + j), lanes, row_max[i])); });
+      for_each_vector(
+          visible, [&](int64_t j, int64_t lanes) { top = max(top, keep_first(load(row + j), lanes, row_max[i])); });
       const float new_max = max(top);
       Vec total{};
       for_each_vector(visible, [&](int64_t j, int64_t lanes) {
@@ -91,8 +94,9 @@ void forward_block(
         for_each_vector(columns, [&](int64_t j, int64_t) { store(row + j, load(row + j) * load(keep + j)); });
       }
     }
-    gemm({n, p.padded_dim, std::min(columns, keys_in_use - key), weights, kKeyBlock, 1, values + key * p.padded_dim,
-          p.padded_dim, result.get(), p.padded_dim, true});
+    gemm(
+        {n, p.padded_dim, std::min(columns, keys_in_use - key), weights, kKeyBlock, 1, values + key * p.padded_dim,
+         p.padded_dim, result.get(), p.padded_dim, true});
   }
   for (int64_t i = 0; i < n; ++i) {
     const float total = sum(row_sum[i]);
@@ -140,7 +144,8 @@ void backward_head(
   const Scratch queries = scratch(p.n_query * D), douts = scratch(p.n_query * D), dqueries = scratch(p.n_query * D);
   const Scratch delta = scratch(p.n_query);
   const Scratch keys = scratch(kKeyBlock * D), keys_transposed = scratch(kKeyBlock * D);
-  const Scratch values_transposed = scratch(kKeyBlock * D), dkeys = scratch(kKeyBlock * D), dvalues = scratch(kKeyBlock * D);
+  const Scratch values_transposed = scratch(kKeyBlock * D), dkeys = scratch(kKeyBlock * D),
+                dvalues = scratch(kKeyBlock * D);
   float weights[kQueryBlock * kKeyBlock], dweights[kQueryBlock * kKeyBlock], keep[kKeyBlock];
 
   pack(q, 0, p.n_query, p, p.scale, queries.get());
@@ -148,7 +153,9 @@ void backward_head(
   std::fill_n(dqueries.get(), p.n_query * D, 0.0f);
   for (int64_t i = 0; i < p.n_query; ++i) {
     Vec total{};
-    for_each_vector(p.head_dim, [&](int64_t d, int64_t lanes) { total += load(douts.get() + i * D + d) * load(out[i] + d, lanes); });
+    for_each_vector(p.head_dim, [&](int64_t d, int64_t lanes) {
+      total += load(douts.get() + i * D + d) * load(out[i] + d, lanes);
+    });
     delta[i] = sum(total);
   }
 
@@ -163,10 +170,12 @@ void backward_head(
     for (int64_t first = p.causal ? key : 0; first < p.n_query; first += kQueryBlock) {
       const int64_t n = std::min(kQueryBlock, p.n_query - first);
       const int64_t in_use = std::min(n_keys, p.visible(first + n - 1) - key), columns = round_up(in_use, kLanes);
-      gemm({n, columns, p.head_dim, queries.get() + first * D, D, 1, keys_transposed.get(), kKeyBlock, weights,
-            kKeyBlock, false});
-      gemm({n, columns, p.head_dim, douts.get() + first * D, D, 1, values_transposed.get(), kKeyBlock, dweights,
-            kKeyBlock, false});
+      gemm(
+          {n, columns, p.head_dim, queries.get() + first * D, D, 1, keys_transposed.get(), kKeyBlock, weights,
+           kKeyBlock, false});
+      gemm(
+          {n, columns, p.head_dim, douts.get() + first * D, D, 1, values_transposed.get(), kKeyBlock, dweights,
+           kKeyBlock, false});
       for (int64_t i = 0; i < n; ++i) {
         float *weight = weights + i * kKeyBlock, *dweight = dweights + i * kKeyBlock;
         const int64_t visible = std::max<int64_t>(0, std::min(in_use, p.visible(first + i) - key));

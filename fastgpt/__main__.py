@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fastgpt import __version__
 from fastgpt.cli import did_you_mean, run
 from fastgpt.errors import RequestError
 
@@ -21,10 +22,13 @@ VERBS = {
 def main() -> NoReturn:
     """Hand over to the verb."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: fastgpt VERB [--help] …\n\nverbs:")
+        print("usage: fastgpt VERB [--help] …, or fastgpt --version\n\nverbs:")
         for verb, (_, purpose) in VERBS.items():
             print(f"  {verb:8} {purpose}")
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] == "--version":
+        print(f"fastgpt {__version__}")
+        sys.exit()
     run(_dispatch, sys.argv[1:])
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from fastgpt import __version__
 from fastgpt.errors import RequestError
 
 
@@ -23,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=f"fastgpt {__version__}", help="print it and exit")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         args = sys.argv[1:] if args is None else args

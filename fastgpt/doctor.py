@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import hardware, limits
+from fastgpt import __version__, hardware, limits
 from fastgpt.cli import Parser, did_you_mean, run
 from fastgpt.errors import RequestError
 from fastgpt.kernels import backends, ops
@@ -69,6 +69,7 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     threads, (free, total) = hardware.use_threads(), hardware.memory(CPU)
     seen_by_driver = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
     software = {
+        "fastgpt": __version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "Triton": _triton(gpu),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fastgpt import __version__
 from fastgpt.cli import Parser, did_you_mean, parse_bool, run
 from fastgpt.errors import RequestError
 
@@ -135,3 +136,9 @@ def test_a_process_ends_with_the_status_of_its_request():
         assert process.stdout == ""
         assert process.stderr.startswith(said)
         assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["fastgpt", "fastgpt.train", "fastgpt.plan", "fastgpt.doctor"])
+def test_every_command_tells_the_version(program):
+    done = subprocess.run([sys.executable, "-m", program, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fastgpt {__version__}\n")

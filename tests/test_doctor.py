@@ -74,7 +74,7 @@ def test_as_json_it_is_one_object_of_all_findings(capsys):
     assert doctor.main(["--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
     assert findings.keys() == {"software", "devices", "limits", "run", "ceilings", "kernels", "advice", "problems"}
-    assert findings["software"].keys() == {"Python", "torch", "Triton", "C++ compiler", "C++ kernels"}
+    assert findings["software"].keys() == {"fastgpt", "Python", "torch", "Triton", "C++ compiler", "C++ kernels"}
     assert {"CPU", "threads", "RAM", "GPU"} <= findings["devices"].keys()
     assert findings["limits"].keys() == {"free", "total", "threads"}
     assert all(bound["amount"] > 0 and bound["source"] for bound in findings["limits"].values())

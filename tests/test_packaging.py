@@ -20,7 +20,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from fastgpt import hardware
+from fastgpt import __version__, hardware
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "c++")
@@ -96,6 +96,12 @@ def installed(wheel, tmp_path_factory):
 
 
 # ---- what they hold ----
+
+
+def test_the_wheel_tells_its_version_and_that_it_has_types(installed):
+    (about,) = installed.glob("*.dist-info")
+    assert about.name == f"fastgpt-{__version__}.dist-info"
+    assert (installed / "fastgpt" / "py.typed").exists()
 
 
 def test_the_source_distribution_holds_every_file_of_the_repository(sdist):
