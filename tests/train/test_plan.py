@@ -69,7 +69,7 @@ def test_attention_over_few_tokens_runs_at_less_of_its_rate():
     assert rate(10**9) == pytest.approx(CARD.shares.attention * CARD.gemm, rel=1e-3)
 
 
-def test_a_card_of_the_table_has_its_familys_shares_and_its_cache_and_an_unknown_one_has_none():
+def test_a_card_of_the_table_has_the_shares_of_its_family_and_its_cache_and_an_unknown_one_has_none():
     for gpu in (find_gpu("rtx-4070"), find_gpu("l40s")):
         assert plan.machine(gpu).shares == plan.GPU_SHARES[gpu.family]
         assert plan.measured(gpu.name, 1e12, 1e12, n_sm=gpu.n_sm).shares == plan.GPU_SHARES[gpu.family]
