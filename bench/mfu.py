@@ -44,9 +44,10 @@ from fastgpt.model.branches import RECOMPUTE
 from fastgpt.model.config import GPTConfig
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
-from fastgpt.train.config import AUTO, TrainConfig, parse_gigabytes
+from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import Batch, leave_default_stream
+from fastgpt.units import parse_gigabytes
 
 # Those that could spoil the GPU for the others come after those that have least in them.
 CONTENDERS: dict[str, Callable[..., Update]] = {

@@ -29,13 +29,13 @@ from fastgpt.model import GPTConfig
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
-from fastgpt.train.config import TrainConfig, add_flags, parse_count, parse_gigabytes, resolve
-from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, before, wanted_tokens_per_step
-from fastgpt.train.log import duration
+from fastgpt.train.config import TrainConfig, add_flags, resolve
+from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, preflight, wanted_tokens_per_step
 from fastgpt.train.predict import fit
 from fastgpt.train.predict.points import CAUSES
 from fastgpt.train.predict.programs import PROGRAMS, Workload, tokens_per_second
 from fastgpt.train.presets import PRESETS
+from fastgpt.units import duration, parse_count, parse_gigabytes
 
 # What a step takes beside its tensors, by type of device.
 RESERVE = {"cuda": "CUDA's own, assumed", "cpu": "libraries in use, gaps in malloc's heap"}
@@ -126,7 +126,7 @@ def make(
         machine.n_sm, wanted_tokens_per_step(config),
     )  # fmt: skip
     return Plan(
-        config, setup.model, machine, memory, loaded, threads, parts, prediction, found, before(facts), tokens,
+        config, setup.model, machine, memory, loaded, threads, parts, prediction, found, preflight.check(facts), tokens,
         setup.dtype,
     )  # fmt: skip
 

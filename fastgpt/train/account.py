@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_iter
 from fastgpt.kernels.rehearsal import rehearse
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.step import TrainStep
+from fastgpt.units import SHORT_DTYPES
 
 aten = torch.ops.aten
 
 AT_REST = ("weights", "gradients", "AdamW's moments", "batches")  # parts of memory that last from step to step
-
-SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def count(setup: Setup) -> Account:
         store = step.store
         ledger.hold("gradients, fp32", store.grad)
         ledger.hold("weights, fp32", store.master)
-        ledger.hold(f"weights, {SHORT_NAMES[setup.dtype]}", store.working)
+        ledger.hold(f"weights, {SHORT_DTYPES[setup.dtype]}", store.working)
         ledger.hold(f"AdamW's moments, {setup.state_bits} bits", *step.moments.values())
         ledger.hold("batches", *batches)
         with ledger:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -13,6 +12,7 @@ from fastgpt.cli import Parser, did_you_mean, parse_bool
 from fastgpt.errors import RequestError
 from fastgpt.kernels.ops import BACKENDS
 from fastgpt.model.config import GPTConfig
+from fastgpt.units import count, parse_count
 
 _AT_LEAST_ONE = (
     "batch_size",
@@ -185,39 +185,10 @@ class TrainConfig:
             expected = parse_count("expect_params", self.expect_params)
             if all(abs(n / expected - 1) > 0.02 for n in (config.n_params, config.n_params_without_positions)):
                 raise RequestError(
-                    f"--expect_params {self.expect_params}, but this model has {config.n_params / 1e6:.2f}M parameters "
+                    f"--expect_params {self.expect_params}, but this model has {count(config.n_params, 2)} parameters "
                     f"(n_layer={config.n_layer}, n_embd={config.n_embd}, vocabulary {config.vocab_size})"
                 )
         return config
-
-
-def parse_count(flag: str, text: str) -> float:
-    """``124M`` as a number.
-
-    Raises:
-        RequestError: it is none; the message names the flag.
-    """
-    try:
-        number = text.strip().upper()
-        factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(number[-1:], 1.0)
-        count = float(number.rstrip("KMB")) * factor
-    except ValueError:
-        count = 0.0
-    if not count > 0:
-        raise RequestError(f"--{flag} takes a count such as 124M, not '{text}'")
-    return count
-
-
-def parse_gigabytes(flag: str, text: str) -> float:
-    """``12GB``, ``12`` or ``11.5``: in units of 2**30 bytes, as cards are sold.
-
-    Raises:
-        RequestError: it is none; the message names the flag.
-    """
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
-    if number is None or float(number[1]) == 0:
-        raise RequestError(f"--{flag} takes an amount such as 12GB, not '{text}'")
-    return float(number[1])
 
 
 def _parse_batch_size(text: str) -> int:

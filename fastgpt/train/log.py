@@ -7,11 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from fastgpt.train.trackers import Tracker
+from fastgpt.units import SHORT_DTYPES, dtype_name, duration
 
 
 class RunLog:
@@ -92,18 +94,6 @@ class RunLog:
         )
 
 
-def duration(seconds: float) -> str:
-    """A length of time in its two largest units: ``42s``, ``3m 05s``, ``7h 12m``, ``4d 03h``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
-
-
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``.
 
@@ -149,3 +139,25 @@ def plot_losses(metrics: Path, image: Path, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(image)
+
+
+A100 = 312e12  # FLOP/s, dense bf16: what nanoGPT divides by
+
+
+def mfu_sentence(flops_per_second: float, peak: float | None, device: str, dtype: torch.dtype) -> str:
+    """The share of the peak, whose peak that is, and what nanoGPT would have called it.
+
+    Args:
+        flops_per_second: reached.
+        peak: the device's dense peak in FLOP/s; ``None`` where it is not known.
+        device: its name.
+        dtype: of the products.
+    """
+    reached = f"{flops_per_second / 1e12:.3g} TFLOP/s"
+    kind = SHORT_DTYPES.get(dtype, dtype_name(dtype))
+    if peak is None:
+        return f"{reached} on {device} in {kind}, whose peak is not known: no MFU"
+    text = f"MFU {flops_per_second / peak:.1%}: {reached} of the {device}'s {peak / 1e12:.4g} TFLOP/s, dense {kind}"
+    if abs(peak / A100 - 1) > 0.02:
+        text += f" (nanoGPT, which divides by an A100's 312 on any device, would say {flops_per_second / A100:.1%})"
+    return text

@@ -33,17 +33,16 @@ from fastgpt.train.diagnose import (
     DATA,
     EVALUATION,
     NAMED_SIZE,
-    Diagnosis,
     Facts,
     Finding,
-    mfu_sentence,
+    Monitor,
+    standard_error,
     wanted_tokens_per_step,
 )
-from fastgpt.train.log import RunLog, plot_losses, read_metrics
+from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
-from fastgpt.train.statistics import standard_error
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
 
 Result = TypeVar("Result")
@@ -117,7 +116,7 @@ class Trainer:
         self._late = self.device.type == "cuda"
         if resumed is not None:
             self._load(resumed)
-        self.diagnosis = Diagnosis(self._facts())
+        self.diagnosis = Monitor(self._facts())
         if resumed is not None:
             self._recall()
         self._signal: int | None = None

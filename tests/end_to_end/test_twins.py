@@ -37,8 +37,8 @@ def data_dir(tmp_path_factory):
 def run(data_dir, tmp_path, monkeypatch, capsys):
     """Trains and gives the output and the findings' codes."""
     # Chinchilla's law is not claimed for models as small as these; and the CPU stands in for the card of the original.
-    monkeypatch.setattr(diagnose, "LAW_HOLDS_FROM", 0)
-    monkeypatch.setattr(diagnose, "SMALLEST_SUBWORD_VOCABULARY", 0)
+    monkeypatch.setattr("fastgpt.train.diagnose.preflight.LAW_HOLDS_FROM", 0)
+    monkeypatch.setattr("fastgpt.train.diagnose.preflight.SMALLEST_SUBWORD_VOCABULARY", 0)
 
     def train(*flags):
         flags = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *flags]
@@ -86,7 +86,7 @@ def test_the_plan_of_the_original_says_what_it_is_not(data_dir):
     config = parse(["--preset=gpt2-124m", "--n_embd=384", "--dropout=0.1", "--max_iters=14500"], PRESETS)
     config = config.with_batch_size(16)
     facts = diagnose.Facts(config, config.model(50304), 9_035_582_198)
-    found = {finding.code: finding.text for finding in diagnose.before(facts)}
+    found = {finding.code: finding.text for finding in diagnose.preflight.check(facts)}
     assert found["named-size"].startswith("gpt2-124m with n_embd=384: 40.56M parameters, not 124M")
     assert "of an epoch" in found["dropout-on-fresh-data"]
     assert "9.4 times Chinchilla's 20" in found["past-chinchilla"]

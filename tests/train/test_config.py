@@ -4,8 +4,9 @@ import pytest
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train.config import AUTO, TrainConfig, parse, parse_gigabytes
+from fastgpt.train.config import AUTO, TrainConfig, parse
 from fastgpt.train.presets import PRESETS
+from fastgpt.units import parse_gigabytes
 
 _NAMES = """
     device compile dtype eval_interval eval_iters log_interval block_size batch_size gradient_accumulation_steps

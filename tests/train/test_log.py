@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from fastgpt.train.log import RunLog, duration, plot_losses, read_metrics
+from fastgpt.train.log import RunLog, plot_losses, read_metrics
+from fastgpt.units import duration
 
 UPDATE = {
     "step": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens": 64, "ms": 12.5, "tokens_per_s": 5120.0,

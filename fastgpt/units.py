@@ -1,0 +1,82 @@
+"""Numbers as people read them, and as they write them on a command line. Nothing else formats or parses a unit."""
+
+import re
+
+import torch
+
+from fastgpt.errors import RequestError
+
+GIB = 2**30  # bytes
+SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def count(n: float, decimals: int | None = None) -> str:
+    """``124M``, ``1.2B``, ``15K``; with ``decimals`` always so many of them, of millions or billions: ``123.59M``."""
+    if decimals is not None:
+        return f"{n / 1e9:.{decimals}f}B" if n >= 1e9 else f"{n / 1e6:.{decimals}f}M"
+    if n >= 1e9:
+        return f"{n / 1e9:.1f}B"
+    if n >= 1e6:
+        return f"{n / 1e6:.0f}M" if n >= 1e7 else f"{n / 1e6:.1f}M"
+    return f"{n / 1e3:.0f}K" if n >= 1e4 else f"{n:,.0f}"
+
+
+def gib(n_bytes: float, decimals: int = 1) -> str:
+    """``7.7 GiB``."""
+    return f"{n_bytes / GIB:.{decimals}f} GiB"
+
+
+def seconds(x: float) -> str:
+    """``10.5 s``, ``123 ms``: three digits."""
+    return f"{x:.3g} s" if x >= 1 else f"{x * 1e3:.3g} ms"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units: ``42s``, ``3m 05s``, ``7h 12m``, ``4d 03h``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def tflops(flops_per_second: float) -> str:
+    """``58.3 TFLOP/s``."""
+    return f"{flops_per_second / 1e12:.1f} TFLOP/s"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, as a command line has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_count(flag: str, text: str) -> float:
+    """``124M`` as a number.
+
+    Raises:
+        RequestError: it is none; the message names the flag.
+    """
+    try:
+        number = text.strip().upper()
+        factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(number[-1:], 1.0)
+        count = float(number.rstrip("KMB")) * factor
+    except ValueError:
+        count = 0.0
+    if not count > 0:
+        raise RequestError(f"--{flag} takes a count such as 124M, not '{text}'")
+    return count
+
+
+def parse_gigabytes(flag: str, text: str) -> float:
+    """``12GB``, ``12`` or ``11.5``: in units of 2**30 bytes, as cards are sold.
+
+    Raises:
+        RequestError: it is none; the message names the flag.
+    """
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise RequestError(f"--{flag} takes an amount such as 12GB, not '{text}'")
+    return float(number[1])
