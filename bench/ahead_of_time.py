@@ -89,7 +89,8 @@ def _attention(D: int, dtype: torch.dtype, causal: bool = True, dropout_p: float
     qkv = _empty(B, T, 3 * H * D, dtype=dtype)
     seed = _empty(dtype=torch.int64) if dropout_p else None
     out, lse = OPS["attention_qkv"](qkv, H, causal, D**-0.5, dropout_p, seed)
-    OPS["attention_qkv_backward"](out, qkv, out, lse, H, causal, D**-0.5, dropout_p, seed)
+    for deterministic in (True, False):
+        OPS["attention_qkv_backward"](out, qkv, out, lse, H, causal, D**-0.5, dropout_p, seed, deterministic)
 
 
 def _layer_norm(width: int) -> None:

@@ -3,7 +3,8 @@
 Four resources, each taken as if it alone mattered and were never idle: the tensor cores, the special-function
 units, the issue of instructions, the memory. A kernel cannot be faster than the slowest of them; of two
 configurations, the one with the lower bound deserves the first try. Loads and stores through shared memory count
-as issue slots in proportion to their width.
+as issue slots in proportion to their width. Additions by atomics count as stores: at which rate L2 adds is not in
+NVIDIA's documents, so kernels with atomics may be further from their bound than others.
 """
 
 from typing import Any
@@ -70,14 +71,22 @@ def _work(
 ) -> tuple[list[Instruction], float, float] | None:
     """Instructions of one repeat, repeats over the whole launch, bytes that must move."""
     programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
+    if kernel == "attention delta":
+        out = args[0]
+        return machine.code, programs, out.numel() * (2 * out.element_size() + 4)
+    if kernel == "attention round_dq":
+        sums, dq = args[:2]
+        return machine.code, programs, sums.numel() * (4 + dq.element_size())
     if kernel.startswith("attention"):
         # the loop without a mask stands for both: the masked one adds a compare and a select an element
         loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
         if not loops:
             return None
-        read = {"attention forward": 4, "attention dq": 6, "attention dk_dv": 6}[kernel]  # tensors the size of q
+        # tensors the size of q, and bytes an element of q besides: dq's sums in fp32 come to L2 once and leave it once
+        moved, besides = {"forward": (4, 0), "dq": (6, 0), "dk_dv": (6, 0), "single_pass": (6, 8)}[kernel.split()[1]]
         q = args[0]
-        return min(loops, key=len), _tiles(kernel, q.shape, grid, options), read * q.numel() * q.element_size()
+        n_bytes = q.numel() * (moved * q.element_size() + besides)
+        return min(loops, key=len), _tiles(kernel, q.shape, grid, options), n_bytes
     if kernel.startswith("layer_norm"):
         x = args[0]
         passes = {"forward": 2 + 2 * options.get("HAS_RESIDUAL", 0), "backward": 3 + options.get("HAS_DSUM", 0)}
@@ -126,7 +135,7 @@ def _tiles(kernel: str, shape: Any, grid: tuple[int, ...], options: dict[str, An
     M, N = options["BLOCK_M"], options["BLOCK_N"]
     if not options["CAUSAL"]:
         return B * H * -(-T // M) * -(-T // N)
-    if kernel == "attention dk_dv":
+    if kernel in ("attention dk_dv", "attention single_pass"):
         return B * H * sum(-(-(T - n // M * M) // M) for n in range(0, T, N))
     return B * H * sum(-(-min(m + M, T) // N) for m in range(0, T, M))
 
@@ -147,6 +156,6 @@ def _issue_slots(i: Instruction) -> int:
     """Cycles of a scheduler; shared memory and L1 deliver 32 words a cycle to an SM, that is to four schedulers."""
     if i.pipe != "memory":
         return 1
-    if ".128" in i.opcode or (i.opcode.startswith("LDSM") and i.opcode.endswith(".4")):
+    if ".128" in i.opcode or ".F32x4" in i.opcode or (i.opcode.startswith("LDSM") and i.opcode.endswith(".4")):
         return 16
-    return 8 if ".64" in i.opcode or i.opcode.endswith(".2") else 4
+    return 8 if ".64" in i.opcode or ".F32x2" in i.opcode or i.opcode.endswith(".2") else 4

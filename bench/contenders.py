@@ -50,11 +50,13 @@ def fastgpt_update(
     *,
     state_bits: int = 32,
     recompute: str = "cheap",
+    deterministic: bool = True,
     cuda_graphs: bool = True,
 ) -> Update:
     """Its GPT, the flat store, FusedAdamW."""
     step = TrainStep(
-        GPT(config, recompute).to(device),
+        GPT(config, recompute, deterministic),
+        device=device,
         dtype=dtype,
         accumulation=accumulation,
         betas=BETAS,

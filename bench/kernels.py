@@ -142,6 +142,8 @@ def attention_qkv(s: Setting, head_size: int = 64, dropout_p: float = 0.0) -> Op
     packed = partial(ours.attention_qkv, n_head=n_head, dropout_p=dropout_p)
     on_views = partial(unpacked, partial(ours.attention, dropout_p=dropout_p))
     contenders = [Contender("fastgpt attention_qkv", packed), Contender("fastgpt attention", on_views)]
+    if s.device.type == "cuda":  # elsewhere it is the same
+        contenders.append(Contender("fastgpt single pass", partial(packed, deterministic=False)))
     contenders += [Contender(name, partial(unpacked, attend)) for name, attend in sdpa_peers(dropout_p).items()]
     inputs, dout = [s.leaf(s.B, s.T, 3 * s.C)], s.draw(s.B, s.T, s.C)
     return Op(inputs, [dout], contenders, "sdpa math", attention_work(s), "TFLOP/s", random=dropout_p > 0.0)

@@ -4,12 +4,12 @@
     python -m bench.mfu --preset gpt2-124m --vram 12GB      # and each at its largest micro-batch in 12 GB
     python -m bench.mfu --preset quickstart --device cpu --contenders eager fastgpt
 
-Contenders are fastgpt's step, with CUDA graphs and without; plain PyTorch as nanoGPT has it (``model/reference.py``
-under autocast, fused AdamW): eager, under torch.compile, with max-autotune, and with PyTorch's own linear +
-cross-entropy; and the strongest of plain PyTorch: bf16 weights with fp32 masters, one graph, a compiled optimizer, the
-faster fused attention. All live in one process, start from the same weights, train on the same tokens and take turns;
-medians count. MFU divides by the device's dense peak (``fastgpt/gpus.py``), *achievable* by the rate of a large matrix
-product in the same run.
+Contenders are fastgpt's step, with CUDA graphs, without, and with attention's backward in a single pass, which is not
+deterministic; plain PyTorch as nanoGPT has it (``model/reference.py`` under autocast, fused AdamW): eager, under
+torch.compile, with max-autotune, and with PyTorch's own linear + cross-entropy; and the strongest of plain PyTorch:
+bf16 weights with fp32 masters, one graph, a compiled optimizer, the faster fused attention. All live in one process,
+start from the same weights, train on the same tokens and take turns; medians count. MFU divides by the device's dense
+peak (``fastgpt/gpus.py``), *achievable* by the rate of a large matrix product in the same run.
 
 ``--vram`` limits the process to so much memory, finds each one's largest micro-batch there and times it at that.
 ``--profile`` adds where the time goes, by kind of kernel. ``--loss_steps N`` also trains each for N updates, and plain
@@ -54,6 +54,7 @@ CONTENDERS: dict[str, Callable[..., Update]] = {
     "eager": plain_update,
     "fastgpt, no graphs": partial(fastgpt_update, cuda_graphs=False),
     "fastgpt": fastgpt_update,
+    "fastgpt, single pass": partial(fastgpt_update, deterministic=False),
     "compile": partial(plain_update, mode="default"),
     "compile, chunked loss": partial(plain_update, mode="default", chunked_loss=True),
     "compile, max-autotune": partial(plain_update, mode="max-autotune"),
@@ -61,7 +62,8 @@ CONTENDERS: dict[str, Callable[..., Update]] = {
     "strongest, max-autotune": partial(strongest_update, mode="max-autotune"),
 }
 OURS = "fastgpt"
-GPU_ONLY = ("fastgpt, no graphs", "strongest, max-autotune")  # elsewhere there are no graphs, and nothing to tune
+# elsewhere there are no graphs, no atomics, and nothing to tune
+GPU_ONLY = ("fastgpt, no graphs", "fastgpt, single pass", "strongest, max-autotune")
 WARM_UP = 3  # updates: compile, record graphs, replay them
 
 

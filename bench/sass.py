@@ -13,7 +13,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton's
 
 TENSOR = ("HMMA", "HGMMA", "IMMA", "QMMA", "OMMA", "UTCHMMA", "UTCQMMA")
 SPECIAL = ("MUFU",)
-MEMORY = ("LDG", "LDS", "LDSM", "LDGSTS", "LDL", "LD", "STG", "STS", "STSM", "STL", "ST", "ATOM", "ATOMG", "RED")
+MEMORY = (
+    "LDG", "LDS", "LDSM", "LDGSTS", "LDL", "LD", "STG", "STS", "STSM", "STL", "ST", "ATOM", "ATOMG", "RED", "REDG",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> attention(
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
-    const Tensor& lse, bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed) {
+    const Tensor& lse, bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed,
+    bool /*deterministic: always*/) {
   const Tensor dout = with_contiguous_rows(dout_in), out = with_contiguous_rows(out_in);
   const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in), v = with_contiguous_rows(v_in);
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor> attention_qkv(
 
 Tensor attention_qkv_backward(
     const Tensor& dout_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& lse, int64_t n_head, bool causal,
-    double scale, double dropout_p, const std::optional<Tensor>& seed) {
+    double scale, double dropout_p, const std::optional<Tensor>& seed, bool /*deterministic: always*/) {
   const Tensor dout = with_contiguous_rows(dout_in), qkv = with_contiguous_rows(qkv_in);
   const Tensor out = with_contiguous_rows(out_in);
   const int64_t B = qkv.size(0), T = qkv.size(1), D = qkv.size(2) / 3 / n_head;

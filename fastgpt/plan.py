@@ -359,7 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory = Bound(min(free.amount + loaded, total.amount), free.source)
     if vram:
         memory = Bound(int(parse_gigabytes("vram", vram) * 2**30), "--vram")
-    setup = Setup(model, max(config.batch_size, 1), device_type, dtype, config.state_bits)
+    setup = Setup(
+        model, max(config.batch_size, 1), device_type, dtype, config.state_bits, deterministic=config.deterministic
+    )
     budget = int(parse_count("tokens", tokens)) if tokens else None
     planned = make(config, machine, setup, memory, dataset_tokens, budget, threads, loaded)
     if as_json:

@@ -58,19 +58,20 @@ def _random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def _attention(
-    ops: Ops, B: int, H: int, T: int, D: int, dtype: torch.dtype = BF16, causal: bool = True, dropout_p: float = 0.0
-) -> None:
+    ops: Ops, B: int, H: int, T: int, D: int, dtype: torch.dtype = BF16, causal: bool = True, dropout_p: float = 0.0,
+    deterministic: bool = True,
+) -> None:  # fmt: skip
     qkv, dout = _random(B, T, 3 * H * D, dtype=dtype), _random(B, T, H * D, dtype=dtype)
     options = H, causal, D**-0.5, dropout_p, torch.tensor(7) if dropout_p else None
     out, lse = ops["attention_qkv"](qkv, *options)
-    ops["attention_qkv_backward"](dout, qkv, out, lse, *options)
+    ops["attention_qkv_backward"](dout, qkv, out, lse, *options, deterministic)
 
 
-def _attention_across(ops: Ops, T: int, S: int) -> None:
+def _attention_across(ops: Ops, T: int, S: int, deterministic: bool = True) -> None:
     """From T queries to S keys, which lie in a wider tensor."""
     q, k, v = _random(1, 2, T, 40), _random(1, 2, S, 64)[..., :40], _random(1, 2, S, 40)
     out, lse = ops["attention"](q, k, v, False, 0.1, 0.0, None)
-    ops["attention_backward"](_random(1, 2, T, 40), q, k, v, out, lse, False, 0.1, 0.0, None)
+    ops["attention_backward"](_random(1, 2, T, 40), q, k, v, out, lse, False, 0.1, 0.0, None, deterministic)
 
 
 def _layer_norm(ops: Ops, rows: int, C: int) -> None:
@@ -147,6 +148,10 @@ SMALL: dict[str, Case] = {
     "attention bf16 D128 dropout": partial(_attention, B=1, H=2, T=70, D=128, dropout_p=0.1),
     "attention fp32 D32": partial(_attention, B=1, H=2, T=70, D=32, dtype=FP32),
     "attention across, views": partial(_attention_across, T=33, S=145),
+    "attention single pass": partial(_attention, B=2, H=2, T=150, D=64, deterministic=False),
+    "attention single pass, dropout": partial(_attention, B=1, H=1, T=70, D=128, dropout_p=0.1, deterministic=False),
+    "attention single pass, fp32": partial(_attention, B=1, H=2, T=70, D=32, dtype=FP32, deterministic=False),
+    "attention single pass, across": partial(_attention_across, T=77, S=145, deterministic=False),
     "layer_norm C100": partial(_layer_norm, rows=70, C=100),
     "add_layer_norm C96": partial(_add_layer_norm, rows=37, C=96),
     "add_layer_norm C768": partial(_add_layer_norm, rows=19, C=768),
@@ -178,14 +183,16 @@ def _large_attention(ops: Ops) -> None:
     B = 2**31 // (16 * 64) + 5
     qkv, lse = _untouched(B, 16, 3 * 64), _untouched(B, 1, 16, dtype=FP32)
     out, _ = ops["attention_qkv"](qkv, 1, True, 0.125, 0.0, None)
-    ops["attention_qkv_backward"](out, qkv, out, lse, 1, True, 0.125, 0.0, None)
+    for deterministic in (True, False):
+        ops["attention_qkv_backward"](out, qkv, out, lse, 1, True, 0.125, 0.0, None, deterministic)
 
 
 def _wide_attention(ops: Ops) -> None:
     """As far apart as positions may lie before a copy is made."""
     q = _untouched(1, 400, 1, 2**23 - 1)[..., :64].transpose(1, 2)
     out, lse = ops["attention"](q, q, q, True, 0.125, 0.0, None)
-    ops["attention_backward"](out, q, q, q, out, lse, True, 0.125, 0.0, None)
+    for deterministic in (True, False):
+        ops["attention_backward"](out, q, q, q, out, lse, True, 0.125, 0.0, None, deterministic)
 
 
 def _large_layer_norm(ops: Ops) -> None:

@@ -166,6 +166,12 @@ SMALL_PLANTS = [
           {"triton.cdiv(C, config": "(C // config"}),
     Plant("attention: delta never stored", "unwritten", attention, SMALL["attention fp32 D32"],
           {"tl.store(delta + rows, row_delta, mask=rows < n_query)": "pass"}),
+    Plant("attention: dq added to without atomics", "race", attention, SMALL["attention single pass"],
+          {'tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")':
+           "tl.store(pointers, tl.load(pointers, mask=inside) + tile, mask=inside)"}),
+    Plant("attention: dq added to what was there", "unwritten", attention, SMALL["attention single pass"],
+          {"_store_tile(dq_sums + head.to(tl.int64) * n_query * D, zeros, start_m, D, n_query, D, BLOCK_M, BLOCK_D)":
+           "pass"}),
     Plant("adamw: twice the chunk promised", "hint", adamw, SMALL["adamw"],
           {"tl.multiple_of(tl.load(offsets + chunk), CHUNK)": "tl.multiple_of(tl.load(offsets + chunk), 2 * CHUNK)"}),
 ]  # fmt: skip
@@ -181,6 +187,8 @@ LARGE_PLANTS = [
           {"tl.cast(start, tl.int64) * stride": "start * stride"}),
     Plant("attention: heads in int32", "overflow", attention, LARGE["attention, 2**31 elements"],
           {"(head // n_head).to(tl.int64)": "(head // n_head)"}),
+    Plant("attention: dq's sums in int32", "overflow", attention, LARGE["attention, 2**31 elements"],
+          {"head.to(tl.int64) * n_query * D": "head * n_query * D"}),
     Plant("embedding: tokens in int32", "overflow", embedding, LARGE["embedding, 2**31 elements"],
           {"token.to(tl.int64) * n_columns": "token * n_columns"}),
     Plant("gelu: rows on the grid's second axis", "grid", gelu, LARGE["gelu bias, 2**18 rows"],

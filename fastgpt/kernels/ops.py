@@ -78,7 +78,7 @@ def _attention(
 
 def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
 
@@ -92,7 +92,7 @@ def _attention_qkv(
 
 def _attention_qkv_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape)
 
@@ -162,9 +162,10 @@ OPERATORS: dict[str, Operator] = {
         " -> (Tensor out, Tensor lse)",
         _attention,
     ),
+    # deterministic=False permits sums in an order that no one chose
     "attention_backward": Operator(
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale,"
-        " float dropout_p, Tensor? seed) -> (Tensor dq, Tensor dk, Tensor dv)",
+        " float dropout_p, Tensor? seed, bool deterministic=True) -> (Tensor dq, Tensor dk, Tensor dv)",
         _attention_backward,
     ),
     "attention_qkv": Operator(
@@ -173,7 +174,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "attention_qkv_backward": Operator(
         "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, bool causal, float scale,"
-        " float dropout_p, Tensor? seed) -> Tensor",
+        " float dropout_p, Tensor? seed, bool deterministic=True) -> Tensor",
         _attention_qkv_backward,
     ),
     "cross_entropy": Operator(

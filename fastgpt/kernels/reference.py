@@ -212,7 +212,7 @@ def attention(
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     weights, _ = _weights(q, k, causal, scale)
     grad = _wide(dout)
@@ -256,7 +256,7 @@ def attention_qkv(
 
 def attention_qkv_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
     q, k, v = split_heads(qkv.contiguous(), n_head, 3)
     (dout_heads,), (out_heads,) = (split_heads(t.contiguous(), n_head, 1) for t in (dout, out))

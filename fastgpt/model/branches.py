@@ -49,17 +49,19 @@ class Options(NamedTuple):
         keep: whether what a pass over memory could make again is kept instead.
         n_head: number of heads.
         dropout_p: probability of dropping an attention weight.
+        deterministic: whether attention's gradient must be the same to the bit each time.
     """
 
     eps: float
     keep: bool
     n_head: int = 1
     dropout_p: float = 0.0
+    deterministic: bool = True
 
 
 def attention(
     x: Tensor, residual: Tensor | None, norm: kernels.LayerNorm, qkv: kernels.Linear, projection: kernels.Linear,
-    n_head: int, dropout_p: float, keep: bool = False,
+    n_head: int, dropout_p: float, keep: bool = False, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal self-attention on the norm of ``x + residual``.
 
@@ -72,12 +74,13 @@ def attention(
         n_head: number of heads; divides C.
         dropout_p: probability of dropping an attention weight.
         keep: keep the norm's result for the backward instead of making it again.
+        deterministic: as :func:`kernels.attention_qkv` takes it.
 
     Returns:
         What the branch adds, ``(B, T, C)``, and ``x + residual``.
     """
     parameters = _parameters(norm, qkv, projection)
-    options = Options(norm.eps, keep, n_head, dropout_p)
+    options = Options(norm.eps, keep, n_head, dropout_p, deterministic)
     seed = draw_seed(dropout_p, x.device)
     links = _links(x, residual, projection)
     out, total = apply(_Attention, x, residual, *parameters, main_grads_of(*parameters), options, seed, *links)
@@ -110,6 +113,7 @@ def mlp(
 def block(
     x: Tensor, residual: Tensor | None, attention_layers: tuple[kernels.LayerNorm, kernels.Linear, kernels.Linear],
     mlp_layers: tuple[kernels.LayerNorm, kernels.Linear, kernels.Linear], n_head: int, dropout_p: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both branches one after the other, of which only ``x + residual`` is kept.
 
@@ -120,12 +124,14 @@ def block(
         mlp_layers: as :func:`mlp` takes them.
         n_head: number of heads; divides C.
         dropout_p: probability of dropping an attention weight, and a number that a branch adds.
+        deterministic: as :func:`kernels.attention_qkv` takes it.
 
     Returns:
         What the MLP adds, ``(B, T, C)``, and the sum before it.
     """
     parameters = (*_parameters(*attention_layers), *_parameters(*mlp_layers))
-    options = Options(attention_layers[0].eps, True, n_head, dropout_p), Options(mlp_layers[0].eps, True)
+    attention_options = Options(attention_layers[0].eps, True, n_head, dropout_p, deterministic)
+    options = attention_options, Options(mlp_layers[0].eps, True)
     seed = draw_seed(dropout_p, x.device)
     before, own = _links(x, residual, mlp_layers[2])
     own = None if dropout_p else own  # what is dropped is dropped inside
@@ -173,7 +179,9 @@ def _attention_backward(
     dout = dout.reshape(B * T, C)
     dproj = weight_and_bias_gradient(dout, attended.view(B * T, C), proj_weight, main_grads[4:], needed[4], needs_dbias)
     dattended = _product(dout, proj_weight).view(B, T, C)
-    dqkv = ops.resolve("attention_qkv_backward", qkv)(dattended, qkv, attended, lse, *_head_options(qkv, options), seed)
+    dqkv = ops.resolve("attention_qkv_backward", qkv)(
+        dattended, qkv, attended, lse, *_head_options(qkv, options), seed, options.deterministic
+    )
     dqkv = dqkv.view(B * T, 3 * C)
     y, spare = _normalised(total, kept, norm_weight, norm_bias, options.eps)
     dinner = weight_and_bias_gradient(dqkv, y, qkv_weight, main_grads[2:4], *needed[2:4])

@@ -70,24 +70,28 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention on one packed projection."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, deterministic: bool) -> None:
         super().__init__()
         self.c_attn = kernels.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = kernels.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.deterministic = deterministic
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         qkv = self.c_attn(x)
         if cache is not None:
             y = cache.attend(self.layer, qkv, self.n_head)
         else:
-            y = kernels.attention_qkv(qkv, self.n_head, dropout_p=self.dropout if self.training else 0.0)
+            dropout = self.dropout if self.training else 0.0
+            y = kernels.attention_qkv(qkv, self.n_head, dropout_p=dropout, deterministic=self.deterministic)
         return branches.dropout(self.c_proj(y), self.dropout, self.training)
 
     def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
         """``forward`` of the norm of ``x + residual``, and the sum."""
         dropout = self.dropout if self.training else 0.0
-        x, residual = branches.attention(x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout, keep)
+        x, residual = branches.attention(
+            x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout, keep, self.deterministic
+        )
         return branches.dropout(x, self.dropout, self.training), residual
 
 
@@ -113,11 +117,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each behind its norm."""
 
-    def __init__(self, config: GPTConfig, layer: int, recompute: str) -> None:
+    def __init__(self, config: GPTConfig, layer: int, recompute: str, deterministic: bool) -> None:
         super().__init__()
         self.recompute = recompute
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer, deterministic)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -130,7 +134,7 @@ class Block(nn.Module):
                     (self.ln_1, self.attn.c_attn, self.attn.c_proj),
                     (self.ln_2, self.mlp.c_fc, self.mlp.c_proj),
                 )
-                return branches.block(x, residual, attention, mlp, self.attn.n_head, dropout)
+                return branches.block(x, residual, attention, mlp, self.attn.n_head, dropout, self.attn.deterministic)
             keep = self.recompute == "none"
             x, residual = self.attn.branch(x, residual, self.ln_1, keep)
             return self.mlp.branch(x, residual, self.ln_2, keep)
@@ -142,11 +146,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids to normalised hidden states."""
 
-    def __init__(self, config: GPTConfig, recompute: str) -> None:
+    def __init__(self, config: GPTConfig, recompute: str, deterministic: bool) -> None:
         super().__init__()
         self.wte = kernels.Embedding(config.vocab_size, config.n_embd)
         self.wpe = kernels.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer, recompute) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer, recompute, deterministic) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
@@ -170,14 +174,16 @@ class GPT(nn.Module):
         config: the shape.
         recompute: what the backward makes again instead of finding it in memory: ``none``, ``cheap`` or ``block``
             (see ``branches.py``). The results are the same to the bit.
+        deterministic: whether the gradients are the same to the bit each time; False lets attention's be added up by
+            atomics on a GPU (see ``kernels.attention_qkv``).
     """
 
-    def __init__(self, config: GPTConfig, recompute: str = "cheap") -> None:
+    def __init__(self, config: GPTConfig, recompute: str = "cheap", deterministic: bool = True) -> None:
         super().__init__()
         if recompute not in branches.RECOMPUTE:
             raise ValueError(f"recompute: '{recompute}' is none of {', '.join(branches.RECOMPUTE)}")
         self.config = config
-        self.transformer = Transformer(config, recompute)
+        self.transformer = Transformer(config, recompute, deterministic)
         initialise(self, config)
 
     def forward(

@@ -2,8 +2,9 @@
 
 The step that is counted is the one that trains (``TrainStep``), on meta tensors that stand for those of a CPU or a
 GPU; so the account cannot disagree with the code. It takes a tenth of a second for GPT-2 124M; the first one takes
-another second, in which PyTorch imports its compiler. Not seen are the temporaries inside a kernel, none of which grows
-with both batch and width (but for an eighth of the embedding's gradient, which comes last), and what CUDA itself keeps.
+another second, in which PyTorch imports its compiler. Of the temporaries inside a kernel those are counted that grow
+with both batch and width: the sums of attention's backward in a single pass (but not an eighth of the embedding's
+gradient, which comes last). What CUDA itself keeps is not seen.
 """
 
 import weakref
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fastgpt.kernels.rehearsal import rehearse
+from fastgpt.kernels.rehearsal import on_gpu, rehearse
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.step import TrainStep
 from fastgpt.units import SHORT_DTYPES
@@ -38,6 +39,7 @@ class Setup:
         dtype: of the weights that the model computes with.
         state_bits: of each of AdamW's moments.
         recompute: ``none``, ``cheap`` or ``block``.
+        deterministic: whether attention's backward takes two passes on a GPU, or one.
     """
 
     model: GPTConfig
@@ -46,6 +48,7 @@ class Setup:
     dtype: torch.dtype = torch.bfloat16
     state_bits: int = 32
     recompute: str = "cheap"
+    deterministic: bool = True
 
     @property
     def tokens(self) -> int:
@@ -102,7 +105,8 @@ class Account:
 def count(setup: Setup) -> Account:
     """The account of a step."""
     with rehearse(setup.device_type), torch.device("meta"):
-        step = TrainStep(GPT(setup.model, setup.recompute), dtype=setup.dtype, state_bits=setup.state_bits)
+        model = GPT(setup.model, setup.recompute, setup.deterministic)
+        step = TrainStep(model, dtype=setup.dtype, state_bits=setup.state_bits)
         shape = setup.batch_size, setup.model.block_size
         # a GPU has three batches: the graph's own, the one at hand, the one ahead
         batches = [torch.zeros(2, *shape, dtype=torch.int64) for _ in range(3 if setup.device_type == "cuda" else 1)]
@@ -162,6 +166,8 @@ class _Ledger(TorchDispatchMode):
         self.calls += _calls(func, args, kwargs, results)
         for tensor in results:
             self.hold(self._labels.get(tensor.shape[-1] if tensor.dim() > 1 else 0, "statistics and sums"), tensor)
+        if _in_a_single_pass(func, args):
+            self.hold("dq's sums, fp32", torch.empty(results[0].numel() // 3, device="meta"))  # only while it runs
         return out
 
 
@@ -201,12 +207,14 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         batch, (M, K), N = a.shape[:-2].numel(), a.shape[-2:], b.shape[-1]
         yield Call(name, "GEMM", 2.0 * batch * M * N * K, _traffic(func, args, kwargs, results), (batch * M, N, K))
     elif name in ("attention_qkv", "attention_qkv_backward"):
-        backward = name.endswith("backward")
-        qkv, n_products = args[int(backward)], 7 if backward else 2
+        backward, single_pass = name.endswith("backward"), _in_a_single_pass(func, args)
+        qkv, n_products = args[int(backward)], (5 if single_pass else 7) if backward else 2
         B, T, C3 = qkv.shape
+        # the sums of dq in fp32 are written as zeros, read and written to be added to, and read
+        sums = 16.0 * B * T * C3 / 3 if single_pass else 0.0
         # of each product, 2 T T D FLOPs a head, half lies above the diagonal
         flops = n_products * B * T * T * C3 / 3
-        yield Call(name, "attention", flops, _traffic(func, args, kwargs, results), length=T)
+        yield Call(name, "attention", flops, _traffic(func, args, kwargs, results) + sums, length=T)
     elif name == "embedding":
         yield Call(name, "other", 0.0, 2.0 * _bytes(results[0]))
     elif name in ("index_put_", "index_add_"):
@@ -217,6 +225,11 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         yield Call(name, "other", 0.0, _bytes(dy) + _bytes(index) + 2.0 * _bytes(main_grad[:n_rows]))
     elif not _is_free(func, operands, results):
         yield Call(name, _KINDS.get(name, "other"), 0.0, _traffic(func, args, kwargs, results))
+
+
+def _in_a_single_pass(func: Any, args: Any) -> bool:
+    """Whether a call is attention's backward with dq added up by atomics; its last argument is there where False."""
+    return func is torch.ops.fastgpt.attention_qkv_backward.default and args[-1] is False and on_gpu(args[0])
 
 
 def _is_free(func: Any, operands: list[Tensor], results: list[Tensor]) -> bool:

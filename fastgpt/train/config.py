@@ -107,6 +107,9 @@ class TrainConfig:
         "what the backward makes again instead of keeping it: nothing, norms and GELU, or whole blocks",
         ("auto", "none", "cheap", "block"),
     )
+    deterministic: bool = _option(
+        True, "the same gradients to the bit each time; False lets attention's be added up by atomics on a GPU"
+    )
     cuda_graphs: bool = _option(True, "record the step on a GPU once and replay it")
     compile: bool = _option(False, "also run the model through torch.compile")
     backend: str = _option("auto", "what runs the kernels", BACKENDS)

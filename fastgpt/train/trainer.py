@@ -91,7 +91,7 @@ class Trainer:
         leave_default_stream(self.device)
         self.batches = Prefetcher(self.loaders["train"], self.device)
         torch.manual_seed(config.seed)
-        self.model = GPT(self.model_config, config.recompute)
+        self.model = GPT(self.model_config, config.recompute, config.deterministic)
         self.train_step = TrainStep(
             self.model,
             device=self.device,
@@ -127,7 +127,10 @@ class Trainer:
         # On a CPU only where a choice depends on it: measuring its ceilings and counting take two seconds.
         known = hardware.known_gpu(self.device) is not None
         machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
-        setup = Setup(self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits)
+        setup = Setup(
+            self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits,
+            deterministic=config.deterministic,
+        )  # fmt: skip
         found: list[plan.Choice] = []
         if machine is not None and config.batch_size == AUTO:
             kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)

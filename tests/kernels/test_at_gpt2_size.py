@@ -69,6 +69,10 @@ CASES = {
     "attention_qkv": (
         lambda qkv: attention_qkv(qkv, H), lambda qkv: plain_attention_qkv(qkv, H), [(B, T, 3 * C)],
     ),
+    "attention_qkv, single pass": (
+        lambda qkv: attention_qkv(qkv, H, deterministic=False), lambda qkv: plain_attention_qkv(qkv, H),
+        [(B, T, 3 * C)],
+    ),
     "attention_qkv, heads of twice the size": (
         lambda qkv: attention_qkv(qkv, H // 2), lambda qkv: plain_attention_qkv(qkv, H // 2), [(B, T, 3 * C)],
     ),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fastgpt.kernels import attention, attention_qkv, use_backend
 from fastgpt.kernels.reference import dropout_factors
+from fastgpt.kernels.triton import attention as on_triton
 from fastgpt.kernels.triton import launch
 
 causality = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -25,9 +26,9 @@ def plain(q, k, v, causal=True, scale=None):
     return scores.softmax(-1) @ v
 
 
-def functions(**options):
+def functions(deterministic=True, **options):
     """Ours and the formula."""
-    return lambda *t: attention(*t, **options), lambda *t: plain(*t, **options)
+    return lambda *t: attention(*t, **options, deterministic=deterministic), lambda *t: plain(*t, **options)
 
 
 def sdpa(causal=True, scale=None):
@@ -50,9 +51,9 @@ def on_packed(function, n_head):
     return packed
 
 
-def packed_peers(n_head, causal=True):
+def packed_peers(n_head, causal=True, deterministic=True):
     """Ours and the formula, then PyTorch's own."""
-    ours = lambda qkv: attention_qkv(qkv, n_head, causal=causal)  # noqa: E731
+    ours = lambda qkv: attention_qkv(qkv, n_head, causal=causal, deterministic=deterministic)  # noqa: E731
     formula = functions(causal=causal)[1]
     return (ours, on_packed(formula, n_head)), on_packed(sdpa(causal), n_head)
 
@@ -293,7 +294,8 @@ def test_dropout_treats_heads_rows_and_columns_as_independent(device):
     assert max(abs(c.item()) for c in correlations) < 5 / 128
 
 
-def test_forward_and_backward_draw_the_same_mask(device, dtype, rule):
+@pytest.mark.parametrize("deterministic", [True, False], ids=["two passes", "one pass"])
+def test_forward_and_backward_draw_the_same_mask(device, dtype, rule, deterministic):
     """The gradient is that of the function whose mask the forward shows, by the error rule."""
     q, k, v = operands(2, 2, 65, 65, dtype=dtype, device=device)
     torch.manual_seed(11)
@@ -302,7 +304,7 @@ def test_forward_and_backward_draw_the_same_mask(device, dtype, rule):
 
     def ours(q, k, v):
         torch.manual_seed(11)
-        return attention(q, k, v, dropout_p=0.3)
+        return attention(q, k, v, dropout_p=0.3, deterministic=deterministic)
 
     def with_mask(q, k, v):
         return (torch.where(factors > 0, weights(q, k), 0.0) / 0.7) @ v
@@ -406,6 +408,126 @@ def test_the_number_of_threads_changes_no_bit(device, dtype, on_threads, dropout
     assert all(map(torch.equal, one, two))
 
 
+# ---- the backward in a single pass ----
+
+on_a_gpu = pytest.mark.parametrize("backend", ["triton"], indirect=True)  # the others have no such backward
+
+
+@on_a_gpu
+@causality
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_single_pass_is_as_accurate_as_pytorch(backend, device, dtype, rule, shape, causal):
+    inputs = operands(*shape, dtype=dtype, device=device)
+    rule.accuracy(*functions(causal=causal, deterministic=False), inputs, second_peer=sdpa(causal=causal))
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("T", "S"), [(63, 130), (130, 63), (1, 127), (127, 2)])
+def test_a_single_pass_takes_fewer_or_more_keys_than_queries(backend, device, dtype, rule, T, S):
+    inputs = operands(2, 2, T, 17, S, dtype=dtype, device=device)
+    rule.accuracy(*functions(causal=False, deterministic=False), inputs, second_peer=sdpa(causal=False))
+
+
+@on_a_gpu
+@causality
+@pytest.mark.parametrize("incoming", [False, True], ids=["inputs", "incoming gradient"])
+def test_a_single_pass_takes_any_strides(backend, device, dtype, rule, strided, causal, incoming):
+    inputs = operands(3, 2, 65, 20, dtype=dtype, device=device)
+    both, peer = functions(causal=causal, deterministic=False), sdpa(causal)
+    if incoming:
+        rule.accuracy(*both, inputs, strided, second_peer=peer)
+    else:
+        q, k, v = inputs
+        rule.accuracy(*both, [q, strided(k), v.transpose(1, 2).contiguous().transpose(1, 2)], second_peer=peer)
+        rule.accuracy(*both, [strided(t) for t in inputs], second_peer=peer)
+
+
+@on_a_gpu
+@causality
+@pytest.mark.parametrize("shape", [(1, 63, 15, 3), (2, 127, 48, 2), (2, 65, 192, 3)], ids=str)
+def test_a_single_pass_writes_one_packed_gradient(backend, device, dtype, rule, shape, causal):
+    B, T, C, n_head = shape
+    both, peer = packed_peers(n_head, causal, deterministic=False)
+    larger = torch.full((B, T + 3, 3 * C + 5), math.nan, device=device, dtype=dtype)
+    larger[:, 2 : T + 2, 4 : 3 * C + 4] = torch.randn(B, T, 3 * C, device=device).to(dtype)
+    rule.accuracy(*both, [larger[:, 2 : T + 2, 4 : 3 * C + 4]], second_peer=peer)
+    qkv = larger[:, 2 : T + 2, 4 : 3 * C + 4].clone().requires_grad_()
+    (dqkv,) = torch.autograd.grad(both[0](qkv).sum(), qkv)
+    assert dqkv.is_contiguous()
+    assert dqkv.dtype == dtype
+
+
+@on_a_gpu
+def test_in_a_single_pass_a_key_beyond_the_end_has_no_part_in_the_gradient(backend, device, dtype):
+    """With scores of -800 the weight of a key of zeros, which fills up the last block of keys, would be infinite."""
+    q, k, v = operands(1, 1, 40, 16, 33, dtype=dtype, device=device)
+    q, k = 10 + q.abs(), -10 - k.abs()
+    gradients = []
+    for deterministic in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        attention(*leaves, causal=False, scale=0.5, deterministic=deterministic).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for two_passes, one_pass in zip(*gradients, strict=True):
+        assert two_passes.isfinite().all()
+        torch.testing.assert_close(one_pass, two_passes)
+
+
+@on_a_gpu
+@causality
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_single_pass_gives_the_gradients_of_two(backend, device, dtype, rule, causal, dropout_p):
+    inputs = operands(2, 3, 130, 20, dtype=dtype, device=device)
+
+    def gradients(deterministic, *tensors):
+        options = {"causal": causal, "dropout_p": dropout_p, "deterministic": deterministic}
+        return gradients_of(lambda *t: attention(*t, **options), tensors)
+
+    with use_backend("reference"):
+        truth = gradients(True, *(t.double() for t in inputs))
+    two_passes, one_pass = gradients(True, *inputs), gradients(False, *inputs)
+    assert torch.equal(one_pass[0], two_passes[0])  # the output
+    for i in (1, 2, 3):
+        rule.error(f"gradient {i}", one_pass[i], [two_passes[i]], truth[i], dtype, rule.gradient)
+
+
+@on_a_gpu
+def test_in_a_single_pass_the_gradients_of_keys_and_values_have_the_same_bits_each_time(backend, device, dtype):
+    inputs = operands(2, 3, 130, 20, dtype=dtype, device=device)
+    function = lambda *t: attention(*t, deterministic=False)  # noqa: E731
+    first, again = (gradients_of(function, inputs) for _ in range(2))
+    assert all(map(torch.equal, first[2:], again[2:]))
+
+
+@on_a_gpu
+def test_what_tuning_has_added_up_is_not_in_the_gradient(backend, device, monkeypatch):
+    inputs = operands(1, 2, 70, 16, device=device)
+    function = lambda *t: attention(*t, deterministic=False)  # noqa: E731
+    expected, runs = gradients_of(function, inputs), []
+
+    def tuned(q, kernel, case, config, run):
+        for _ in range(2):
+            run(config)
+        runs.append(case.split()[0])
+        return config
+
+    monkeypatch.setattr(on_triton, "_tuned", tuned)
+    for a, b in zip(expected, gradients_of(function, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    assert runs == ["attention_forward", "attention_single_pass"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_elsewhere_a_single_pass_is_what_there_is_anyway(backend, device, dtype, dropout_p):
+    inputs, qkv = operands(2, 3, 65, 20, dtype=dtype, device=device), torch.randn(2, 65, 90, device=device).to(dtype)
+    for function, tensors in (
+        (lambda *t, d: attention(*t, dropout_p=dropout_p, deterministic=d), inputs),
+        (lambda t, d: attention_qkv(t, 3, dropout_p=dropout_p, deterministic=d), [qkv]),
+    ):
+        one, two = (gradients_of(lambda *t, d=d: function(*t, d=d), tensors) for d in (False, True))  # noqa: B023
+        assert all(map(torch.equal, one, two))
+
+
 # ---- arguments ----
 
 
@@ -430,6 +552,7 @@ def wrong_arguments():
     yield "dropout_p: 1", ValueError, "dropout_p: ", (q, q, q), {"dropout_p": 1.0}
     yield "dropout_p: negative", ValueError, "dropout_p: ", (q, q, q), {"dropout_p": -0.1}
     yield "dropout_p: NaN", ValueError, "dropout_p: ", (q, q, q), {"dropout_p": math.nan}
+    yield "deterministic: 0", TypeError, "deterministic: ", (q, q, q), {"deterministic": 0}
 
 
 @pytest.mark.parametrize(
@@ -452,6 +575,9 @@ def test_a_wrong_argument_is_named(backend, error, message, arguments, options):
         pytest.param(ValueError, "n_head: ", (torch.randn(2, 5, 12), 0), {}, id="n_head: 0"),
         pytest.param(ValueError, "n_head: ", (torch.randn(1, 2, 3 * 257), 1), {}, id="n_head: heads of 257"),
         pytest.param(ValueError, "dropout_p: ", (torch.randn(2, 5, 12), 2), {"dropout_p": 1}, id="dropout_p: 1"),
+        pytest.param(
+            TypeError, "deterministic: ", (torch.randn(2, 5, 12), 2), {"deterministic": "no"}, id="deterministic: no"
+        ),
     ],
 )
 def test_a_wrong_packed_argument_is_named(backend, error, message, arguments, options):

@@ -56,6 +56,7 @@ CASES = {
         [(63, 127), (127,)],
     ),
     "attention": (attention, plain_attention, [(1, 2, 130, 40)] * 3),
+    "attention, single pass": (lambda *t: attention(*t, deterministic=False), plain_attention, [(1, 2, 130, 40)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), plain_attention_qkv, [(1, 130, 96)]),
     "cross_entropy": (
         lambda t: cross_entropy(t, targets(63)),

@@ -199,18 +199,19 @@ def an_attention(draw: Draw) -> Call:
     causal, scale, dropout_p = draw.flag(), draw.one_of([None, 0.3]), draw.one_of([0.0, 0.0, 0.1, 0.5, 0.9])
     (B, H), T, D = draw.one_of(HEADS), draw.one_of(LENGTHS), draw.one_of(HEAD_SIZES)
     S = T if causal else draw.one_of(LENGTHS)
-    options = {"causal": causal, "scale": scale}
+    options, deterministic = {"causal": causal, "scale": scale}, draw.flag()
     tensors = [draw.tensor(B, H, n, D, distinct=2) for n in (T, S, S)]
     if not dropout_p:
         return Call(
-            lambda *t: attention(*t, **options), formula(**options), tensors, sdpa(**options), is_laid_out=time_major
-        )
+            lambda *t: attention(*t, **options, deterministic=deterministic), formula(**options), tensors,
+            sdpa(**options), is_laid_out=time_major,
+        )  # fmt: skip
     torch.manual_seed(3)  # what attention will draw, and the mask that this means on every backend
     factors = dropout_factors(torch.randint(2**62, ()), dropout_p, B, H, T, S)
 
     def ours(*t: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return attention(*t, **options, dropout_p=dropout_p)
+        return attention(*t, **options, dropout_p=dropout_p, deterministic=deterministic)
 
     return Call(ours, formula(**options, factors=factors), tensors, is_laid_out=time_major)
 
@@ -233,9 +234,9 @@ def on_packed(function: Callable[..., Tensor], n_head: int) -> Callable[..., Ten
 def an_attention_qkv(draw: Draw) -> Call:
     causal, scale = draw.flag(), draw.one_of([None, 0.3])
     (B, n_head), T, D = draw.one_of(HEADS), draw.one_of(LENGTHS), draw.one_of(HEAD_SIZES)
-    options = {"causal": causal, "scale": scale}
+    options, deterministic = {"causal": causal, "scale": scale}, draw.flag()
     return Call(
-        lambda qkv: attention_qkv(qkv, n_head, **options),
+        lambda qkv: attention_qkv(qkv, n_head, **options, deterministic=deterministic),
         on_packed(formula(**options), n_head),
         [draw.tensor(B, T, 3 * n_head * D, distinct=1)],
         on_packed(sdpa(**options), n_head),

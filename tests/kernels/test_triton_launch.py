@@ -96,6 +96,19 @@ def test_all_that_the_backward_of_a_norm_sums_is_added_up_in_one_launch():
     assert launched == [layer_norm._backward_kernel, columns._sum_kernel]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attentions_backward_is_two_launches_or_three_around_a_single_pass(dtype):
+    qkv, out = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 100, 3 * 64), (2, 100, 64)))
+    lse, launched = torch.empty(2, 1, 100, device="meta"), []
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
+        attention.attention_qkv_backward(out, qkv, out, lse, 1, True, 0.125, 0.0, None)
+        attention.attention_qkv_backward(out, qkv, out, lse, 1, True, 0.125, 0.0, None, False)
+    two_passes = [attention._dq_kernel, attention._dk_dv_kernel]
+    assert launched == [
+        *two_passes, attention._delta_kernel, attention._single_pass_kernel, attention._round_dq_kernel,
+    ]  # fmt: skip
+
+
 # ---- tuning ----
 
 

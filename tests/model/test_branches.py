@@ -2,7 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgpt.kernels import use_backend
+from fastgpt.kernels.rehearsal import rehearse
 from fastgpt.model import GPT, GPTConfig, branches
 from fastgpt.train.parameters import ParameterStore
 
@@ -48,6 +51,32 @@ def test_a_branch_gives_every_bit_that_its_kernels_give_one_by_one(recompute, bi
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0
         assert torch.equal(gradients[name], gradient), name
+
+
+class _Arguments(TorchDispatchMode):
+    """Notes what attention's backward is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fastgpt.attention_qkv_backward.default:
+            self.last.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", [*branches.RECOMPUTE, None])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_layer_is_told_whether_its_gradient_must_be_the_same_each_time(monkeypatch, recompute, deterministic):
+    model = GPT(TINY, recompute or "cheap", deterministic)
+    if recompute is None:
+        monkeypatch.setattr(branches, "available", lambda x: False)
+    with use_backend("auto"), rehearse("cuda"), torch.device("meta"), _Arguments() as arguments:
+        model.to("meta")
+        x, y = torch.zeros(2, B, TINY.block_size, dtype=torch.int64)
+        model(x, y).backward()
+    assert [last is False for last in arguments.last] == [not deterministic] * TINY.n_layer
 
 
 @pytest.mark.parametrize("recompute", branches.RECOMPUTE)

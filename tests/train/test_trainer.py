@@ -332,6 +332,14 @@ def test_recomputing_more_or_less_gives_the_same_run_to_the_bit(trainer, tmp_pat
     assert losses(tmp_path / "usual") == losses(tmp_path / "other")
 
 
+def test_attentions_single_pass_is_asked_for_by_a_flag_and_changes_nothing_on_a_cpu(trainer, tmp_path):
+    usual, other = trainer(out_dir=tmp_path / "usual"), trainer(out_dir=tmp_path / "other", deterministic=False)
+    for one, expected in ((usual, True), (other, False)):
+        assert {block.attn.deterministic for block in one.model.transformer.h} == {expected}
+        assert one.train() == 0
+    assert losses(tmp_path / "usual") == losses(tmp_path / "other")
+
+
 @pytest.mark.filterwarnings("ignore:fastgpt runs on plain PyTorch")
 def test_an_fp16_run_learns_and_keeps_its_loss_scale_when_resumed(trainer, tmp_path):
     one = trainer(dtype="float16", max_iters=4, lr_decay_iters=8)

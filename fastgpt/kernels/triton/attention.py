@@ -1,4 +1,4 @@
-"""Attention, FlashAttention-2's way: softmax online, T x T never in memory, the backward in two passes.
+"""Attention, FlashAttention-2's way: softmax online, T x T never in memory, the backward in two passes or in one.
 
 A forward program takes BLOCK_M queries and walks over the keys they see, BLOCK_N at a time. Blocks left of the
 diagonal need no mask and run in a loop without one; only those that the diagonal or the end of the sequence
@@ -7,14 +7,19 @@ multiply-add and one exp2; those of fp32 inputs stay in base e, since the roundi
 
 The backward recomputes the weights from the saved logsumexp, once per pass: one pass walks along the keys and
 writes dq (and delta, the row sums of dout * out), one walks along the queries and writes dk and dv. That is
-7 products where a single pass has 5, but nothing is added up by atomics, so the same inputs give the same bits, and
-dq needs no fp32 accumulator in memory, whose traffic would cost about half of what the two products do on an RTX 4070.
+7 products, but nothing is added up by atomics, so the same inputs give the same bits.
+
+With ``deterministic=False`` the pass along the queries does the other's work too, 5 products in all: as each block of
+keys is a program of its own, they add their shares of dq up by atomics, in fp32 and in whichever order they come. The
+sums have a buffer of their own, which a kernel before fills with zeros and one behind rounds to dq: 16 bytes of traffic
+an element of q, if L2 holds a head's sums while its blocks are added.
 
 q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
 
 Dao, "FlashAttention-2", 2023.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +60,15 @@ def _store_tile(base, tile, start, stride, n_rows, D: tl.constexpr, BLOCK: tl.co
     pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     inside = (start + rows < n_rows)[:, None] & (columns < D)[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_tile(base, tile, start, n_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """To rows of D side by side, fp32, that others add to at the same time."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(start, tl.int64) * D + rows[:, None] * D + columns[None, :]
+    inside = (start + rows < n_rows)[:, None] & (columns < D)[None, :]
+    tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")  # their order does not matter, and nobody reads them
 
 
 @triton.jit
@@ -246,12 +260,15 @@ def _dq_kernel(
 
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, k, v, q, dout, lse, delta, q_stride, dout_stride, begin, end, start_n, n_query, n_key, head, seed,
+    dk, dv, dq, k, v, q, dout, lse, delta, q_stride, dout_stride, begin, end, start_n, n_query, n_key, head, seed,
     threshold, scale, keep,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD_DQ: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    FP32: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of scores and weights are transposed here, (BLOCK_N, BLOCK_M), as both products want them."""
+    """Tiles of scores and weights are transposed here, (BLOCK_N, BLOCK_M), as both products want them.
+
+    With ADD_DQ the keys' share of dq is added to memory, without the scale.
+    """
     for start_m in range(begin, end, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
         queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
@@ -273,18 +290,22 @@ def _accumulate_dk_dv(
         row_delta = tl.load(delta + rows, mask=rows < n_query, other=0.0)
         dscores = weights * (dweights - row_delta[None, :])
         dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision=PRECISION)
+        if ADD_DQ:
+            share = tl.dot(dscores.to(k.dtype).T, k, input_precision=PRECISION)
+            _add_tile(dq, share, start_m, n_query, D, BLOCK_M, BLOCK_D)
     return dk, dv
 
 
-@kernel(do_not_specialize=["threshold"])
-def _dk_dv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, seed,
+@triton.jit
+def _dk_dv_of_block(
+    dq, q, k, v, dout, lse, delta, dk, dv, seed,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
     n_head, n_query, n_key, scale, threshold, keep,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    ADD_DQ: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One program's block of keys: their dk and dv, and with ADD_DQ their share of dq, to (B, H, T, D) in fp32."""
     n_blocks = tl.cdiv(n_key, BLOCK_N)
     start_n = tl.program_id(0) % n_blocks * BLOCK_N  # the first keys are seen by most queries
     head = tl.program_id(0) // n_blocks
@@ -297,6 +318,8 @@ def _dk_dv_kernel(
     dv += b * dv_batch + h * dv_head
     lse += head.to(tl.int64) * n_query
     delta += head.to(tl.int64) * n_query
+    if ADD_DQ:
+        dq += head.to(tl.int64) * n_query * D
 
     seed_value = tl.load(seed) if DROPOUT else 0
     keys = _tile(k, start_n, k_stride, n_key, True, D, BLOCK_N, BLOCK_D)
@@ -308,19 +331,89 @@ def _dk_dv_kernel(
     if CAUSAL:
         begin = start_n // BLOCK_M * BLOCK_M
         unmasked = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, n_query)
+    elif ADD_DQ:  # a key beyond the end is 0, but its weight may be infinite, and 0 * infinity would be added to dq
+        unmasked = tl.where(start_n + BLOCK_N > n_key, n_query, 0)
+    if CAUSAL or ADD_DQ:
         dkeys, dvalues = _accumulate_dk_dv(
-            dkeys, dvalues, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, start_n,
+            dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, start_n,
             n_query, n_key, head, seed_value, threshold, scale_in_base, keep,
-            True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            ADD_DQ, True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     # keys beyond the end need no mask: what they gather is not stored
     dkeys, dvalues = _accumulate_dk_dv(
-        dkeys, dvalues, keys, values, q, dout, lse, delta, q_stride, dout_stride, unmasked, n_query, start_n,
+        dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, unmasked, n_query, start_n,
         n_query, n_key, head, seed_value, threshold, scale_in_base, keep,
-        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        ADD_DQ, False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     _store_tile(dk, dkeys * scale, start_n, dk_stride, n_key, D, BLOCK_N, BLOCK_D)
     _store_tile(dv, dvalues, start_n, dv_stride, n_key, D, BLOCK_N, BLOCK_D)
+
+
+@kernel(do_not_specialize=["threshold"])
+def _dk_dv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, seed,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
+    n_head, n_query, n_key, scale, threshold, keep,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    _dk_dv_of_block(
+        None, q, k, v, dout, lse, delta, dk, dv, seed,
+        q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+        dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
+        n_head, n_query, n_key, scale, threshold, keep,
+        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@kernel(do_not_specialize=["threshold"])
+def _single_pass_kernel(
+    q, k, v, dout, lse, delta, dq_sums, dk, dv, seed,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
+    n_head, n_query, n_key, scale, threshold, keep,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    _dk_dv_of_block(
+        dq_sums, q, k, v, dout, lse, delta, dk, dv, seed,
+        q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+        dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
+        n_head, n_query, n_key, scale, threshold, keep,
+        True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@kernel
+def _delta_kernel(
+    out, dout, delta, dq_sums, out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, n_head, n_query,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What the single pass finds ready: delta, and zeros to add to."""
+    n_blocks = tl.cdiv(n_query, BLOCK_M)
+    start_m, head = tl.program_id(0) % n_blocks * BLOCK_M, tl.program_id(0) // n_blocks
+    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    grad = _tile(dout + b * dout_batch + h * dout_head, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    result = _tile(out + b * out_batch + h * out_head, start_m, out_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    row_delta = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
+    tl.store(delta + head.to(tl.int64) * n_query + rows, row_delta, mask=rows < n_query)
+    zeros = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    _store_tile(dq_sums + head.to(tl.int64) * n_query * D, zeros, start_m, D, n_query, D, BLOCK_M, BLOCK_D)
+
+
+@kernel
+def _round_dq_kernel(
+    dq_sums, dq, dq_batch, dq_head, dq_stride, n_head, n_query, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What the single pass has added up, to where it belongs."""
+    n_blocks = tl.cdiv(n_query, BLOCK_M)
+    start_m, head = tl.program_id(0) % n_blocks * BLOCK_M, tl.program_id(0) // n_blocks
+    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    sums = _tile(dq_sums + head.to(tl.int64) * n_query * D, start_m, D, n_query, True, D, BLOCK_M, BLOCK_D)
+    _store_tile(dq + b * dq_batch + h * dq_head, sums * scale, start_m, dq_stride, n_query, D, BLOCK_M, BLOCK_D)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -361,21 +454,41 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
 
 
 def _launch(
-    name: str, kernel: Any, along: tuple[int, str], q: Tensor, *args: Any, constants: dict[str, Any]
+    name: str, kernel: Any, along: tuple[int, str], q: Tensor, *args: Any, constants: dict[str, Any],
+    before: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
-    """Launch a kernel with one program per head and block of ``along[0]`` positions, blocks as in ``along[1]``."""
-    (length, block), device, n_heads = along, device_of(q), q.shape[0] * q.shape[1]
+    """Launch a kernel with one program per head and block of ``along[0]`` positions, blocks as in ``along[1]``.
+
+    ``before`` is called last before it, since tuning runs the kernel many times.
+    """
+    (length, block), n_heads = along, q.shape[0] * q.shape[1]
 
     def run(config: dict[str, int]) -> None:
         launch(kernel, (triton.cdiv(length, config[block]) * n_heads,), q, *args, **constants, **config)
 
     dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
-    config = configuration(device, name, f"{dtype} D{constants['BLOCK_D']}{dropout}")
-    if q.is_cuda and autotune.enabled():
-        case = f"{name} {kernel.cache_key[:12]} {q.dtype} {tuple(q.shape)} along {length} {constants}"
-        with torch.cuda.device(q.device):
-            config = autotune.best(device, case, config, run)
+    config = configuration(device_of(q), name, f"{dtype} D{constants['BLOCK_D']}{dropout}")
+    config = _tuned(q, kernel, f"{name} {q.dtype} {tuple(q.shape)} along {length} {constants}", config, run)
+    if before is not None:
+        before()
     run(config)
+
+
+def _tuned(
+    q: Tensor, kernel: Any, case: str, config: dict[str, int], run: Callable[[dict[str, int]], None]
+) -> dict[str, int]:
+    """``config``, or on request the fastest on this very device."""
+    if not (q.is_cuda and autotune.enabled()):
+        return config
+    with torch.cuda.device(q.device):
+        return autotune.best(device_of(q), f"{kernel.cache_key[:12]} {case}", config, run)
+
+
+def _launch_on_rows(kernel: Any, like: Tensor, *args: Any, D: int, BLOCK_D: int) -> None:
+    """Launch a kernel that passes once over tensors of the shape of ``like``, (B, H, T, D)."""
+    config = configuration(device_of(like), "attention_rows", f"D{BLOCK_D}")
+    grid = (triton.cdiv(like.shape[2], config["BLOCK_M"]) * like.shape[0] * like.shape[1],)
+    launch(kernel, grid, like, *args, D=D, BLOCK_D=BLOCK_D, **config)
 
 
 def _forward(
@@ -396,7 +509,7 @@ def _forward(
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, seed: Tensor | None, deterministic: bool,
 ) -> None:  # fmt: skip
     dout, q, k, v, out = (_readable(t) for t in (dout, q, k, v, out))
     H, T, S = q.shape[1], q.shape[2], k.shape[2]
@@ -404,16 +517,29 @@ def _backward(
     constants = _constants(q, causal, dropout_p, seed)
     seed_or_any = lse if seed is None else seed
     scalars = (scale, *_dropout(dropout_p))
+    if deterministic:
+        _launch(
+            "attention_dq", _dq_kernel, (T, "BLOCK_M"),
+            q, k, v, out, dout, lse, dq, delta, seed_or_any, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,
+            constants=constants | _order(q),
+        )  # fmt: skip
+        _launch(
+            "attention_dk_dv", _dk_dv_kernel, (S, "BLOCK_N"),
+            q, k, v, dout, lse, delta, dk, dv, seed_or_any, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
+            constants=constants,
+        )  # fmt: skip
+        return
+    dq_sums = q.new_empty(q.shape, dtype=torch.float32)
+    width = {name: constants[name] for name in ("D", "BLOCK_D")}
     _launch(
-        "attention_dq", _dq_kernel, (T, "BLOCK_M"),
-        q, k, v, out, dout, lse, dq, delta, seed_or_any, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,
-        constants=constants | _order(q),
-    )  # fmt: skip
-    _launch(
-        "attention_dk_dv", _dk_dv_kernel, (S, "BLOCK_N"),
-        q, k, v, dout, lse, delta, dk, dv, seed_or_any, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
+        "attention_single_pass", _single_pass_kernel, (S, "BLOCK_N"),
+        q, k, v, dout, lse, delta, dq_sums, dk, dv, seed_or_any, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
         constants=constants,
+        before=lambda: _launch_on_rows(
+            _delta_kernel, out, dout, delta, dq_sums, *_strides(out, dout), H, T, **width
+        ),
     )  # fmt: skip
+    _launch_on_rows(_round_dq_kernel, dq_sums, dq, *_strides(dq), H, T, scale, **width)
 
 
 def _splittable(packed: Tensor) -> Tensor:
@@ -441,12 +567,12 @@ def attention(
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if _left_to_the_reference(q, q.shape[3]):
         return reference.attention_backward(dout, q, k, v, out, lse, causal, scale, dropout_p, seed)
     dq, dk, dv = empty_heads(q), empty_heads(k), empty_heads(v)
-    _backward(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
+    _backward(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed, deterministic)
     return dq, dk, dv
 
 
@@ -466,7 +592,7 @@ def attention_qkv(
 
 def attention_qkv_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
     if _left_to_the_reference(qkv, qkv.shape[2] // 3 // n_head):
         return reference.attention_qkv_backward(dout, qkv, out, lse, n_head, causal, scale, dropout_p, seed)
@@ -474,5 +600,5 @@ def attention_qkv_backward(
     q, k, v = split_heads(_splittable(qkv), n_head, 3)
     dq, dk, dv = split_heads(dqkv, n_head, 3)
     (dout_heads,), (out_heads,) = split_heads(_splittable(dout), n_head, 1), split_heads(out, n_head, 1)
-    _backward(dout_heads, q, k, v, out_heads, lse, dq, dk, dv, causal, scale, dropout_p, seed)
+    _backward(dout_heads, q, k, v, out_heads, lse, dq, dk, dv, causal, scale, dropout_p, seed, deterministic)
     return dqkv
