@@ -29,8 +29,6 @@ from fastgpt.limits import Bound
 CPU = torch.device("cpu")
 RUNS = Path("runs")  # where fastgpt.train puts its runs
 
-# Of a copy, by type of device, beside which launching and waiting for the end are short.
-MEGABYTES = {"cpu": 256, "cuda": 1024}
 SECONDS = 0.2  # for each measurement
 
 LITTLE_DISK = 5e9  # bytes; three checkpoints of GPT-2 124M, the best, the newest and the one being written
@@ -202,7 +200,7 @@ def _ceilings(device: torch.device) -> dict[str, float | None]:
             ceilings[name] = None
             ceilings[name] = hardware.gemm_ceiling(device, dtype, SECONDS) / 1e12
         ceilings["copy GB/s"] = None
-        ceilings["copy GB/s"] = hardware.measure_bandwidth(device, MEGABYTES[device.type], SECONDS) / 1e9
+        ceilings["copy GB/s"] = hardware.measure_bandwidth(device, seconds=SECONDS) / 1e9
     except torch.OutOfMemoryError:
         pass
     return ceilings

@@ -30,7 +30,7 @@ def measured(monkeypatch):
     for name in ("FASTGPT_BACKEND", "ATEN_CPU_CAPABILITY", *hardware.THREADS, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hardware, "measure_gemm_peak", lambda device, dtype, size, seconds: 1e99)
-    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device, megabytes, seconds: 45e9)
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device, seconds: 45e9)
     monkeypatch.setattr(hardware, "median_seconds", lambda run, device, seconds: 1.0)
 
 

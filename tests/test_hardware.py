@@ -331,6 +331,21 @@ def test_a_copy_is_measured_in_a_quarter_of_the_free_memory(monkeypatch):
     assert hardware.measure_bandwidth(CPU) == 2 * sizes[0] == 2 * (8 << 20)
 
 
+@pytest.mark.parametrize(("kind", "megabytes"), [("cpu", 256), ("cuda", 1024)])
+def test_on_a_gpu_the_copy_is_so_long_that_its_launch_is_short(monkeypatch, kind, megabytes):
+    sizes = []
+
+    def zeros(size, **options):
+        sizes.append(size)
+        return torch.empty(0)
+
+    monkeypatch.setattr(hardware, "memory", lambda device: (limits.Bound(80 << 30, "GPU"),) * 2)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(hardware, "median_seconds", lambda run, device, seconds: 1.0)
+    hardware.measure_bandwidth(torch.device(kind))
+    assert sizes == [megabytes << 20]
+
+
 @pytest.fixture
 def own_threads(monkeypatch):
     """PyTorch has chosen 8 threads of its own."""

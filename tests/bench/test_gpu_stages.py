@@ -31,7 +31,7 @@ def stages(monkeypatch):
 def run(stages, folder, seconds=60.0):
     (folder / "gpu").mkdir()
     notes = []
-    outcomes = gpu.run_stages(stages, folder, seconds, True, 1, lambda outcomes: notes.append(len(outcomes)))
+    outcomes = gpu.run_stages(stages, folder, seconds, True, 1, 16, lambda outcomes: notes.append(len(outcomes)))
     assert notes == [1, 2, 3]
     return {outcome.command: outcome for outcome in outcomes}
 
@@ -70,16 +70,19 @@ def record(*losses, failure=None):
 @pytest.mark.parametrize(
     ("found", "work"),
     [
-        (None, False),  # it crashed
-        ({"contenders": {}}, False),
+        (None, True),  # stopped before it wrote anything
+        ({"contenders": {}}, True),
+        ({"contenders": {"fastgpt, no graphs": record()["contenders"]["fastgpt, no graphs"]}}, True),
         (record(5.0, failure="RuntimeError: capture"), False),
+        ({"contenders": {"fastgpt": {"failure": "RuntimeError: capture", "losses": []}}}, False),
         (record(5.0, 4.0), True),
         (record(5.0, 4.000001), True),
         (record(5.0, 4.5), False),
         (record(5.0, float("nan")), False),
     ],
 )
-def test_graphs_work_where_they_give_the_losses_of_a_step_without(found, work):
+def test_graphs_are_given_up_only_where_they_failed_or_learnt_otherwise(found, work):
+    """Of a stage that was stopped before it came to them nothing is known."""
     assert gpu.graphs_work(found) == work
 
 
@@ -90,11 +93,35 @@ def test_a_record_that_was_cut_off_is_passed_over(tmp_path):
     assert gpu.newest(tmp_path, "mfu-*.json", time.time() + 10) is None
 
 
+def test_a_first_stage_that_was_stopped_early_leaves_the_graphs_on(monkeypatch, tmp_path):
+    step = command("mfu", flags=("-n1", "-r1", "pass", "fastgpt"))
+    monkeypatch.setattr(gpu, "STAGES", {"first": (command("first-step", flags=SLEEP, seconds=1.0),), "step": (step,)})
+    lines = []
+    arguments = gpu.arguments
+    monkeypatch.setattr(gpu, "arguments", lambda *args: lines.append(arguments(*args)) or lines[-1])
+    (tmp_path / "gpu").mkdir()
+    gpu.run_stages(["first", "step"], tmp_path, 60.0, True, 1, 16, lambda outcomes: None)
+    assert "fastgpt" in lines[1]
+
+
 def test_without_graphs_the_contenders_are_those_without(tmp_path):
     step, _ = gpu.STAGES["step"]
-    line = gpu.arguments(step, False, False, tmp_path, 1)
+    line = gpu.arguments(step, False, False, tmp_path, 1, 16)
     assert "fastgpt" not in line
     assert "fastgpt, no graphs" in line
+
+
+@pytest.mark.parametrize(
+    ("gib", "sequences"),
+    [(79.2, 16), (39.4, 16), (23.5, 8), (19.6, 8), (15.6, 4), (11.99, 2), (7.6, 2)],  # as the cards of 80 GB … tell
+)
+def test_a_small_card_gets_a_small_micro_batch(tmp_path, gib, sequences):
+    size = gpu.micro_batch(int(gib * 2**30))
+    assert size == sequences
+    for stage, name, expected in (("step", "mfu", size), ("kernels", "kernels", max(8, size))):
+        one = next(one for one in gpu.STAGES[stage] if one.name == name)
+        line = gpu.arguments(one, False, True, tmp_path, 1, size)
+        assert line[line.index("--batch_size") + 1] == str(expected)
 
 
 def test_every_command_is_one_that_its_module_takes(tmp_path):
@@ -102,9 +129,9 @@ def test_every_command_is_one_that_its_module_takes(tmp_path):
     parsed = 0
     for commands in gpu.STAGES.values():
         for one in commands:
-            for flags in (one.flags, one.small):
-                if one.module in parsers and flags is not None:
-                    parsers[one.module](list(flags))
+            for rehearsal in (False, True):
+                if one.module in parsers and not (rehearsal and one.small is None):
+                    parsers[one.module](gpu.arguments(one, rehearsal, True, tmp_path, 1, 4)[3:])
                     parsed += 1
     assert parsed == 9
 
@@ -120,8 +147,24 @@ def test_the_record_is_written_and_the_status_tells(stages, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "gpu" / "stages.json").read_text())
     assert [o["status"] for o in found["outcomes"]] == ["passed"]
     assert found["rehearsal"] is True
-    assert "all passed" in capsys.readouterr().out
+    assert "all passed; records" in capsys.readouterr().out
+    assert "all passed; records" in (tmp_path / "out" / "gpu" / "summary.txt").read_text()
     assert gpu.main([*flags, "--stages", "dies"]) == 1
+
+
+def test_a_machine_that_is_taken_away_leaves_the_summary_so_far(stages, tmp_path, monkeypatch):
+    def execute(line, output, limit):
+        if output.stem == "taken-away":
+            raise SystemExit
+        return "passed"
+
+    monkeypatch.setattr(gpu, "STAGES", {"passes": (command("quick"), command("taken-away"))})
+    monkeypatch.setattr(gpu, "execute", execute)
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", "--out", str(tmp_path / "out"), "--stages", "passes"])
+    words = (tmp_path / "out" / "gpu" / "summary.txt").read_text()
+    assert "quick" in words
+    assert "all passed so far" in words
 
 
 @pytest.mark.skipif(gpu.torch.cuda.is_available(), reason="for a machine without a GPU")
