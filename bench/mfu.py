@@ -11,18 +11,21 @@ bf16 weights with fp32 masters, one graph, a compiled optimizer, the faster fuse
 start from the same weights, train on the same tokens and take turns; medians count. MFU divides by the device's dense
 peak (``fastgpt/gpus.py``), *achievable* by the rate of a large matrix product in the same run.
 
-``--vram`` limits the process to so much memory, finds each one's largest micro-batch there and times it at that.
+``--vram`` limits the process to so much memory, CUDA's own included, finds each one's largest micro-batch there and
+times it at that.
 ``--profile`` adds where the time goes, by kind of kernel. ``--loss_steps N`` also trains each for N updates, and plain
 PyTorch in fp32 beside them.
 
 Writes mfu-PRESET.json, .md and .png (named after micro-batch and dtype too, a CPU's also after threads) into
-bench/results/DEVICE. Exit status: 0 done; 1 fastgpt failed, or the losses disagree; 2 the request was wrong.
+bench/results/DEVICE. Exit status: 0 done; 1 fastgpt failed, the losses disagree, or none of the baselines that were
+asked for could be timed; 2 the request was wrong.
 """
 
 import gc
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -207,6 +210,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# torch.compile records CUDA graphs for these: one memory pool for all of them, which only a reset gives back.
+RECORDED = ("compile, max-autotune", "strongest", "strongest, max-autotune")
+
+
 def release() -> None:
     """Give back what nobody holds any more; what has been compiled is forgotten."""
     torch.compiler.reset()
@@ -223,36 +230,61 @@ def describe(error: Exception) -> str:
 # ---- the largest micro-batch ----
 
 
-def largest(name: str, request: Request, seconds: float) -> dict[str, Any]:
-    """A contender's largest micro-batch in the memory that the process may use, and its speed there."""
+def largest(
+    name: str, request: Request, guess: int, note: Callable[[dict[str, Any]], None], seconds: float = 1.0
+) -> dict[str, Any]:
+    """A contender's largest micro-batch in the memory that the process may use, to a tenth, and its speed there.
+
+    The search starts from ``guess``; ``note`` gets the best so far after every try. What is compiled for the second
+    size serves all the others, as PyTorch then takes the size for a variable.
+    """
     best: dict[str, Any] = {"batch_size": 0}
-    tried: dict[int, bool] = {}
 
     def fits(batch_size: int) -> bool:
         resized = replace(request, batch_size=batch_size, accumulation=1, recompute="cheap")
         contender = prepare(name, resized)
         if contender.update is not None:
             take_turns({name: contender}, resized, seconds, least=2)
-        tried[batch_size] = contender.update is not None
-        if contender.update is not None and batch_size > best["batch_size"]:
+        it_does = contender.update is not None
+        if not it_does:
+            best["beyond"] = contender.failure  # out of memory, or was it something else?
+        else:
             ms = median(contender.ms)
-            best.update(
-                batch_size=batch_size, ms=ms, tokens_per_s=1e3 * resized.tokens / ms, peak_bytes=contender.peak_bytes
-            )
+            if batch_size > best["batch_size"] or (batch_size == best["batch_size"] and ms < best["ms"]):
+                tokens_per_s = 1e3 * resized.tokens / ms
+                best.update(batch_size=batch_size, ms=ms, tokens_per_s=tokens_per_s, peak_bytes=contender.peak_bytes)
+        note(best)
         contender.update = None
-        release()
-        return tried[batch_size]
+        if name in RECORDED:
+            release()
+        return it_does
 
-    low, high = 0, request.batch_size
+    # away from the guess in steps that double, then between what fits and what does not
+    low, high, step = 0, guess, max(1, guess // 10)
     while fits(high):
-        low, high = high, high + max(high // 2, 1)
+        low, high, step = high, high + step, 2 * step
     while high - low > max(1, low // 10):
-        middle = (low + high) // 2
+        middle = (low + high) // 2 if low else max(1, high - step)
+        step *= 2
         if fits(middle):
             low = middle
         else:
             high = middle
+    if name.startswith("compile") and name not in RECORDED and best["batch_size"] not in (0, guess):
+        release()  # once more, compiled for this size alone: that may be faster
+        fits(best["batch_size"])
     return best
+
+
+def first_guess(name: str, request: Request, memory: int, measured: dict[str, Any]) -> int:
+    """A micro-batch that about fills so many bytes: of fastgpt the plan's, of others from the peak ``measured``."""
+    if name.startswith(OURS):
+        return max(1, plan.largest_batch(replace(request.setup(), recompute="cheap"), memory))
+    at_rest = 16 * request.config.n_params  # fp32 weights, gradients and two moments; in bf16 with masters as much
+    passing = (measured.get("peak_bytes") or 0) - at_rest
+    if passing <= 0:
+        return request.batch_size
+    return max(1, int((memory - plan.CUDA_RESERVE - at_rest) * request.batch_size / passing))
 
 
 # ---- where the time goes ----
@@ -472,6 +504,31 @@ def columns(record: dict[str, Any]) -> tuple[str, ...]:
     return (*COLUMNS[:-1], f"most in {vram:g} GB" if vram else "largest micro-batch")
 
 
+def report(record: dict[str, Any], dtype: torch.dtype) -> int:
+    """Print the table, the prediction and the verdict; the exit status."""
+    # of the largest micro-batch nothing is known yet
+    lines = [row[:-1] for row in (columns(record), *table(record))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *cells in lines:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([f"{first:<{widths[0]}}", *padded]))
+    print(prediction(record))
+    apart = disagreement(record)
+    wrong = [name for name, difference in apart.items() if difference > AGREE[dtype]]
+    print(f"losses differ by at most {max(apart.values(), default=math.nan):.1e}")
+    if wrong:
+        print(f"disagree: {', '.join(wrong)}")
+    ours, baselines = (
+        [c for name, c in record["contenders"].items() if name.startswith(OURS) == own] for own in (True, False)
+    )
+    failed = [c for c in ours if "ms" not in c]
+    alone = bool(baselines) and not any("ms" in c and not c["failure"] for c in baselines)
+    if alone:
+        print("no baseline was timed to the end: there is nothing to compare with")
+    sys.stdout.flush()
+    return int(bool(wrong or failed or alone))
+
+
 def prediction(record: dict[str, Any]) -> str:
     """What the plan says of fastgpt's step, beside what was measured."""
     p, c = record["predicted"], record["contenders"].get(OURS, {})
@@ -513,6 +570,12 @@ def markdown(record: dict[str, Any]) -> str:
         expected = {**predicted["by_kind_ms"], "optimizer": predicted["update_ms"]}
         for name, budget in {**budgets, f"{OURS}, as predicted": expected}.items():
             lines.append(f"| {name} | " + " | ".join(f"{budget.get(kind, 0.0):.2f}" for kind in kinds) + " |")
+    if "vram_gb" in record:
+        whole, tensors = record["vram_gb"], record["vram_tensors_gb"]
+        lines += [
+            "",
+            f"Of {whole:g} GB tensors may take {tensors:.2f}; CUDA and its libraries are assumed to take the rest.",
+        ]
     if "loss_curves" in record:
         n = record["loss_steps"]
         lines += ["", f"Mean loss of the last {min(n, 10)} of {n} updates:", "", "| contender | loss |", "|---|--:|"]
@@ -569,6 +632,35 @@ def requested(flags: Any) -> Request:
     return Request(flags.preset, model, config.batch_size, flags.accumulation, device, dtype, recompute)
 
 
+def taking_part(asked: Sequence[str] | None, request: Request) -> list[str]:
+    """Those of the contenders asked for, or of all, that can run here and would train right; a line for the others.
+
+    Raises:
+        RequestError: there are none.
+    """
+    names = [name for name in CONTENDERS if asked is None or name in asked]
+    cuda = request.device.type == "cuda"
+    if not cuda:
+        names = [name for name in names if name not in GPU_ONLY]
+    if not hasattr(F, "linear_cross_entropy"):
+        names = [name for name in names if name != "compile, chunked loss"]
+    left_out: dict[str, Sequence[str]] = {}
+    if request.dtype == torch.float16:
+        why = "they do not scale the loss, and gradients in float16 underflow"
+        left_out[why] = [name for name in names if not name.startswith(OURS)]
+    elif cuda and request.accumulation > 1:
+        # pytorch/pytorch#169545 and #96693: weight.grad is the graph's own output, and the next replay writes there
+        why = "the CUDA graphs that PyTorch records for them overwrite the gradients of the first micro-batch"
+        left_out[why] = [name for name in names if name in RECORDED]
+    for why, out in left_out.items():
+        if out:
+            print(f"without {', '.join(out)}: {why}", flush=True)
+        names = [name for name in names if name not in out]
+    if not names:
+        raise RequestError("--contenders: none of these can run here")
+    return names
+
+
 def parse(argv: Sequence[str] | None) -> Any:
     """The flags."""
     parser = Parser(prog="python -m bench.mfu", description=__doc__)
@@ -599,13 +691,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     vram = parse_gigabytes("vram", flags.vram) if flags.vram else None
     if vram and request.device.type != "cuda":
         raise RequestError("--vram limits a GPU's memory; there is none here")
-    names = [name for name in CONTENDERS if flags.contenders is None or name in flags.contenders]
-    if request.device.type != "cuda":
-        names = [name for name in names if name not in GPU_ONLY]
-    if not hasattr(F, "linear_cross_entropy"):
-        names = [name for name in names if name != "compile, chunked loss"]
-    if not names:
-        raise RequestError("--contenders: none of these can run here")
+    if vram and vram * 2**30 <= plan.CUDA_RESERVE:
+        raise RequestError(f"--vram {flags.vram}: CUDA itself takes about {plan.CUDA_RESERVE / 2**30:.1f} GB")
+    names = taking_part(flags.contenders, request)
     folder = flags.out or results_folder(request.device)
     leave_default_stream(request.device)
     record = provenance("bench.mfu", argv, request.device)
@@ -615,45 +703,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(record, folder)
 
     note(measure(names, request, flags.seconds, flags.profile, note))
+    status = report(record, request.dtype)  # what comes now may take longer than there is time
+    draw(record, folder)
     if flags.loss_steps:
         note({"loss_steps": flags.loss_steps, "loss_curves": {}})
         for name in (*names, "eager, fp32"):
             record["loss_curves"][name] = loss_curve(name, request, flags.loss_steps)
             note({})
+        ends = ", ".join(f"{name} {tail(losses):.4f}" for name, losses in record["loss_curves"].items())
+        print(f"mean loss of the last {min(flags.loss_steps, 10)} of {flags.loss_steps} updates: {ends}", flush=True)
     if vram:
-        note({"vram_gb": vram, "largest": {}})
+        note({"vram_gb": vram, "vram_tensors_gb": vram - plan.CUDA_RESERVE / 2**30, "largest": {}})
         for name in names:
-            record["largest"][name] = within(vram, name, request)
-            note({})
-    titles, rows = columns(record), table(record)
-    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
-    for row in [titles, *rows]:
-        print(
-            "  ".join(
-                f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
-    print(prediction(record))
-    apart = disagreement(record)
-    wrong = [name for name, difference in apart.items() if difference > AGREE[request.dtype]]
-    print(f"losses differ by at most {max(apart.values(), default=math.nan):.1e}")
-    if wrong:
-        print(f"disagree: {', '.join(wrong)}")
-    draw(record, folder)
-    failed = [name for name in names if name.startswith(OURS) and "ms" not in record["contenders"][name]]
-    return int(bool(wrong or failed))
+            within(vram, name, request, record, note)
+    return status
 
 
-def within(vram: float, name: str, request: Request) -> dict[str, Any]:
-    """A contender's largest micro-batch and speed in so many GB."""
-    print(f"largest micro-batch of {name}", flush=True)
+def within(vram: float, name: str, request: Request, record: dict[str, Any], note: Note) -> None:
+    """A contender's largest micro-batch and speed in so many GB, into the record; a line of it."""
     release()
+    memory = int(vram * 2**30)
+    guess = first_guess(name, request, memory, record["contenders"][name])
+    print(f"largest micro-batch of {name}, from {guess}", flush=True)
     total = torch.cuda.get_device_properties(request.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, vram * 2**30 / total), request.device)
-    found = largest(name, request, seconds=3.0)
+    # the limit is one of PyTorch's allocator, which does not see what CUDA takes beside it
+    fraction = min(1.0, (memory - plan.CUDA_RESERVE) / total)
+    torch.cuda.set_per_process_memory_fraction(fraction, request.device)
+
+    def note_best(best: dict[str, Any]) -> None:
+        record["largest"][name] = dict(best)
+        note({})
+
+    best = largest(name, request, guess, note_best)
     torch.cuda.set_per_process_memory_fraction(1.0, request.device)
-    return found
+    speed = f", {best['tokens_per_s']:,.0f} tokens/s" if "ms" in best else f": {best['beyond']}"
+    print(f"{name}: at most {best['batch_size']} in {vram:g} GB{speed}", flush=True)
 
 
 def stem_of(record: dict[str, Any], folder: Path) -> Path:

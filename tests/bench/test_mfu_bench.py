@@ -2,6 +2,8 @@
 
 import importlib
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,12 +88,91 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypa
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setitem(mfu.CONTENDERS, "eager", broken)
-    assert mfu.main([*TINY, "--contenders", "fastgpt", "eager", "--out", str(tmp_path)]) == 0
+    assert mfu.main([*TINY, "--contenders", "fastgpt", "eager", "--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert record["contenders"]["eager"]["failure"] == "RuntimeError: no such kernel"
     assert record["contenders"]["fastgpt"]["ms"] > 0
-    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "RuntimeError: no such kernel" in said
+    assert "no baseline was timed to the end: there is nothing to compare with" in said
+
+
+def test_where_no_baseline_was_asked_for_none_is_missed(tmp_path):
+    assert mfu.main([*TINY, "--contenders", "fastgpt", "--out", str(tmp_path)]) == 0
+
+
+def test_the_table_is_out_before_the_loss_curves_which_may_be_cut_off(tmp_path, monkeypatch, capsys):
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mfu, "loss_curve", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        mfu.main([*TINY, "--contenders", "fastgpt", "eager", "--loss_steps", "2", "--out", str(tmp_path)])
+    assert "losses differ by at most" in capsys.readouterr().out
+    assert list(tmp_path.glob("*.png"))
+
+
+class Sizes:
+    """Stands in for a contender that fits up to so many sequences; remembers what was tried."""
+
+    def __init__(self, monkeypatch, fits):
+        self.tried, self.resets = [], 0
+        monkeypatch.setattr(mfu, "prepare", self.prepare)
+        monkeypatch.setattr(mfu, "take_turns", lambda contenders, *_, **__: contenders["compile"].ms.append(2.0))
+        monkeypatch.setattr(mfu, "release", self.release)
+        self.fits = fits
+
+    def prepare(self, name, request):
+        self.tried.append(request.batch_size)
+        if request.batch_size <= self.fits:
+            return mfu.Contender(update=len, peak_bytes=request.batch_size)
+        return mfu.Contender(failure="OutOfMemoryError: no more")
+
+    def release(self):
+        self.resets += 1
+
+
+@pytest.mark.parametrize("guess", [1, 8, 30, 200])
+def test_the_largest_micro_batch_is_found_from_any_guess_and_noted_on_the_way(monkeypatch, guess):
+    sizes, notes = Sizes(monkeypatch, fits=40), []
+    found = mfu.largest("compile", mfu.requested(mfu_flags()), guess, lambda best: notes.append(best["batch_size"]))
+    assert 36 <= found["batch_size"] <= 40
+    assert notes == [max((n for n in sizes.tried[:i] if n <= 40), default=0) for i in range(1, len(notes) + 1)]
+    assert len(sizes.tried) <= 16
+    assert found["beyond"] == "OutOfMemoryError: no more"
+    assert sizes.resets <= 1  # each would compile anew
+
+
+def test_where_nothing_fits_the_largest_is_none(monkeypatch):
+    Sizes(monkeypatch, fits=0)
+    found = mfu.largest("compile", mfu.requested(mfu_flags()), 8, lambda best: None)
+    assert (found["batch_size"], found["beyond"]) == (0, "OutOfMemoryError: no more")
+
+
+def test_in_so_many_gb_what_cuda_takes_itself_is_taken_off(monkeypatch):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(mfu, "largest", lambda name, request, guess, note: {"batch_size": 0, "beyond": "no"})
+    record = {"largest": {}, "contenders": {"compile": {}}}
+    mfu.within(12.0, "compile", mfu.requested(mfu_flags()), record, record.update)
+    assert fractions == [pytest.approx((12 - plan.CUDA_RESERVE / 2**30) / 80), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulation", "left"),
+    [
+        (torch.bfloat16, 1, {"eager", "fastgpt", "compile", "compile, max-autotune", "strongest"}),
+        (torch.bfloat16, 2, {"eager", "fastgpt", "compile"}),  # CUDA graphs would overwrite gradients
+        (torch.float16, 1, {"fastgpt"}),  # without loss scaling it is no baseline
+    ],
+)
+def test_who_would_train_wrong_takes_no_part(dtype, accumulation, left, capsys):
+    request = replace(mfu.requested(mfu_flags()), device=torch.device("cuda"), dtype=dtype, accumulation=accumulation)
+    asked = ["eager", "fastgpt", "compile", "compile, max-autotune", "strongest"]
+    assert set(mfu.taking_part(asked, request)) == left
+    assert ("without" in capsys.readouterr().out) == (len(left) < len(asked))
 
 
 def test_a_failure_of_ours_is_a_failure_of_the_run(tmp_path, monkeypatch):
@@ -160,8 +241,6 @@ def test_everybody_trains_on_the_same_tokens():
 
 
 def mfu_flags():
-    from types import SimpleNamespace
-
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size")
     return SimpleNamespace(
         preset="quickstart", device="cpu", dtype="float32", accumulation=2, recompute=None, **dict.fromkeys(names)
