@@ -2,9 +2,9 @@
 
 The step that is counted is the one that trains (``TrainStep``), on meta tensors that stand for those of a CPU or a
 GPU; so the account cannot disagree with the code. It takes a tenth of a second for GPT-2 124M; the first one takes
-another second, in which PyTorch imports its compiler. Of the temporaries inside a kernel those are counted that grow
-with both batch and width: the sums of attention's backward in a single pass (but not an eighth of the embedding's
-gradient, which comes last). What CUDA itself keeps is not seen.
+another second, in which PyTorch imports its compiler. Not seen are what CUDA itself keeps and the temporaries inside a
+kernel. Two of these grow with both batch and width, an eighth of the embedding's gradient and the sums of attention's
+backward in a single pass, and neither comes where the peak is.
 """
 
 import weakref
@@ -166,8 +166,6 @@ class _Ledger(TorchDispatchMode):
         self.calls += _calls(func, args, kwargs, results)
         for tensor in results:
             self.hold(self._labels.get(tensor.shape[-1] if tensor.dim() > 1 else 0, "statistics and sums"), tensor)
-        if _in_a_single_pass(func, args):
-            self.hold("dq's sums, fp32", torch.empty(results[0].numel() // 3, device="meta"))  # only while it runs
         return out
 
 

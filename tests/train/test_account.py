@@ -42,11 +42,11 @@ def test_in_a_single_pass_attention_saves_two_products_of_nine_on_a_gpu(device_t
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
-def test_a_single_pass_holds_four_bytes_an_element_while_it_runs_and_moves_sixteen(device_type):
-    setup = Setup(replace(GPT2, vocab_size=65), 4, device_type)  # the peak is where attention's backward runs
+def test_a_single_pass_moves_sixteen_bytes_more_an_element_on_a_gpu(device_type):
+    setup = Setup(GPT2, 4, device_type)
     two_passes, one_pass = (count(replace(setup, deterministic=value)) for value in (True, False))
     elements = setup.tokens * GPT2.n_embd if device_type == "cuda" else 0
-    assert one_pass.memory.get("dq's sums, fp32", 0) == one_pass.peak - two_passes.peak == 4 * elements
+    assert one_pass.peak == two_passes.peak
 
     def traffic(account):
         return sum(call.bytes for call in account.micro_step if call.operator == "attention_qkv_backward")
