@@ -43,8 +43,8 @@ from bench.timing import commit, conditions, provenance, results_folder
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
-from fastgpt.model.branches import RECOMPUTE
 from fastgpt.model.config import GPTConfig
+from fastgpt.model.fused import RECOMPUTE
 from fastgpt.train import plan
 from fastgpt.train.account import Setup, count
 from fastgpt.train.config import AUTO, TrainConfig

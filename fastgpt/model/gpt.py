@@ -4,9 +4,9 @@ Learned positions, pre-norm, tanh GELU, token embedding tied to the output layer
 shapes are nanoGPT's. Every residual add is fused with the layer norm that reads it next, so the residual
 stream is carried as two tensors: what has been summed, and what the last branch adds to it.
 
-A block's attention and MLP run as one autograd function each (``branches.py``): the same kernels with the same
-results. Their modules are called with a KV cache, under torch.compile and under autocast; forward hooks on them see
-no other call.
+In training and evaluation ``Block.forward`` hands over to ``fused.py``, which runs the same kernels with the same
+results as one autograd function. The lines below it run with a KV cache, under torch.compile and under autocast;
+forward hooks on a block's parts see no other call.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt import kernels
 from fastgpt.kernels.layer_norm import layer_norm_and_input
 from fastgpt.kernels.linear import add_positions
-from fastgpt.model import branches
+from fastgpt.model import fused
 from fastgpt.model.config import GPTConfig
 
 
@@ -84,15 +84,7 @@ class Attention(nn.Module):
         else:
             dropout = self.dropout if self.training else 0.0
             y = kernels.attention_qkv(qkv, self.n_head, dropout_p=dropout, deterministic=self.deterministic)
-        return branches.dropout(self.c_proj(y), self.dropout, self.training)
-
-    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
-        """``forward`` of the norm of ``x + residual``, and the sum."""
-        dropout = self.dropout if self.training else 0.0
-        x, residual = branches.attention(
-            x, residual, norm, self.c_attn, self.c_proj, self.n_head, dropout, keep, self.deterministic
-        )
-        return branches.dropout(x, self.dropout, self.training), residual
+        return fused.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -106,12 +98,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)
-        return branches.dropout(self.c_proj(hidden), self.dropout, self.training)
-
-    def branch(self, x: Tensor, residual: Tensor | None, norm: LayerNorm, keep: bool) -> tuple[Tensor, Tensor]:
-        """``forward`` of the norm of ``x + residual``, and the sum."""
-        x, residual = branches.mlp(x, residual, norm, self.c_fc, self.c_proj, keep)
-        return branches.dropout(x, self.dropout, self.training), residual
+        return fused.dropout(self.c_proj(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -127,17 +114,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """Takes and returns (what the last branch adds, the sum before it)."""
-        if cache is None and branches.available(x):
-            if self.recompute == "block":
-                dropout = self.attn.dropout if self.training else 0.0
-                attention, mlp = (
-                    (self.ln_1, self.attn.c_attn, self.attn.c_proj),
-                    (self.ln_2, self.mlp.c_fc, self.mlp.c_proj),
-                )
-                return branches.block(x, residual, attention, mlp, self.attn.n_head, dropout, self.attn.deterministic)
-            keep = self.recompute == "none"
-            x, residual = self.attn.branch(x, residual, self.ln_1, keep)
-            return self.mlp.branch(x, residual, self.ln_2, keep)
+        if cache is None and fused.available(x):
+            return fused.block(self, x, residual)  # the lines below in one autograd function, to the same bits
         x, residual = self.ln_1(x, residual)
         x, residual = self.ln_2(self.attn(x, cache), residual)
         return self.mlp(x), residual
@@ -159,7 +137,7 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
         x = add_positions(self.wte(idx), self.wpe.weight, start)
-        x, residual = branches.dropout(x, self.dropout, self.training), None
+        x, residual = fused.dropout(x, self.dropout, self.training), None
         for block in self.h:
             x, residual = block(x, residual, cache)
         if cache is not None:
@@ -173,15 +151,15 @@ class GPT(nn.Module):
     Args:
         config: the shape.
         recompute: what the backward makes again instead of finding it in memory: ``none``, ``cheap`` or ``block``
-            (see ``branches.py``). The results are the same to the bit.
+            (see ``fused.py``). The results are the same to the bit.
         deterministic: whether the gradients are the same to the bit each time; False lets attention's be added up by
             atomics on a GPU (see ``kernels.attention_qkv``).
     """
 
     def __init__(self, config: GPTConfig, recompute: str = "cheap", deterministic: bool = True) -> None:
         super().__init__()
-        if recompute not in branches.RECOMPUTE:
-            raise ValueError(f"recompute: '{recompute}' is none of {', '.join(branches.RECOMPUTE)}")
+        if recompute not in fused.RECOMPUTE:
+            raise ValueError(f"recompute: '{recompute}' is none of {', '.join(fused.RECOMPUTE)}")
         self.config = config
         self.transformer = Transformer(config, recompute, deterministic)
         initialise(self, config)

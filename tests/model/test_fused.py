@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.kernels import use_backend
 from fastgpt.kernels.rehearsal import rehearse
-from fastgpt.model import GPT, GPTConfig, branches
+from fastgpt.model import GPT, GPTConfig, fused
 from fastgpt.train.parameters import ParameterStore
 
 TINY = GPTConfig(block_size=24, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
@@ -14,7 +14,7 @@ B = 3
 
 
 def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=(), prepare=lambda model: None):
-    """Loss and gradients of a step, by branches that recompute so much, or without one kernel after the other."""
+    """Loss and gradients of a step, by functions that recompute so much, or without one kernel after the other."""
     torch.manual_seed(1)
     model = GPT(config, recompute or "cheap")
     with torch.no_grad():
@@ -30,7 +30,7 @@ def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=(),
     x, y = torch.randint(config.vocab_size, (2, B, config.block_size))
     with pytest.MonkeyPatch.context() as patch:
         if recompute is None:
-            patch.setattr(branches, "available", lambda x: False)
+            patch.setattr(fused, "available", lambda x: False)
         loss = model(x, y)
         loss.backward()
     if store:
@@ -42,7 +42,7 @@ def step(config, *, recompute=None, store=False, dtype=torch.float32, frozen=(),
 @pytest.mark.parametrize("store", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("recompute", branches.RECOMPUTE)
+@pytest.mark.parametrize("recompute", fused.RECOMPUTE)
 def test_a_branch_gives_every_bit_that_its_kernels_give_one_by_one(recompute, bias, dropout, store, dtype):
     config = replace(TINY, bias=bias, dropout=dropout)
     loss, gradients = step(config, recompute=recompute, store=store, dtype=dtype)
@@ -66,12 +66,12 @@ class _Arguments(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute", [*branches.RECOMPUTE, None])
+@pytest.mark.parametrize("recompute", [*fused.RECOMPUTE, None])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_every_layer_is_told_whether_its_gradient_must_be_the_same_each_time(monkeypatch, recompute, deterministic):
     model = GPT(TINY, recompute or "cheap", deterministic)
     if recompute is None:
-        monkeypatch.setattr(branches, "available", lambda x: False)
+        monkeypatch.setattr(fused, "available", lambda x: False)
     with use_backend("auto"), rehearse("cuda"), torch.device("meta"), _Arguments() as arguments:
         model.to("meta")
         x, y = torch.zeros(2, B, TINY.block_size, dtype=torch.int64)
@@ -79,7 +79,7 @@ def test_every_layer_is_told_whether_its_gradient_must_be_the_same_each_time(mon
     assert [last is False for last in arguments.last] == [not deterministic] * TINY.n_layer
 
 
-@pytest.mark.parametrize("recompute", branches.RECOMPUTE)
+@pytest.mark.parametrize("recompute", fused.RECOMPUTE)
 @pytest.mark.parametrize("store", [False, True])
 @pytest.mark.parametrize(
     "frozen", [("c_attn.weight",), ("c_proj.bias", "ln_2.weight"), ("c_fc.weight", "c_fc.bias", "c_proj.weight")]
@@ -113,7 +113,7 @@ def triple_the_gradient(model):
 
 @pytest.mark.parametrize("prepare", [lambda model: None, double_the_output, use_the_output_twice, triple_the_gradient])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("recompute", [*branches.RECOMPUTE, None])
+@pytest.mark.parametrize("recompute", [*fused.RECOMPUTE, None])
 def test_gradients_in_the_store_are_those_that_autograd_gives_without_one(recompute, dropout, prepare):
     config = replace(TINY, dropout=dropout)
     _, gradients = step(config, recompute=recompute, store=True, prepare=prepare)
@@ -124,12 +124,12 @@ def test_gradients_in_the_store_are_those_that_autograd_gives_without_one(recomp
 
 def test_without_dropout_no_projection_into_the_residual_stream_sums_its_biass_gradient(monkeypatch):
     summed = []
-    product = branches.weight_and_bias_gradient
+    product = fused.weight_and_bias_gradient
     monkeypatch.setattr(
-        branches, "weight_and_bias_gradient", lambda *args: summed.append((args[2].shape, args[-1])) or product(*args)
+        fused, "weight_and_bias_gradient", lambda *args: summed.append((args[2].shape, args[-1])) or product(*args)
     )
     C = TINY.n_embd
-    for recompute in branches.RECOMPUTE:
+    for recompute in fused.RECOMPUTE:
         for dropout in (0.0, 0.3):
             summed.clear()
             step(replace(TINY, dropout=dropout), recompute=recompute, store=True)
@@ -151,7 +151,7 @@ def floats_kept(config, recompute):
     unit = B * config.block_size * config.n_embd
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), pytest.MonkeyPatch.context() as patch:
         if recompute is None:
-            patch.setattr(branches, "available", lambda x: False)
+            patch.setattr(fused, "available", lambda x: False)
         loss = model(x, y)  # holds the graph, so that no memory is used twice
     assert loss.requires_grad
     return sum(n for address, n in kept.items() if address not in parameters and n >= unit) / unit
@@ -168,7 +168,7 @@ def test_another_word_for_what_is_recomputed_is_refused():
         GPT(TINY, "all")
 
 
-@pytest.mark.parametrize("recompute", branches.RECOMPUTE)
+@pytest.mark.parametrize("recompute", fused.RECOMPUTE)
 def test_a_branch_refuses_a_second_derivative(recompute):
     model = GPT(TINY, recompute)
     x, y = torch.randint(TINY.vocab_size, (2, B, TINY.block_size))
