@@ -113,7 +113,7 @@ def make(
     Raises:
         RequestError: nothing fits, or no number of micro-batches makes the update exact.
     """
-    kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
+    kinds = plan.kinds_of_recompute(config, setup.device_type)
     free = Bound(memory.amount - loaded, memory.source)
     found = plan.choices(setup, machine, free.amount, config.tokens_per_step, kinds)
     config = plan.settle(config, setup, free, found)

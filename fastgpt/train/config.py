@@ -111,7 +111,7 @@ class TrainConfig:
         True, "the same gradients to the bit each time; False lets attention's be added up by atomics on a GPU"
     )
     cuda_graphs: bool = _option(True, "record the step on a GPU once and replay it")
-    compile: bool = _option(False, "also run the model through torch.compile")
+    compile: bool = _option(False, "run the model through torch.compile, without CUDA graphs or --recompute")
     backend: str = _option("auto", "what runs the kernels", BACKENDS)
 
     def __post_init__(self) -> None:
@@ -129,6 +129,11 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.compile and self.recompute in ("cheap", "block"):
+            raise RequestError(
+                f"--recompute {self.recompute} does nothing with --compile, where the compiler chooses what is kept: "
+                "leave one of them out"
+            )
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise RequestError(f"--{name} must be in [0, 1), got {getattr(self, name)}")

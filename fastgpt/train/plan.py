@@ -238,10 +238,12 @@ def _product_seconds(call: Call, machine: Machine) -> float:
 # ---- memory ----
 
 
-def kinds_of_recompute(requested: str, device_type: str) -> tuple[str, ...]:
+def kinds_of_recompute(config: TrainConfig, device_type: str) -> tuple[str, ...]:
     """What ``--recompute`` leaves open, least first. On a CPU ``cheap`` costs no time, as memory is slow there."""
-    if requested != "auto":
-        return (requested,)
+    if config.recompute != "auto":
+        return (config.recompute,)
+    if config.compile:  # chooses itself, and keeps no more than this
+        return ("none",)
     return ("none", "cheap", "block") if device_type == "cuda" else ("cheap",)
 
 
@@ -323,7 +325,7 @@ def settle(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Cho
         RequestError: nothing fits, or no number of micro-batches makes the update exact.
     """
     if config.batch_size != AUTO:
-        kinds = kinds_of_recompute(config.recompute, setup.device_type)
+        kinds = kinds_of_recompute(config, setup.device_type)
         asked = replace(setup, batch_size=config.batch_size)
         kind = kinds[0] if len(kinds) == 1 else least_recompute(asked, memory.amount, kinds)
         return replace(config, recompute=kind or kinds[-1])

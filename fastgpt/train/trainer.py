@@ -133,7 +133,7 @@ class Trainer:
         )  # fmt: skip
         found: list[plan.Choice] = []
         if machine is not None and config.batch_size == AUTO:
-            kinds = plan.kinds_of_recompute(config.recompute, setup.device_type)
+            kinds = plan.kinds_of_recompute(config, setup.device_type)
             found = plan.choices(setup, machine, self.memory.amount, config.total_batch_size, kinds)
         config = plan.settle(config, setup, self.memory, found)
         setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)

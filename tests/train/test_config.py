@@ -203,6 +203,8 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["--beta2=1.0"], "--beta2 must be in [0, 1)"),
         (["--beta1=-0.1"], "--beta1 must be in [0, 1)"),
         (["--warmup_iters=500", "--lr_decay_iters=400"], "--lr_decay_iters=400"),
+        (["--compile", "--recompute=block"], "--recompute block does nothing with --compile"),
+        (["--compile", "--recompute=cheap"], "--recompute cheap does nothing with --compile"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_in_a_line_that_names_it(argv, said):

@@ -12,6 +12,7 @@ from fastgpt.gpus import GPUS, find_gpu
 from fastgpt.model import GPTConfig
 from fastgpt.train import plan
 from fastgpt.train.account import Call, Setup, count
+from fastgpt.train.config import TrainConfig
 from fastgpt.train.presets import PRESETS
 
 GPT2 = GPTConfig(bias=False)
@@ -122,7 +123,7 @@ def test_a_card_without_the_dtype_is_refused():
 
 def choice(name, memory=12 * GB, gpu="rtx-4070", **options):
     setup = gpt2(name, **options)
-    kinds = plan.kinds_of_recompute("auto", "cuda")
+    kinds = plan.kinds_of_recompute(TrainConfig(), "cuda")
     return plan.choose(plan.choices(setup, plan.machine(find_gpu(gpu)), memory, 2**19, kinds))
 
 
@@ -167,7 +168,7 @@ def test_the_largest_batch_fits_and_the_next_one_does_not():
 
 def test_no_more_is_recomputed_than_memory_asks_for():
     setup = gpt2("gpt2-124m", batch_size=16)
-    kinds = plan.kinds_of_recompute("auto", "cuda")
+    kinds = plan.kinds_of_recompute(TrainConfig(), "cuda")
     peaks = {kind: count(replace(setup, recompute=kind)).peak + plan.CUDA_RESERVE for kind in kinds}
     assert peaks["none"] > peaks["cheap"] > peaks["block"]
     for kind, peak in peaks.items():
@@ -198,3 +199,8 @@ def test_the_model_is_as_far_off_as_it_says_and_not_further_than_known():
             assert abs(error.memory) < 0.05, error
         else:
             assert abs(error.time) < 0.5, error
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_where_the_compiler_chooses_what_is_kept_the_plan_counts_on_nothing_less(device_type):
+    assert plan.kinds_of_recompute(TrainConfig(compile=True), device_type) == ("none",)
