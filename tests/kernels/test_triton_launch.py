@@ -49,6 +49,7 @@ def test_every_architecture_configures_the_same_kernels_for_the_same_inputs():
         if arch
     }
     assert set(kinds) == {80, 86, 89, 90, 120}
+    kinds[120]["attention_single_pass"].add("fp32 D128 dropout")  # two passes there: a single one would spill
     assert all(kind == kinds[89] for kind in kinds.values())
 
 
@@ -107,6 +108,19 @@ def test_attentions_backward_is_two_launches_or_three_around_a_single_pass(dtype
     assert launched == [
         *two_passes, attention._delta_kernel, attention._single_pass_kernel, attention._round_dq_kernel,
     ]  # fmt: skip
+
+
+def test_where_a_single_pass_would_spill_two_passes_run():
+    """Heads of 128 in fp32 with dropout on consumers' Blackwell: each block shape that was tried spills 32 bytes."""
+    shapes = (2, 100, 3 * 128), (2, 100, 128)
+    launched = []
+    for gpu in (RTX_4070, launch.Device("RTX 5070", 120, 48, 99 << 10)):
+        qkv, out = (torch.empty(shape, device="meta") for shape in shapes)
+        lse, seed = torch.empty(2, 1, 100, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+        with launch.ahead_of_time(gpu, lambda kernel, *_: launched.append(kernel)):
+            attention.attention_qkv_backward(out, qkv, out, lse, 1, True, 0.125, 0.1, seed, False)
+    single_pass = [attention._delta_kernel, attention._single_pass_kernel, attention._round_dq_kernel]
+    assert launched == [*single_pass, attention._dq_kernel, attention._dk_dv_kernel]
 
 
 # ---- tuning ----

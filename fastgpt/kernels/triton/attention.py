@@ -30,7 +30,7 @@ from torch import Tensor
 from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.reference import empty_heads, split_heads
 from fastgpt.kernels.triton import autotune
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
+from fastgpt.kernels.triton.launch import configuration, device_of, has_configuration, kernel, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -466,12 +466,17 @@ def _launch(
     def run(config: dict[str, int]) -> None:
         launch(kernel, (triton.cdiv(length, config[block]) * n_heads,), q, *args, **constants, **config)
 
-    dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
-    config = configuration(device_of(q), name, f"{dtype} D{constants['BLOCK_D']}{dropout}")
+    config = configuration(device_of(q), name, _kind(constants))
     config = _tuned(q, kernel, f"{name} {q.dtype} {tuple(q.shape)} along {length} {constants}", config, run)
     if before is not None:
         before()
     run(config)
+
+
+def _kind(constants: dict[str, Any]) -> str:
+    """By what launch configurations are told apart."""
+    dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
+    return f"{dtype} D{constants['BLOCK_D']}{dropout}"
 
 
 def _tuned(
@@ -517,7 +522,7 @@ def _backward(
     constants = _constants(q, causal, dropout_p, seed)
     seed_or_any = lse if seed is None else seed
     scalars = (scale, *_dropout(dropout_p))
-    if deterministic:
+    if deterministic or not has_configuration(device_of(q), "attention_single_pass", _kind(constants)):
         _launch(
             "attention_dq", _dq_kernel, (T, "BLOCK_M"),
             q, k, v, out, dout, lse, dq, delta, seed_or_any, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,

@@ -116,8 +116,16 @@ def architecture(device: Device) -> int:
 
 def configuration(device: Device, kernel: str, key: str) -> dict[str, int]:
     """The shipped launch configuration of ``kernel`` for inputs of the kind ``key``: block sizes, warps, stages."""
-    own = _shipped()[architecture(device)].get(kernel)
-    return dict((own or _shipped()[0][kernel])[key])
+    return dict(_configurations(device, kernel)[key])
+
+
+def has_configuration(device: Device, kernel: str, key: str) -> bool:
+    """Whether :func:`configuration` has one: none is shipped that spills registers."""
+    return key in _configurations(device, kernel)
+
+
+def _configurations(device: Device, kernel: str) -> dict[str, dict[str, int]]:
+    return _shipped()[architecture(device)].get(kernel) or _shipped()[0][kernel]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, *args: Any, **options: Any) -> None:
