@@ -22,7 +22,7 @@ quarter of the step. Dropout on a branch's result keeps another byte of each, it
 Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,6 @@ from fastgpt.kernels.layer_norm import backward as layer_norm_backward
 from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 
-if TYPE_CHECKING:
-    from fastgpt.model.gpt import Block
-
 RECOMPUTE = ("none", "cheap", "block")
 
 
@@ -47,11 +44,11 @@ def available(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not autocast.enabled(x.device.type)
 
 
-def block(layer: "Block", x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def block(layer: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """``layer.forward``: attention and MLP, each behind its norm.
 
     Args:
-        layer: whose parameters and options are read, ``recompute`` among them.
+        layer: a ``gpt.Block``, whose parameters and options are read, ``recompute`` among them.
         x: ``(B, T, C)``, what the last branch adds.
         residual: ``(B, T, C)``, the sum before it; ``None`` at the first block.
 
