@@ -77,7 +77,7 @@ SMOKE = "tests/kernels/test_at_gpt2_size.py"
 
 # All tests that run on a GPU, and do not merely stand in for one or for a caller who errs.
 TESTS = (
-    "tests/kernels", "tests/train/test_step.py", "tests/train/test_account.py", "tests/data/test_prefetch.py",
+    "tests/kernels", "tests/train/test_step.py", "tests/train/predict/test_trace.py", "tests/data/test_prefetch.py",
     "-k", "(triton or cuda or on_a_gpu or captured_step or two_devices) and not "
     "(malformed or ahead_of_time or test_triton_launch or cpp or reference or smoke)",
     "--tb=short", "--durations=10",

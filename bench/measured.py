@@ -1,7 +1,7 @@
 """``python -m bench.measured``: hands what was measured of fastgpt's step to the plan.
 
-Collects, from every record of bench.mfu under bench/results, what ``fastgpt.train.plan`` needs to tell its error, and
-writes it to ``fastgpt/train/measured.json``, which is installed with the package.
+Collects, from every record of bench.mfu under bench/results, what ``fastgpt.train.predict.roofline`` needs to tell its
+error, and writes it to ``fastgpt/train/predict/measured.json``, which is installed with the package.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from bench.mfu import OURS
 from bench.timing import REPOSITORY, RESULTS
 from fastgpt.cli import Parser, run
-from fastgpt.train.plan import MEASURED
+from fastgpt.train.predict.roofline import MEASURED
 
 KEYS = (
     "name", "model", "batch_size", "accumulation", "device_type", "dtype", "state_bits", "recompute", "n_sm",

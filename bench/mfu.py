@@ -45,9 +45,9 @@ from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.fused import RECOMPUTE
-from fastgpt.train import plan
-from fastgpt.train.account import Setup, count
 from fastgpt.train.config import AUTO, TrainConfig
+from fastgpt.train.predict import micro_batch, roofline, trace
+from fastgpt.train.predict.trace import Setup, trace_step
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import Batch, leave_default_stream
 from fastgpt.units import parse_gigabytes
@@ -279,12 +279,12 @@ def largest(
 def first_guess(name: str, request: Request, memory: int, measured: dict[str, Any]) -> int:
     """A micro-batch that about fills so many bytes: of fastgpt the plan's, of others from the peak ``measured``."""
     if name.startswith(OURS):
-        return max(1, plan.largest_batch(replace(request.setup(), recompute="cheap"), memory))
+        return max(1, micro_batch.largest_batch(replace(request.setup(), recompute="cheap"), memory))
     at_rest = 16 * request.config.n_params  # fp32 weights, gradients and two moments; in bf16 with masters as much
     passing = (measured.get("peak_bytes") or 0) - at_rest
     if passing <= 0:
         return request.batch_size
-    return max(1, int((memory - plan.CUDA_RESERVE - at_rest) * request.batch_size / passing))
+    return max(1, int((memory - trace.CUDA_RESERVE - at_rest) * request.batch_size / passing))
 
 
 # ---- where the time goes ----
@@ -403,14 +403,14 @@ def describe_all(contenders: dict[str, Contender], request: Request, best: dict[
     """The record of a measurement; ``best`` are the device's ceilings."""
     peak = hardware.peak_flops(request.device, request.dtype)
     setup = request.setup()
-    account = count(setup)
+    traced = trace_step(setup)
     n_sm = (
         torch.cuda.get_device_properties(request.device).multi_processor_count
         if request.device.type == "cuda"
         else None
     )
-    machine = plan.measured(hardware.device_name(request.device), best["gemm_flops"], best["bandwidth"], peak, n_sm)
-    predicted = plan.predict(setup, machine, account)
+    machine = roofline.measured(hardware.device_name(request.device), best["gemm_flops"], best["bandwidth"], peak, n_sm)
+    predicted = roofline.predict(setup, machine, traced)
     flops = request.config.flops_per_token * request.tokens
     return {
         "name": request.name,
@@ -432,8 +432,8 @@ def describe_all(contenders: dict[str, Contender], request: Request, best: dict[
             "ms": 1e3 * predicted.seconds(request.accumulation),
             "by_kind_ms": {kind: 1e3 * s * request.accumulation for kind, s in predicted.micro_step.items()},
             "update_ms": 1e3 * predicted.update,
-            "peak_bytes": account.peak,
-            "memory": account.memory,
+            "peak_bytes": traced.peak,
+            "memory": traced.memory,
         },
     }  # fmt: skip
 
@@ -691,8 +691,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     vram = parse_gigabytes("vram", flags.vram) if flags.vram else None
     if vram and request.device.type != "cuda":
         raise RequestError("--vram limits a GPU's memory; there is none here")
-    if vram and vram * 2**30 <= plan.CUDA_RESERVE:
-        raise RequestError(f"--vram {flags.vram}: CUDA itself takes about {plan.CUDA_RESERVE / 2**30:.1f} GB")
+    if vram and vram * 2**30 <= trace.CUDA_RESERVE:
+        raise RequestError(f"--vram {flags.vram}: CUDA itself takes about {trace.CUDA_RESERVE / 2**30:.1f} GB")
     names = taking_part(flags.contenders, request)
     folder = flags.out or results_folder(request.device)
     leave_default_stream(request.device)
@@ -713,7 +713,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ends = ", ".join(f"{name} {tail(losses):.4f}" for name, losses in record["loss_curves"].items())
         print(f"mean loss of the last {min(flags.loss_steps, 10)} of {flags.loss_steps} updates: {ends}", flush=True)
     if vram:
-        note({"vram_gb": vram, "vram_tensors_gb": vram - plan.CUDA_RESERVE / 2**30, "largest": {}})
+        note({"vram_gb": vram, "vram_tensors_gb": vram - trace.CUDA_RESERVE / 2**30, "largest": {}})
         for name in names:
             within(vram, name, request, record, note)
     return status
@@ -727,7 +727,7 @@ def within(vram: float, name: str, request: Request, record: dict[str, Any], not
     print(f"largest micro-batch of {name}, from {guess}", flush=True)
     total = torch.cuda.get_device_properties(request.device).total_memory
     # the limit is one of PyTorch's allocator, which does not see what CUDA takes beside it
-    fraction = min(1.0, (memory - plan.CUDA_RESERVE) / total)
+    fraction = min(1.0, (memory - trace.CUDA_RESERVE) / total)
     torch.cuda.set_per_process_memory_fraction(fraction, request.device)
 
     def note_best(best: dict[str, Any]) -> None:

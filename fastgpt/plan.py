@@ -27,13 +27,12 @@ from fastgpt.gpus import GPUS, find_gpu
 from fastgpt.limits import Bound
 from fastgpt.model import GPTConfig
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
-from fastgpt.train import plan
-from fastgpt.train.account import Setup, count
 from fastgpt.train.config import TrainConfig, add_flags, resolve
 from fastgpt.train.diagnose import CHINCHILLA, NAMED_SIZE, Facts, Finding, preflight, wanted_tokens_per_step
-from fastgpt.train.predict import fit
+from fastgpt.train.predict import fit, micro_batch, roofline
 from fastgpt.train.predict.points import CAUSES
 from fastgpt.train.predict.programs import PROGRAMS, Workload, tokens_per_second
+from fastgpt.train.predict.trace import Setup, trace_step
 from fastgpt.train.presets import PRESETS
 from fastgpt.units import duration, parse_count, parse_gigabytes
 
@@ -68,13 +67,13 @@ class Plan:
 
     config: TrainConfig
     model: GPTConfig
-    machine: plan.Machine
+    machine: roofline.Machine
     memory: Bound
     loaded: int
     threads: Bound | None
     parts: dict[str, int]
-    prediction: plan.Prediction
-    choices: list[plan.Choice]
+    prediction: roofline.Prediction
+    choices: list[micro_batch.Choice]
     findings: list[Finding]
     tokens: int | None
     dtype: torch.dtype
@@ -100,7 +99,7 @@ class Plan:
 
 def make(
     config: TrainConfig,
-    machine: plan.Machine,
+    machine: roofline.Machine,
     setup: Setup,
     memory: Bound,
     dataset_tokens: int | None,
@@ -113,14 +112,14 @@ def make(
     Raises:
         RequestError: nothing fits, or no number of micro-batches makes the update exact.
     """
-    kinds = plan.kinds_of_recompute(config, setup.device_type)
+    kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
     free = Bound(memory.amount - loaded, memory.source)
-    found = plan.choices(setup, machine, free.amount, config.tokens_per_step, kinds)
-    config = plan.settle(config, setup, free, found)
+    found = micro_batch.choices(setup, machine, free.amount, config.tokens_per_step, kinds)
+    config = micro_batch.settle(config, setup, free, found)
     setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
-    account = count(setup)
-    prediction = plan.predict(setup, machine, account)
-    parts = {**account.memory, RESERVE[setup.device_type]: prediction.reserve, **({LOADED: loaded} if loaded else {})}
+    traced = trace_step(setup)
+    prediction = roofline.predict(setup, machine, traced)
+    parts = {**traced.memory, RESERVE[setup.device_type]: prediction.reserve, **({LOADED: loaded} if loaded else {})}
     facts = Facts(
         config, setup.model, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
         machine.n_sm, wanted_tokens_per_step(config),
@@ -161,7 +160,7 @@ def lines(p: Plan) -> list[str]:
         + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; its peak is unknown, so there is no MFU"),
         f"    by kind of call: {share(p.prediction)}",
         *(f"    {line}" for line in public_lines(p)),
-        f"    {plan.error_words(p.machine.name)}",
+        f"    {roofline.error_words(p.machine.name)}",
     ]
     for name, tokens in p.milestones().items():
         ratio = tokens / m.n_params_without_positions
@@ -209,7 +208,7 @@ def is_held_to_points(p: Plan) -> bool:
 
 def has_interval(p: Plan) -> bool:
     """Whether the card's shares were fitted, and so judged."""
-    return is_held_to_points(p) and GPUS[p.machine.name].family in plan.GPU_SHARES
+    return is_held_to_points(p) and GPUS[p.machine.name].family in roofline.GPU_SHARES
 
 
 def span(rate: float) -> str:
@@ -250,7 +249,7 @@ def amount(number: float) -> str:
     return f"{number:.0f}"
 
 
-def share(prediction: plan.Prediction) -> str:
+def share(prediction: roofline.Prediction) -> str:
     """Where the time of a micro-batch goes."""
     total = sum(prediction.micro_step.values())
     kinds = sorted(prediction.micro_step.items(), key=lambda item: -item[1])
@@ -287,7 +286,7 @@ def to_json(p: Plan) -> dict[str, Any]:
             "interval": fit.interval(p.tokens_per_second) if has_interval(p) else None,
             "others": others(p) if is_held_to_points(p) else {},
         },
-        "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in plan.errors()],
+        "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in roofline.errors()],
         "findings": [asdict(finding) for finding in p.findings],
         "milestones": {
             name: {
@@ -347,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = config.torch_dtype(torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
         if gpu.tflops(dtype) is None:
             raise RequestError(f"the {gpu.name} has no {config.dtype}")
-        device_type, machine = "cuda", plan.machine(gpu, dtype)
+        device_type, machine = "cuda", roofline.machine(gpu, dtype)
         memory = Bound(machine.memory or 0, "the card's")
     else:
         device = hardware.find_device(config.device)
@@ -355,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cpu":
             threads, loaded = hardware.use_threads(), limits.held()
         free, total = hardware.memory(device)
-        device_type, machine = device.type, plan.at_hand(device, dtype)
+        device_type, machine = device.type, roofline.at_hand(device, dtype)
         memory = Bound(min(free.amount + loaded, total.amount), free.source)
     if vram:
         memory = Bound(int(parse_gigabytes("vram", vram) * 2**30), "--vram")

@@ -25,8 +25,7 @@ from fastgpt.errors import RequestError
 from fastgpt.kernels import ops
 from fastgpt.model import GPT
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
-from fastgpt.train import checkpoint, plan, run_folder, trackers
-from fastgpt.train.account import Setup
+from fastgpt.train import checkpoint, run_folder, trackers
 from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.diagnose import (
     CHECKPOINTS,
@@ -41,6 +40,8 @@ from fastgpt.train.diagnose import (
 )
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
+from fastgpt.train.predict import micro_batch, roofline
+from fastgpt.train.predict.trace import Setup
 from fastgpt.train.reading import Moment, Reading
 from fastgpt.train.schedule import learning_rate
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
@@ -126,18 +127,18 @@ class Trainer:
         self.memory, _ = hardware.memory(self.device)
         # On a CPU only where a choice depends on it: measuring its ceilings and counting take two seconds.
         known = hardware.known_gpu(self.device) is not None
-        machine = plan.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
+        machine = roofline.at_hand(self.device, self.dtype) if known or config.batch_size == AUTO else None
         setup = Setup(
             self.model_config, config.batch_size, self.device.type, self.dtype, config.state_bits,
             deterministic=config.deterministic,
         )  # fmt: skip
-        found: list[plan.Choice] = []
+        found: list[micro_batch.Choice] = []
         if machine is not None and config.batch_size == AUTO:
-            kinds = plan.kinds_of_recompute(config, setup.device_type)
-            found = plan.choices(setup, machine, self.memory.amount, config.total_batch_size, kinds)
-        config = plan.settle(config, setup, self.memory, found)
+            kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
+            found = micro_batch.choices(setup, machine, self.memory.amount, config.total_batch_size, kinds)
+        config = micro_batch.settle(config, setup, self.memory, found)
         setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
-        self.prediction = plan.predict(setup, machine) if machine is not None else None
+        self.prediction = roofline.predict(setup, machine) if machine is not None else None
         return config
 
     # ---- the loop ----
@@ -445,7 +446,7 @@ class Trainer:
             lines.append(
                 f"predicted: {p.tokens_per_second(accumulation):,.0f} tokens/s{mfu}, {p.memory / 2**30:.2f} GiB in "
                 f"tensors and {p.reserve / 2**30:.2f} beside them; "
-                + plan.error_words(hardware.device_name(self.device))
+                + roofline.error_words(hardware.device_name(self.device))
             )
         return lines
 

@@ -136,6 +136,12 @@ def test_every_command_is_one_that_its_module_takes(tmp_path):
     assert parsed == 9
 
 
+def test_the_tests_that_it_runs_exist():
+    named = [flag for commands in gpu.STAGES.values() for one in commands for flag in one.flags if "tests/" in flag]
+    assert len(named) >= 5
+    assert [path for path in named if not (gpu.REPOSITORY / path).exists()] == []
+
+
 def test_all_of_it_takes_less_than_the_device_is_lent_for():
     first = sum(c.seconds for stage in ("first", "operators", "step", "kernels") for c in gpu.STAGES[stage])
     assert first <= 9.5 * 60 - 60  # and the rest has a minute at least

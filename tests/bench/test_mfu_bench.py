@@ -12,7 +12,7 @@ from bench import measured, mfu
 from bench.timing import conditions
 from fastgpt.errors import RequestError
 from fastgpt.kernels.triton import launch
-from fastgpt.train import plan
+from fastgpt.train.predict import roofline, trace
 
 TINY = [
     "--preset", "quickstart", "--device", "cpu", "--n_layer", "1", "--n_head", "2", "--n_embd", "32",
@@ -71,7 +71,7 @@ def test_a_record_becomes_a_row_by_which_the_plan_tells_its_error(measurement):
     (row,) = measured.rows(path.parents[1])
     assert row["record"] == f"a-device/{path.name}"
     assert row["ms"] == record["contenders"]["fastgpt"]["ms"]
-    (error,) = plan.errors([row])
+    (error,) = roofline.errors([row])
     assert error.measured_ms == row["ms"]
     assert error.predicted_ms == pytest.approx(record["predicted"]["ms"])
 
@@ -157,7 +157,7 @@ def test_in_so_many_gb_what_cuda_takes_itself_is_taken_off(monkeypatch):
     monkeypatch.setattr(mfu, "largest", lambda name, request, guess, note: {"batch_size": 0, "beyond": "no"})
     record = {"largest": {}, "contenders": {"compile": {}}}
     mfu.within(12.0, "compile", mfu.requested(mfu_flags()), record, record.update)
-    assert fractions == [pytest.approx((12 - plan.CUDA_RESERVE / 2**30) / 80), 1.0]
+    assert fractions == [pytest.approx((12 - trace.CUDA_RESERVE / 2**30) / 80), 1.0]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 from fastgpt import hardware
 from fastgpt.data.prepare import prepare
 from fastgpt.gpus import find_gpu
-from fastgpt.train import diagnose, plan
+from fastgpt.train import diagnose
 from fastgpt.train.config import parse
+from fastgpt.train.predict import roofline
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.trainer import Trainer
 
@@ -90,4 +91,4 @@ def test_the_plan_of_the_original_says_what_it_is_not(data_dir):
     assert found["named-size"].startswith("gpt2-124m with n_embd=384: 40.56M parameters, not 124M")
     assert "of an epoch" in found["dropout-on-fresh-data"]
     assert "9.4 times Chinchilla's 20" in found["past-chinchilla"]
-    assert plan.machine(find_gpu("rtx-4070")).peak == pytest.approx(58.3e12, rel=1e-3)
+    assert roofline.machine(find_gpu("rtx-4070")).peak == pytest.approx(58.3e12, rel=1e-3)

@@ -12,8 +12,8 @@ import torch
 from fastgpt.kernels.rehearsal import rehearse
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train import step as step_module
-from fastgpt.train.account import Setup, _Ledger
 from fastgpt.train.memory import ran_out
+from fastgpt.train.predict.trace import Setup, _Recorder
 from fastgpt.train.step import (
     FIRST_LOSS_SCALE,
     GROWTH_INTERVAL,
@@ -267,7 +267,7 @@ def rehearsed_updates(model, **options):
     with (
         rehearse("cuda"),
         torch.device("meta"),
-        _Ledger(Setup(TINY, 3)),
+        _Recorder(Setup(TINY, 3)),
     ):  # which knows a shape that torch 2.11 does not
         step = TrainStep(model(), **options)
         batch = torch.zeros(3, TINY.block_size, dtype=torch.int64)

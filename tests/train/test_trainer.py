@@ -278,7 +278,8 @@ def test_under_ulimit_v_memory_that_runs_out_is_an_error_that_the_run_survives_o
 import resource, sys
 from fastgpt import limits
 from fastgpt.cli import run
-from fastgpt.train import __main__ as command, plan
+from fastgpt.train import __main__ as command
+    from fastgpt.train.predict import micro_batch
 from fastgpt.train.trainer import Trainer
 
 def train(self, train=Trainer.train):
@@ -286,7 +287,7 @@ def train(self, train=Trainer.train):
     resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
     return train(self)
 
-plan.choose, Trainer.train = lambda found: max(found, key=lambda choice: choice.batch_size), train
+micro_batch.choose, Trainer.train = lambda found: max(found, key=lambda choice: choice.batch_size), train
 run(command.main, sys.argv[1:])
 """
     length = ["--max_iters=1", "--warmup_iters=0", "--lr_decay_iters=1", "--eval_iters=1", "--device=cpu"]

@@ -6,7 +6,7 @@ import re
 from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.diagnose.findings import Facts, Finding, joined
-from fastgpt.train.plan import TILES
+from fastgpt.train.predict.roofline import TILES
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.schedule import learning_rate
 from fastgpt.units import count

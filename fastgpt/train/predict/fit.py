@@ -1,7 +1,7 @@
 """The model of the step against public steps: its shares fitted to one half, its error told on the other.
 
 ``python -m fastgpt.plan --points`` prints both halves, and the steps that the model does not answer for;
-``python -m fastgpt.train.predict.fit`` the shares, as ``plan.py`` has them.
+``python -m fastgpt.train.predict.fit`` the shares, as ``roofline.py`` has them.
 
 The fit is least squares of log errors by Gauss-Newton, with each share held to what it starts from: products to the
 rate of a large one, attention to a usual share of that, within a tenth and three tenths; so the steps of a family that
@@ -16,11 +16,10 @@ from functools import cache
 import numpy as np
 
 from fastgpt.gpus import GPUS
-from fastgpt.train import plan
-from fastgpt.train.plan import Shares
-from fastgpt.train.predict import points
+from fastgpt.train.predict import points, roofline
 from fastgpt.train.predict.points import Point
 from fastgpt.train.predict.programs import PROGRAMS, Workload, tokens_per_second
+from fastgpt.train.predict.roofline import Shares
 
 NOISE = 0.08  # of a step's log speed: what two runs of one program on two machines of one kind may differ by
 HELD = {"product": 0.1, "attention": 0.3, "reuse": 0.5}  # standard deviations of log shares about where they start
@@ -47,7 +46,7 @@ def workload(point: Point) -> Workload:
 
 def predicted(point: Point, shares: Shares | None = None) -> float:
     """Tokens a second of one GPU, with the card's shares or others."""
-    machine = plan.machine(GPUS[point["card"]])
+    machine = roofline.machine(GPUS[point["card"]])
     machine = machine if shares is None else replace(machine, shares=shares)
     return tokens_per_second(PROGRAMS[point["modelled_as"]], workload(point), machine)
 

@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fastgpt.model import GPTConfig
-from fastgpt.train import plan
-from fastgpt.train.account import Call
+from fastgpt.train.predict import roofline
+from fastgpt.train.predict.trace import Call
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def calls(program: Program, w: Workload) -> tuple[Counter[Call], Counter[Call]]:
     return micro_step, update
 
 
-def tokens_per_second(program: Program, w: Workload, machine: plan.Machine) -> float:
+def tokens_per_second(program: Program, w: Workload, machine: roofline.Machine) -> float:
     """Predicted, of one GPU."""
     micro_step, update = calls(program, w)
     return w.accumulation * w.tokens / (w.accumulation * _seconds(micro_step, machine) + _seconds(update, machine))
 
 
-def _seconds(counted: Counter[Call], machine: plan.Machine) -> float:
-    return sum(times * plan.seconds(call, machine) for call, times in counted.items())
+def _seconds(counted: Counter[Call], machine: roofline.Machine) -> float:
+    return sum(times * roofline.seconds(call, machine) for call, times in counted.items())
 
 
 def _product(M: int, N: int, K: int) -> Call:

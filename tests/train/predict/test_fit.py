@@ -7,17 +7,17 @@ from statistics import mean
 import pytest
 
 from fastgpt.gpus import GPUS
-from fastgpt.train import plan
-from fastgpt.train.plan import Shares
-from fastgpt.train.predict import fit, points
+from fastgpt.train.predict import fit, points, roofline
+from fastgpt.train.predict.roofline import Shares
 
 
 def test_the_shares_in_use_are_those_that_the_fit_gives():
     found = fit.fit(points.halves()[0])
-    assert found.keys() == plan.GPU_SHARES.keys()
+    assert found.keys() == roofline.GPU_SHARES.keys()
     for family, shares in found.items():
         for share in ("product", "attention", "elementwise", "reuse"):
-            assert getattr(plan.GPU_SHARES[family], share) == pytest.approx(getattr(shares, share), abs=6e-4), family
+            in_use = getattr(roofline.GPU_SHARES[family], share)
+            assert in_use == pytest.approx(getattr(shares, share), abs=6e-4), family
 
 
 def test_steps_that_were_not_fitted_to_are_predicted_within_a_tenth_in_the_mean_and_a_fifth_at_most():

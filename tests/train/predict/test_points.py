@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from fastgpt.gpus import GPUS
-from fastgpt.train import plan
-from fastgpt.train.predict import points
+from fastgpt.train.predict import points, roofline
 from fastgpt.train.predict.programs import PROGRAMS
 
 WITHOUT_SPEED = {"tinyllama-A100-40", "nanogpt-124m-4090-mfu", "titan-8B-8xH100-eager", "titan-8B-8xH100-compile"}
@@ -58,7 +57,7 @@ def test_a_card_that_nobody_measured_boosts_like_its_family():
 def test_copies_run_at_the_share_that_was_measured():
     copies = [p for p in points.points("copy") if "card" in p]
     measured = [p["gb_per_s"] / GPUS[p["card"]].bandwidth_gb_s for p in copies]
-    assert median(measured) == pytest.approx(plan.COPY_SHARE, rel=0.05)
+    assert median(measured) == pytest.approx(roofline.COPY_SHARE, rel=0.05)
 
 
 @pytest.mark.parametrize("card", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"])
@@ -72,7 +71,7 @@ def test_attention_reaches_half_its_rate_at_the_length_that_was_measured(card, h
     ]
     assert len(series) == 6
     slope, at_infinity = np.polyfit(*np.array(series).T, 1)
-    assert slope / at_infinity == pytest.approx(plan.HALF_RATE_LENGTH, rel=0.15)
+    assert slope / at_infinity == pytest.approx(roofline.HALF_RATE_LENGTH, rel=0.15)
 
 
 # ---- which steps count ----

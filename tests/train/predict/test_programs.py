@@ -7,13 +7,13 @@ import pytest
 
 from fastgpt.gpus import GPUS
 from fastgpt.model import GPTConfig
-from fastgpt.train import plan
-from fastgpt.train.account import Setup, count
+from fastgpt.train.predict import roofline
 from fastgpt.train.predict.programs import PROGRAMS, Workload, calls, tokens_per_second
+from fastgpt.train.predict.trace import Setup, trace_step
 
 GPT2 = GPTConfig(bias=False)
 WORK = Workload.of(GPT2, 8, 64)
-CARD = plan.machine(GPUS["NVIDIA GeForce RTX 4070"])
+CARD = roofline.machine(GPUS["NVIDIA GeForce RTX 4070"])
 
 
 def total(counted, kind, what="flops"):
@@ -27,7 +27,7 @@ def rate(name, work=WORK):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_gpt2_has_the_products_of_our_own_step(name):
     micro_step, _ = calls(PROGRAMS[name], WORK)
-    ours = Counter(count(Setup(GPT2, 8, recompute="none")).micro_step)
+    ours = Counter(trace_step(Setup(GPT2, 8, recompute="none")).micro_step)
     assert total(micro_step, "GEMM") == pytest.approx(total(ours, "GEMM"), rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The account of a step: what it counts is what is called and held."""
+"""The trace of a step: what it counts is what is called and held."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,8 +8,8 @@ import torch
 
 from fastgpt.kernels import use_backend
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.train.account import Setup, _Ledger, count
 from fastgpt.train.config import TrainConfig
+from fastgpt.train.predict.trace import Setup, _Recorder, trace_step
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import TrainStep
 
@@ -25,38 +25,38 @@ def flops(calls, kind):
 def test_the_products_of_gpt2_take_six_flops_a_parameter_and_token():
     setup = Setup(GPT2, 4)
     matrices = GPT2.n_params_without_positions - (2 * GPT2.n_layer + 1) * GPT2.n_embd  # norms multiply no matrix
-    assert flops(count(setup).micro_step, "GEMM") == 6 * matrices * setup.tokens
+    assert flops(trace_step(setup).micro_step, "GEMM") == 6 * matrices * setup.tokens
 
 
 def test_attention_takes_nine_products_of_which_causality_halves_each():
     setup = Setup(GPT2, 4)
     T, C, L = GPT2.block_size, GPT2.n_embd, GPT2.n_layer
-    assert flops(count(setup).micro_step, "attention") == 4 * L * 9 * (2 * T * T * C) / 2
+    assert flops(trace_step(setup).micro_step, "attention") == 4 * L * 9 * (2 * T * T * C) / 2
 
 
 @pytest.mark.parametrize(("device_type", "products"), [("cuda", 2 + 5), ("cpu", 2 + 7)])
 def test_in_a_single_pass_attention_saves_two_products_of_nine_on_a_gpu(device_type, products):
     setup = Setup(GPT2, 4, device_type, deterministic=False)
     T, C, L = GPT2.block_size, GPT2.n_embd, GPT2.n_layer
-    assert flops(count(setup).micro_step, "attention") == 4 * L * products * (2 * T * T * C) / 2
+    assert flops(trace_step(setup).micro_step, "attention") == 4 * L * products * (2 * T * T * C) / 2
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 def test_a_single_pass_moves_sixteen_bytes_more_an_element_on_a_gpu(device_type):
     setup = Setup(GPT2, 4, device_type)
-    two_passes, one_pass = (count(replace(setup, deterministic=value)) for value in (True, False))
+    two_passes, one_pass = (trace_step(replace(setup, deterministic=value)) for value in (True, False))
     elements = setup.tokens * GPT2.n_embd if device_type == "cuda" else 0
     assert one_pass.peak == two_passes.peak
 
-    def traffic(account):
-        return sum(call.bytes for call in account.micro_step if call.operator == "attention_qkv_backward")
+    def traffic(trace):
+        return sum(call.bytes for call in trace.micro_step if call.operator == "attention_qkv_backward")
 
     assert traffic(one_pass) - traffic(two_passes) == GPT2.n_layer * 16 * elements
 
 
 def test_recomputing_blocks_repeats_the_forward_but_for_its_last_product():
     setup = Setup(GPT2, 4)
-    none, block = (flops(count(replace(setup, recompute=kind)).micro_step, "GEMM") for kind in ("none", "block"))
+    none, block = (flops(trace_step(replace(setup, recompute=kind)).micro_step, "GEMM") for kind in ("none", "block"))
     C = GPT2.n_embd
     assert block - none == 2 * setup.tokens * GPT2.n_layer * 8 * C * C
 
@@ -66,7 +66,7 @@ def test_a_layer_more_calls_its_products_and_kernels_and_nothing_besides():
 
     def calls(n_layer):
         setup = Setup(GPTConfig(n_layer=n_layer), 2, recompute="none")
-        return Counter(call.operator for call in count(setup).micro_step)
+        return Counter(call.operator for call in trace_step(setup).micro_step)
 
     assert calls(3) - calls(2) == {
         "add_layer_norm": 2, "layer_norm_backward": 2, "attention_qkv": 1, "attention_qkv_backward": 1,
@@ -75,7 +75,7 @@ def test_a_layer_more_calls_its_products_and_kernels_and_nothing_besides():
 
 
 def test_the_gradients_of_the_embeddings_are_one_call_each():
-    calls = Counter(call.operator for call in count(Setup(GPTConfig(n_layer=1, bias=False), 2)).micro_step)
+    calls = Counter(call.operator for call in trace_step(Setup(GPTConfig(n_layer=1, bias=False), 2)).micro_step)
     assert calls["embedding_backward_"] == calls["add_column_sums_"] == 1
     assert calls["add"] == 1  # of tokens and positions, forward
     assert not calls.keys() & {"slice_backward", "index_put_", "index_add_", "embedding_dense_backward"}
@@ -83,13 +83,13 @@ def test_the_gradients_of_the_embeddings_are_one_call_each():
 
 def test_adamw_moves_what_its_kernel_says():
     """Parameter, gradient and both moments read and written, 4 bytes each, and the bf16 copy written."""
-    moved = sum(call.bytes for call in count(Setup(GPT2, 1)).update if call.operator == "adamw_")
+    moved = sum(call.bytes for call in trace_step(Setup(GPT2, 1)).update if call.operator == "adamw_")
     assert moved == pytest.approx(34 * GPT2.n_params, rel=1e-3)
 
 
 def test_weights_gradients_and_moments_take_their_bytes_a_parameter():
     for state_bits, expected in ((32, 8.0), (8, 2 + 2 * 4 / 256)):
-        memory = count(Setup(GPT2, 1, state_bits=state_bits)).memory
+        memory = trace_step(Setup(GPT2, 1, state_bits=state_bits)).memory
         assert memory["weights, bf16"] == pytest.approx(2 * GPT2.n_params, rel=1e-3)
         assert memory["weights, fp32"] == pytest.approx(4 * GPT2.n_params, rel=1e-3)
         assert memory["gradients, fp32"] == pytest.approx(4 * GPT2.n_params, rel=1e-3)
@@ -102,19 +102,19 @@ def test_a_layer_more_costs_what_it_keeps(recompute, kept):
 
     def activations(n_layer):
         setup = Setup(replace(GPT2, n_layer=n_layer), 8, recompute=recompute)
-        return sum(size for label, size in count(setup).memory.items() if label.startswith("activations"))
+        return sum(size for label, size in trace_step(setup).memory.items() if label.startswith("activations"))
 
     per_layer = (activations(14) - activations(12)) / 2
     assert per_layer / (2 * 8 * GPT2.block_size * GPT2.n_embd) == pytest.approx(kept, rel=0.01)
 
 
-def test_an_account_is_the_same_each_time():
+def test_a_trace_is_the_same_each_time():
     setup = Setup(TINY, 2)
-    assert count(setup) == count(setup)
+    assert trace_step(setup) == trace_step(setup)
 
 
 def test_memory_grows_with_the_batch_and_the_parts_are_the_peak():
-    small, large = (count(Setup(GPT2, B)) for B in (4, 8))
+    small, large = (trace_step(Setup(GPT2, B)) for B in (4, 8))
     assert small.peak < large.peak < 2 * small.peak
     assert sum(small.memory.values()) == small.peak
     assert all(size > 0 for size in small.memory.values())
@@ -126,14 +126,14 @@ def test_memory_grows_with_the_batch_and_the_parts_are_the_peak():
 def test_a_step_with_data_calls_and_holds_what_the_rehearsal_counted(backend, dtype, recompute):
     setup = Setup(TINY, 3, "cpu", dtype, recompute=recompute)
     with use_backend(backend):
-        expected = count(setup)
+        expected = trace_step(setup)
         step = TrainStep(GPT(TINY, recompute), dtype=dtype)
         batch = torch.randint(65, (2, 3, TINY.block_size))
-        ledger = _Ledger(setup)
-        ledger.hold("weights", step.store.master, step.store.working, step.store.grad, *step.moments.values(), batch)
-        with ledger:
+        recorder = _Recorder(setup)
+        recorder.hold("weights", step.store.master, step.store.working, step.store.grad, *step.moments.values(), batch)
+        with recorder:
             step._forward_backward((batch[0], batch[1]))
-            micro_step, ledger.calls = ledger.calls, []
+            micro_step, recorder.calls = recorder.calls, []
             step._update()
 
     def weighty(calls):  # without the looks at targets that only data allows
@@ -142,10 +142,10 @@ def test_a_step_with_data_calls_and_holds_what_the_rehearsal_counted(backend, dt
     assert sum(call.flops for call in micro_step) == sum(call.flops for call in expected.micro_step) > 0
     if backend == "auto":
         assert weighty(micro_step) == weighty(expected.micro_step)
-        assert weighty(ledger.calls) == weighty(expected.update)
-        assert sum(ledger.at_peak.values()) == expected.peak
+        assert weighty(recorder.calls) == weighty(expected.update)
+        assert sum(recorder.at_peak.values()) == expected.peak
     else:  # PyTorch makes its one-hot vectors in another way where there is no data
-        assert sum(ledger.at_peak.values()) == pytest.approx(expected.peak, rel=0.02)
+        assert sum(recorder.at_peak.values()) == pytest.approx(expected.peak, rel=0.02)
 
 
 def allocated_at_most(work):
@@ -164,14 +164,14 @@ def allocated_at_most(work):
 @pytest.mark.parametrize(
     ("preset", "vocab_size"), [("quickstart", 256), ("shakespeare-char-cpu", 65), ("gpt2-30m", 50304)]
 )
-def test_on_a_cpu_the_account_of_a_preset_is_the_peak_that_the_allocator_reports(preset, vocab_size, backend):
+def test_on_a_cpu_the_trace_of_a_preset_is_the_peak_that_the_allocator_reports(preset, vocab_size, backend):
     batch_size = {"gpt2-30m": 1}.get(preset) or PRESETS[preset]["batch_size"]
     shape = {name: PRESETS[preset].get(name, getattr(TrainConfig, name)) for name in SHAPE}
     setup = Setup(GPTConfig(vocab_size=vocab_size, **shape, bias=False), batch_size, "cpu", torch.float32)
     if preset == "gpt2-30m":  # sixteen times the memory would be the same test
         setup = replace(setup, model=replace(setup.model, block_size=64))
     with use_backend(backend):
-        predicted = count(setup)
+        predicted = trace_step(setup)
         step = TrainStep(GPT(setup.model))
         x, y = torch.randint(vocab_size, (2, batch_size, setup.model.block_size))
         step(lambda: (x, y), 1e-3)  # what is made once has been made
@@ -185,7 +185,7 @@ def test_on_a_cpu_the_account_of_a_preset_is_the_peak_that_the_allocator_reports
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 @pytest.mark.parametrize(("state_bits", "deterministic"), [(32, True), (8, True), (32, False)])
-def test_on_a_gpu_the_account_is_within_five_percent_of_the_measured_peak(recompute, state_bits, deterministic):
+def test_on_a_gpu_the_trace_is_within_five_percent_of_the_measured_peak(recompute, state_bits, deterministic):
     setup = Setup(replace(GPT2, n_layer=4), 8, state_bits=state_bits, recompute=recompute, deterministic=deterministic)
     first = TrainStep(GPT(TINY).cuda(), dtype=setup.dtype, cuda_graphs=False)
     tokens = torch.zeros(2, 1, TINY.block_size, dtype=torch.int64, device="cuda")
@@ -198,4 +198,4 @@ def test_on_a_gpu_the_account_is_within_five_percent_of_the_measured_peak(recomp
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         step(lambda: (x, y), 1e-4)
-    assert count(setup).peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.05)
+    assert trace_step(setup).peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.05)

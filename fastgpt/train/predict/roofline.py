@@ -1,6 +1,6 @@
-"""A model of the step: how long it takes, and what fits, on a device that need not be there.
+"""A model of the step: how long it takes on a device that need not be there.
 
-A roofline for each call of ``account.py``. A matrix product takes what its tiles need, a wave of them as long as a
+A roofline for each call of ``trace.py``. A matrix product takes what its tiles need, a wave of them as long as a
 whole one, or what its bytes need, if that is more; attention a share of that rate; all else its bytes, less what a GPU
 still has in its L2 cache. Nothing overlaps.
 
@@ -20,13 +20,10 @@ from typing import Any
 import torch
 
 from fastgpt import hardware
-from fastgpt.errors import RequestError
 from fastgpt.gpus import GPU, GPUS
-from fastgpt.limits import Bound
 from fastgpt.model import GPTConfig
-from fastgpt.train.account import Account, Call, Setup, count
-from fastgpt.train.config import AUTO, TrainConfig
 from fastgpt.train.predict.points import large_product
+from fastgpt.train.predict.trace import Call, Setup, Trace, reserve, trace_step
 
 MEASURED = Path(__file__).parent / "measured.json"  # by bench.mfu; copied from its records
 
@@ -75,23 +72,6 @@ SPLITS = (1, 2, 4, 8)  # of the inner dimension
 # and ends. FlashAttention-2 on A100 and H100, with heads of 64 and 128 and 512 to 16,384 tokens, has 450 to 550 there
 # (predict/points.json).
 HALF_RATE_LENGTH = 512
-
-MOST_SEQUENCES = 128  # of a micro-batch: beyond it nothing is won
-
-# Bytes that CUDA's context, its libraries and their workspaces keep beside the tensors. Assumed.
-CUDA_RESERVE = 700 << 20
-
-
-# What a process on a CPU takes beside its tensors and beside what it held when free memory was read: a constant, and a
-# share of what every step allocates and frees. The constant is PyTorch's compiler, which counting imports (150 MiB),
-# pages of libraries touched at their first use (110), threads and the plot. The share is temporaries that the account
-# does not see, such as oneDNN's copies of weights, and gaps in malloc's heap, which is never returned (memory.py).
-# Measured on an Intel Xeon with AMX as VmHWM - VmRSS at first - the account's peak, in 14 runs of 2 to 6 layers of 128
-# to 768, vocabularies of 256 and 50,257, fp32 and bf16: 239 MiB where 64 pass, 610 where 820 do, and always less than
-# 320 + 0.5 times what passes, by 2 % at least. The constant is a tenth more for what was not measured: where a cgroup
-# ends, the kernel kills, and nothing can be halved.
-CPU_RESERVE = 352 << 20
-CPU_GAPS = 0.5
 
 
 @dataclass(frozen=True)
@@ -192,16 +172,16 @@ def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
     return measured(hardware.device_name(device), gemm, bandwidth, n_sm=n_sm)
 
 
-def predict(setup: Setup, machine: Machine, account: Account | None = None) -> Prediction:
+def predict(setup: Setup, machine: Machine, trace: Trace | None = None) -> Prediction:
     """The time of a step on a machine."""
-    account = account or count(setup)
+    trace = trace or trace_step(setup)
     micro_step: dict[str, float] = {}
-    for call in account.micro_step:
+    for call in trace.micro_step:
         micro_step[call.kind] = micro_step.get(call.kind, 0.0) + seconds(call, machine)
     flops = float(setup.model.flops_per_token) * setup.tokens
-    update = sum(seconds(call, machine) for call in account.update)
+    update = sum(seconds(call, machine) for call in trace.update)
     return Prediction(
-        micro_step, update, setup.tokens, flops, machine.peak, account.peak, reserve(setup.device_type, account)
+        micro_step, update, setup.tokens, flops, machine.peak, trace.peak, reserve(setup.device_type, trace)
     )
 
 
@@ -236,127 +216,6 @@ def _product_seconds(call: Call, machine: Machine) -> float:
 
 
 # ---- memory ----
-
-
-def kinds_of_recompute(config: TrainConfig, device_type: str) -> tuple[str, ...]:
-    """What ``--recompute`` leaves open, least first. On a CPU ``cheap`` costs no time, as memory is slow there."""
-    if config.recompute != "auto":
-        return (config.recompute,)
-    if config.compile:  # chooses itself, and keeps no more than this
-        return ("none",)
-    return ("none", "cheap", "block") if device_type == "cuda" else ("cheap",)
-
-
-def fits(setup: Setup, memory: int) -> bool:
-    """Whether a step should fit so many bytes that are free."""
-    account = count(setup)
-    return account.peak + reserve(setup.device_type, account) <= memory
-
-
-def least_recompute(setup: Setup, memory: int, kinds: Sequence[str]) -> str | None:
-    """The first of these kinds with which the step fits; ``None`` if it does with none."""
-    return next((kind for kind in kinds if fits(replace(setup, recompute=kind), memory)), None)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A micro-batch for a device, with what is recomputed to make it fit.
-
-    Attributes:
-        batch_size: sequences, B.
-        recompute: ``none``, ``cheap`` or ``block``.
-        accumulation: micro-batches in an update.
-        prediction: of its time and memory.
-    """
-
-    batch_size: int
-    recompute: str
-    accumulation: int
-    prediction: Prediction
-
-
-def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[str]) -> list[Choice]:
-    """Every micro-batch that fits and divides an update of ``total`` tokens, each with every kind of recomputation.
-
-    Args:
-        setup: its micro-batch and recomputation are ignored.
-        machine: predicts by it.
-        memory: bytes that there are.
-        total: tokens of an update.
-        kinds: of recomputation.
-    """
-    found = []
-    sequences, rest = divmod(total, setup.model.block_size)
-    for kind in kinds:
-        for batch_size in [] if rest else _sizes(sequences):
-            tried = replace(setup, batch_size=batch_size, recompute=kind)
-            prediction = predict(tried, machine)
-            if prediction.held > memory:
-                break
-            found.append(Choice(batch_size, kind, sequences // batch_size, prediction))
-    return found
-
-
-def _sizes(sequences: int) -> list[int]:
-    """Micro-batches to try, ascending: every divisor up to 8, and of the others those that suit the tensor cores."""
-    divisors = [n for n in range(1, min(sequences, MOST_SEQUENCES) + 1) if sequences % n == 0]
-    return [n for n in divisors if n <= 8 or n % 8 == 0]
-
-
-def choose(found: Sequence[Choice]) -> Choice | None:
-    """The one that takes least memory among those within a hundredth of the fastest; ``None`` of none."""
-    if not found:
-        return None
-    best = max(choice.prediction.tokens_per_second(choice.accumulation) for choice in found)
-    near = [c for c in found if c.prediction.tokens_per_second(c.accumulation) >= 0.99 * best]
-    return min(near, key=lambda choice: choice.prediction.memory)
-
-
-def settle(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Choice]) -> TrainConfig:
-    """The request with what it leaves to the device: micro-batch, accumulation and recomputation.
-
-    Args:
-        config: its micro-batch is kept if it names one.
-        setup: the model, device type, dtype and bits of the moments.
-        memory: bytes that there are, and what limits them.
-        found: what :func:`choices` found in it; needed only where the micro-batch is left open.
-
-    Raises:
-        RequestError: nothing fits, or no number of micro-batches makes the update exact.
-    """
-    if config.batch_size != AUTO:
-        kinds = kinds_of_recompute(config, setup.device_type)
-        asked = replace(setup, batch_size=config.batch_size)
-        kind = kinds[0] if len(kinds) == 1 else least_recompute(asked, memory.amount, kinds)
-        return replace(config, recompute=kind or kinds[-1])
-    choice = choose(found)
-    if choice is not None:
-        return replace(config.with_batch_size(choice.batch_size), recompute=choice.recompute)
-    if config.total_batch_size % config.block_size:
-        config.with_batch_size(1)  # says what would be exact
-    raise RequestError(
-        f"not one sequence of {config.block_size} fits {memory.amount / 2**30:.1f} GiB ({memory.source}): "
-        "--state_bits 8, --recompute block or a smaller model take less"
-    )
-
-
-def reserve(device_type: str, account: Account) -> int:
-    """Bytes that a step takes beside its tensors, and beside what the process held before."""
-    return CUDA_RESERVE if device_type == "cuda" else CPU_RESERVE + int(CPU_GAPS * account.passing)
-
-
-def largest_batch(setup: Setup, memory: int, most: int = 512) -> int:
-    """The largest micro-batch that fits; 0 if not even one sequence does."""
-    low, high = 0, 1
-    while high <= most and fits(replace(setup, batch_size=high), memory):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(replace(setup, batch_size=middle), memory):
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 # ---- how far off it has been ----
@@ -407,11 +266,11 @@ def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
             GPTConfig(**row["model"]), row["batch_size"], row["device_type"], getattr(torch, row["dtype"]),
             row["state_bits"], row["recompute"],
         )  # fmt: skip
-        account = count(setup)
+        trace = trace_step(setup)
         device = measured(row["device"], row["gemm_flops"], row["bandwidth"], n_sm=row["n_sm"])
         words = f"{row['name']}, {setup.batch_size} x {setup.model.block_size}, {row['dtype']}"
-        predicted = predict(setup, device, account).seconds(row["accumulation"])
-        found.append(Error(row["device"], words, 1e3 * predicted, row["ms"], account.peak, row["peak_bytes"]))
+        predicted = predict(setup, device, trace).seconds(row["accumulation"])
+        found.append(Error(row["device"], words, 1e3 * predicted, row["ms"], trace.peak, row["peak_bytes"]))
     return found
 
 

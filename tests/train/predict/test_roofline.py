@@ -10,16 +10,16 @@ import torch
 
 from fastgpt.gpus import GPUS, find_gpu
 from fastgpt.model import GPTConfig
-from fastgpt.train import plan
-from fastgpt.train.account import Call, Setup, count
 from fastgpt.train.config import TrainConfig
+from fastgpt.train.predict import micro_batch, roofline, trace
+from fastgpt.train.predict.trace import Call, Setup, trace_step
 from fastgpt.train.presets import PRESETS
 
 GPT2 = GPTConfig(bias=False)
 GB = 2**30
 
 # Ten SMs, a tera-FLOP/s and a tera-byte/s: round numbers.
-CARD = plan.Machine("card", gemm=1e12, bandwidth=1e12, peak=2e12, memory=12 * GB, n_sm=10)
+CARD = roofline.Machine("card", gemm=1e12, bandwidth=1e12, peak=2e12, memory=12 * GB, n_sm=10)
 
 
 def product(M, N, K, n_bytes=0.0):
@@ -36,58 +36,58 @@ def gpt2(name, **options):
 
 def test_a_product_that_fills_every_sm_runs_at_the_rate_of_a_large_one():
     call = product(2560, 128, 4096)  # ten tiles of 256 x 128
-    assert plan.seconds(call, CARD) == pytest.approx(call.flops / 1e12)
+    assert roofline.seconds(call, CARD) == pytest.approx(call.flops / 1e12)
 
 
 def test_one_tile_too_many_costs_more_than_its_work():
     full, over = product(2560, 128, 65536), product(2560 + 256, 128, 65536)
-    ratio = plan.seconds(over, CARD) / plan.seconds(full, CARD)
+    ratio = roofline.seconds(over, CARD) / roofline.seconds(full, CARD)
     assert over.flops / full.flops < ratio <= 2.0
 
 
 def test_a_product_with_few_tiles_and_a_long_sum_is_split():
     few = product(128, 128, 1 << 20)
     unsplit = 10 * few.flops / (0.95 * 1e12)  # one SM of ten
-    assert plan.seconds(few, CARD) < unsplit / 4
+    assert roofline.seconds(few, CARD) < unsplit / 4
 
 
 def test_what_has_to_be_moved_takes_its_bytes():
-    assert plan.seconds(Call("gelu", "GELU", 0.0, 5e9), CARD) == pytest.approx(5e-3)
-    assert plan.seconds(product(256, 128, 8, n_bytes=5e9), CARD) == pytest.approx(5e-3)
+    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), CARD) == pytest.approx(5e-3)
+    assert roofline.seconds(product(256, 128, 8, n_bytes=5e9), CARD) == pytest.approx(5e-3)
 
 
 def test_half_of_what_a_kernel_moves_may_lie_in_the_cache():
     cached = replace(CARD, l2=2 * 10**9, shares=replace(CARD.shares, reuse=0.5))
-    assert plan.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)  # but for half of the cache
-    assert plan.seconds(Call("gelu", "GELU", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
+    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)  # but for half of the cache
+    assert roofline.seconds(Call("gelu", "GELU", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
 
 
 def test_attention_over_few_tokens_runs_at_less_of_its_rate():
     def rate(length):
-        return 1e9 / plan.seconds(Call("attention", "attention", 1e9, 0.0, length=length), CARD)
+        return 1e9 / roofline.seconds(Call("attention", "attention", 1e9, 0.0, length=length), CARD)
 
-    assert rate(plan.HALF_RATE_LENGTH) == pytest.approx(rate(10**9) / 2, rel=1e-3)
+    assert rate(roofline.HALF_RATE_LENGTH) == pytest.approx(rate(10**9) / 2, rel=1e-3)
     assert rate(10**9) == pytest.approx(CARD.shares.attention * CARD.gemm, rel=1e-3)
 
 
 def test_a_card_of_the_table_has_the_shares_of_its_family_and_its_cache_and_an_unknown_one_has_none():
     for gpu in (find_gpu("rtx-4070"), find_gpu("l40s")):
-        assert plan.machine(gpu).shares == plan.GPU_SHARES[gpu.family]
-        assert plan.measured(gpu.name, 1e12, 1e12, n_sm=gpu.n_sm).shares == plan.GPU_SHARES[gpu.family]
-        assert plan.machine(gpu).l2 == gpu.l2_mb * 2**20
-    assert plan.measured("a card of the future", 1e12, 1e12, n_sm=10) == plan.Machine(
+        assert roofline.machine(gpu).shares == roofline.GPU_SHARES[gpu.family]
+        assert roofline.measured(gpu.name, 1e12, 1e12, n_sm=gpu.n_sm).shares == roofline.GPU_SHARES[gpu.family]
+        assert roofline.machine(gpu).l2 == gpu.l2_mb * 2**20
+    assert roofline.measured("a card of the future", 1e12, 1e12, n_sm=10) == roofline.Machine(
         "a card of the future", 1e12, 1e12, n_sm=10
     )
 
 
 def test_nothing_on_a_gpu_takes_less_than_a_launch_and_on_a_cpu_than_a_call():
     tiny = Call("add", "other", 0.0, 8.0)
-    assert plan.seconds(tiny, CARD) == plan.LAUNCH_SECONDS
-    assert plan.seconds(tiny, replace(CARD, n_sm=None)) == pytest.approx(plan.HOST_SECONDS)
+    assert roofline.seconds(tiny, CARD) == roofline.LAUNCH_SECONDS
+    assert roofline.seconds(tiny, replace(CARD, n_sm=None)) == pytest.approx(roofline.HOST_SECONDS)
 
 
 def test_an_update_is_its_micro_batches_and_the_optimizer():
-    p = plan.Prediction({"GEMM": 0.2, "norm": 0.1}, update=0.4, tokens=1000, flops=3e11, peak=1e12, memory=1)
+    p = roofline.Prediction({"GEMM": 0.2, "norm": 0.1}, update=0.4, tokens=1000, flops=3e11, peak=1e12, memory=1)
     assert p.seconds(4) == pytest.approx(1.6)
     assert p.tokens_per_second(4) == pytest.approx(2500)
     assert p.mfu(4) == pytest.approx(4 * 3e11 / 1.6 / 1e12)
@@ -97,8 +97,8 @@ def test_an_update_is_its_micro_batches_and_the_optimizer():
 def test_a_card_with_twice_the_rates_takes_half_the_time():
     setup = Setup(GPT2, 4)
     twice = replace(CARD, gemm=2 * CARD.gemm, bandwidth=2 * CARD.bandwidth)
-    account = count(setup)
-    slow, fast = (plan.predict(setup, m, account).seconds() for m in (CARD, twice))
+    trace = trace_step(setup)
+    slow, fast = (roofline.predict(setup, m, trace).seconds() for m in (CARD, twice))
     assert slow / fast == pytest.approx(2.0, rel=0.01)  # but for the shortest kernels
 
 
@@ -107,15 +107,15 @@ def test_a_step_is_never_predicted_to_beat_its_products():
     for gpu in GPUS.values():
         if gpu.tflops(torch.bfloat16) is None:
             continue
-        machine = plan.machine(gpu)
-        p = plan.predict(setup, machine)
+        machine = roofline.machine(gpu)
+        p = roofline.predict(setup, machine)
         assert sum(p.micro_step.values()) > 6 * 123.5e6 * setup.tokens / machine.gemm
         assert 0 < p.mfu(32) < machine.gemm / machine.peak * 1.2  # MFU counts attention in full
 
 
 def test_a_card_without_the_dtype_is_refused():
     with pytest.raises(ValueError, match=r"has no torch\.bfloat16"):
-        plan.machine(find_gpu("t4"))
+        roofline.machine(find_gpu("t4"))
 
 
 # ---- memory ----
@@ -123,57 +123,57 @@ def test_a_card_without_the_dtype_is_refused():
 
 def choice(name, memory=12 * GB, gpu="rtx-4070", **options):
     setup = gpt2(name, **options)
-    kinds = plan.kinds_of_recompute(TrainConfig(), "cuda")
-    return plan.choose(plan.choices(setup, plan.machine(find_gpu(gpu)), memory, 2**19, kinds))
+    kinds = micro_batch.kinds_of_recompute(TrainConfig(), "cuda")
+    return micro_batch.choose(micro_batch.choices(setup, roofline.machine(find_gpu(gpu)), memory, 2**19, kinds))
 
 
 @pytest.mark.parametrize("name", ["gpt2-30m", "gpt2-124m", "gpt2-350m"])
 def test_a_preset_gets_a_micro_batch_for_the_reference_card_that_makes_the_update_exact(name):
     chosen = choice(name)
     assert chosen.batch_size * chosen.accumulation * 1024 == 2**19
-    assert plan.fits(gpt2(name, batch_size=chosen.batch_size, recompute=chosen.recompute), 12 * GB)
+    assert micro_batch.fits(gpt2(name, batch_size=chosen.batch_size, recompute=chosen.recompute), 12 * GB)
 
 
 def test_less_memory_takes_a_smaller_micro_batch_or_more_recomputation_and_at_last_nothing():
     speeds = []
     for memory in (24 * GB, 12 * GB, 6 * GB, 4 * GB):
         chosen = choice("gpt2-124m", memory)
-        assert chosen.prediction.memory + plan.CUDA_RESERVE <= memory
+        assert chosen.prediction.memory + trace.CUDA_RESERVE <= memory
         speeds.append(chosen.prediction.tokens_per_second(chosen.accumulation))
     assert speeds == sorted(speeds, reverse=True)
     assert choice("gpt2-124m", 2 * GB) is None
 
 
 def test_an_update_that_sequences_do_not_divide_has_no_micro_batch():
-    machine = plan.machine(find_gpu("rtx-4070"))
-    assert plan.choices(gpt2("gpt2-124m"), machine, 12 * GB, 500_000, ("cheap",)) == []
+    machine = roofline.machine(find_gpu("rtx-4070"))
+    assert micro_batch.choices(gpt2("gpt2-124m"), machine, 12 * GB, 500_000, ("cheap",)) == []
 
 
 def test_gpt2_124m_fits_12_gb_with_sixteen_sequences_and_more():
-    assert plan.largest_batch(gpt2("gpt2-124m"), 12 * GB) >= 16
+    assert micro_batch.largest_batch(gpt2("gpt2-124m"), 12 * GB) >= 16
 
 
 def test_gpt2_774m_needs_moments_of_eight_bits_and_blocks_recomputed():
-    assert not plan.fits(gpt2("gpt2-774m", recompute="block"), 12 * GB)
-    assert plan.fits(gpt2("gpt2-774m", recompute="block", state_bits=8, batch_size=4), 12 * GB)
+    assert not micro_batch.fits(gpt2("gpt2-774m", recompute="block"), 12 * GB)
+    assert micro_batch.fits(gpt2("gpt2-774m", recompute="block", state_bits=8, batch_size=4), 12 * GB)
 
 
 def test_the_largest_batch_fits_and_the_next_one_does_not():
     setup = gpt2("gpt2-350m")
-    largest = plan.largest_batch(setup, 12 * GB)
-    assert plan.fits(replace(setup, batch_size=largest), 12 * GB)
-    assert not plan.fits(replace(setup, batch_size=largest + 1), 12 * GB)
-    assert plan.largest_batch(setup, 1 * GB) == 0
+    largest = micro_batch.largest_batch(setup, 12 * GB)
+    assert micro_batch.fits(replace(setup, batch_size=largest), 12 * GB)
+    assert not micro_batch.fits(replace(setup, batch_size=largest + 1), 12 * GB)
+    assert micro_batch.largest_batch(setup, 1 * GB) == 0
 
 
 def test_no_more_is_recomputed_than_memory_asks_for():
     setup = gpt2("gpt2-124m", batch_size=16)
-    kinds = plan.kinds_of_recompute(TrainConfig(), "cuda")
-    peaks = {kind: count(replace(setup, recompute=kind)).peak + plan.CUDA_RESERVE for kind in kinds}
+    kinds = micro_batch.kinds_of_recompute(TrainConfig(), "cuda")
+    peaks = {kind: trace_step(replace(setup, recompute=kind)).peak + trace.CUDA_RESERVE for kind in kinds}
     assert peaks["none"] > peaks["cheap"] > peaks["block"]
     for kind, peak in peaks.items():
-        assert plan.least_recompute(setup, peak, kinds) == kind
-    assert plan.least_recompute(setup, peaks["block"] - 1, kinds) is None
+        assert micro_batch.least_recompute(setup, peak, kinds) == kind
+    assert micro_batch.least_recompute(setup, peaks["block"] - 1, kinds) is None
 
 
 # ---- error ----
@@ -184,13 +184,13 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 def test_every_measurement_is_one_of_the_records():
     from bench import measured
 
-    assert json.loads(plan.MEASURED.read_text()) == measured.rows(RESULTS)
-    assert plan.measurements()
+    assert json.loads(roofline.MEASURED.read_text()) == measured.rows(RESULTS)
+    assert roofline.measurements()
 
 
 def test_the_model_is_as_far_off_as_it_says_and_not_further_than_known():
     """An error that grows is a change of the model or of the step that wants an explanation."""
-    for error in plan.errors():
+    for error in roofline.errors():
         assert error.time == pytest.approx(error.predicted_ms / error.measured_ms - 1)
         assert math.isfinite(error.time)
         if error.device.startswith("NVIDIA"):
@@ -203,4 +203,4 @@ def test_the_model_is_as_far_off_as_it_says_and_not_further_than_known():
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 def test_where_the_compiler_chooses_what_is_kept_the_plan_counts_on_nothing_less(device_type):
-    assert plan.kinds_of_recompute(TrainConfig(compile=True), device_type) == ("none",)
+    assert micro_batch.kinds_of_recompute(TrainConfig(compile=True), device_type) == ("none",)
