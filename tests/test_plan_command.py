@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import hardware, limits
+from fastgpt import hardware, limits, plan
 from fastgpt.errors import RequestError
 from fastgpt.model import GPTConfig
 from fastgpt.train.predict import fit, points, roofline
 
 
 def planned(capsys, *flags):
-    assert roofline.main([*flags, "--json"]) == 0
+    assert plan.main([*flags, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def words(capsys, *flags):
-    assert roofline.main(flags) == 0
+    assert plan.main(flags) == 0
     return capsys.readouterr().out
 
 
@@ -141,8 +141,8 @@ def test_a_cpu_is_planned_for_by_its_measured_ceilings(capsys, monkeypatch):
     assert p["device"]["gemm"] == 2e11
     assert p["predicted"]["mfu"] is None
     assert p["batch_size"] == 16
-    assert p["peak"] == sum(p["memory_by_part"].values()) > p["memory_by_part"][roofline.LOADED]
-    assert p["memory_by_part"][roofline.LOADED] > 50 << 20
+    assert p["peak"] == sum(p["memory_by_part"].values()) > p["memory_by_part"][plan.LOADED]
+    assert p["memory_by_part"][plan.LOADED] > 50 << 20
     assert p["threads"] == torch.get_num_threads()
     assert "its peak is unknown" in words(capsys, "--preset", "quickstart", "--device", "cpu")
 
@@ -164,7 +164,7 @@ def test_on_a_cpu_the_limit_is_obeyed_and_told(capsys, monkeypatch):
     assert peaks[2] <= 2 << 30 < peaks[64]
     monkeypatch.setattr(limits, "memory", lambda: (limits.Bound(1 << 27, "a box"),) * 2)
     with pytest.raises(RequestError, match=r"not one sequence of 1024 fits .* GiB \(a box\)"):
-        roofline.main(flags)
+        plan.main(flags)
 
 
 def test_lines_fit_a_terminal(capsys):
@@ -187,12 +187,12 @@ def test_lines_fit_a_terminal(capsys):
 )
 def test_a_wrong_request_is_refused_in_a_line(flags, said):
     with pytest.raises(RequestError, match=said):
-        roofline.main(flags)
+        plan.main(flags)
 
 
 @pytest.mark.parametrize(("number", "text"), [(2.47e9, "2.47B"), (38.63e6, "38.63M"), (9200, "9.20K"), (7, "7")])
 def test_amounts_are_short(number, text):
-    assert roofline.amount(number) == text
+    assert plan.amount(number) == text
 
 
 def test_the_parts_of_a_model_are_those_that_it_has():

@@ -178,7 +178,7 @@ def test_no_more_is_recomputed_than_memory_asks_for():
 
 # ---- error ----
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
 
 
 def test_every_measurement_is_one_of_the_records():
