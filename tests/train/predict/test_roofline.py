@@ -10,10 +10,8 @@ import torch
 
 from fastgpt.gpus import GPUS, find_gpu
 from fastgpt.model import GPTConfig
-from fastgpt.train.config import TrainConfig
-from fastgpt.train.predict import micro_batch, roofline, trace
+from fastgpt.train.predict import roofline
 from fastgpt.train.predict.trace import Call, Setup, trace_step
-from fastgpt.train.presets import PRESETS
 
 GPT2 = GPTConfig(bias=False)
 GB = 2**30
@@ -24,11 +22,6 @@ CARD = roofline.Machine("card", gemm=1e12, bandwidth=1e12, peak=2e12, memory=12 
 
 def product(M, N, K, n_bytes=0.0):
     return Call("mm", "GEMM", 2.0 * M * N * K, n_bytes, (M, N, K))
-
-
-def gpt2(name, **options):
-    shape = {key: PRESETS[name][key] for key in ("n_layer", "n_head", "n_embd")}
-    return Setup(replace(GPT2, **shape), **{"batch_size": 1, **options})
 
 
 # ---- arithmetic ----
@@ -118,64 +111,6 @@ def test_a_card_without_the_dtype_is_refused():
         roofline.machine(find_gpu("t4"))
 
 
-# ---- memory ----
-
-
-def choice(name, memory=12 * GB, gpu="rtx-4070", **options):
-    setup = gpt2(name, **options)
-    kinds = micro_batch.kinds_of_recompute(TrainConfig(), "cuda")
-    return micro_batch.choose(micro_batch.choices(setup, roofline.machine(find_gpu(gpu)), memory, 2**19, kinds))
-
-
-@pytest.mark.parametrize("name", ["gpt2-30m", "gpt2-124m", "gpt2-350m"])
-def test_a_preset_gets_a_micro_batch_for_the_reference_card_that_makes_the_update_exact(name):
-    chosen = choice(name)
-    assert chosen.batch_size * chosen.accumulation * 1024 == 2**19
-    assert micro_batch.fits(gpt2(name, batch_size=chosen.batch_size, recompute=chosen.recompute), 12 * GB)
-
-
-def test_less_memory_takes_a_smaller_micro_batch_or_more_recomputation_and_at_last_nothing():
-    speeds = []
-    for memory in (24 * GB, 12 * GB, 6 * GB, 4 * GB):
-        chosen = choice("gpt2-124m", memory)
-        assert chosen.prediction.memory + trace.CUDA_RESERVE <= memory
-        speeds.append(chosen.prediction.tokens_per_second(chosen.accumulation))
-    assert speeds == sorted(speeds, reverse=True)
-    assert choice("gpt2-124m", 2 * GB) is None
-
-
-def test_an_update_that_sequences_do_not_divide_has_no_micro_batch():
-    machine = roofline.machine(find_gpu("rtx-4070"))
-    assert micro_batch.choices(gpt2("gpt2-124m"), machine, 12 * GB, 500_000, ("cheap",)) == []
-
-
-def test_gpt2_124m_fits_12_gb_with_sixteen_sequences_and_more():
-    assert micro_batch.largest_batch(gpt2("gpt2-124m"), 12 * GB) >= 16
-
-
-def test_gpt2_774m_needs_moments_of_eight_bits_and_blocks_recomputed():
-    assert not micro_batch.fits(gpt2("gpt2-774m", recompute="block"), 12 * GB)
-    assert micro_batch.fits(gpt2("gpt2-774m", recompute="block", state_bits=8, batch_size=4), 12 * GB)
-
-
-def test_the_largest_batch_fits_and_the_next_one_does_not():
-    setup = gpt2("gpt2-350m")
-    largest = micro_batch.largest_batch(setup, 12 * GB)
-    assert micro_batch.fits(replace(setup, batch_size=largest), 12 * GB)
-    assert not micro_batch.fits(replace(setup, batch_size=largest + 1), 12 * GB)
-    assert micro_batch.largest_batch(setup, 1 * GB) == 0
-
-
-def test_no_more_is_recomputed_than_memory_asks_for():
-    setup = gpt2("gpt2-124m", batch_size=16)
-    kinds = micro_batch.kinds_of_recompute(TrainConfig(), "cuda")
-    peaks = {kind: trace_step(replace(setup, recompute=kind)).peak + trace.CUDA_RESERVE for kind in kinds}
-    assert peaks["none"] > peaks["cheap"] > peaks["block"]
-    for kind, peak in peaks.items():
-        assert micro_batch.least_recompute(setup, peak, kinds) == kind
-    assert micro_batch.least_recompute(setup, peaks["block"] - 1, kinds) is None
-
-
 # ---- error ----
 
 RESULTS = Path(__file__).parents[3] / "bench" / "results"
@@ -199,8 +134,3 @@ def test_the_model_is_as_far_off_as_it_says_and_not_further_than_known():
             assert abs(error.memory) < 0.05, error
         else:
             assert abs(error.time) < 0.5, error
-
-
-@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
-def test_where_the_compiler_chooses_what_is_kept_the_plan_counts_on_nothing_less(device_type):
-    assert micro_batch.kinds_of_recompute(TrainConfig(compile=True), device_type) == ("none",)
