@@ -95,7 +95,7 @@ KIND = Argument(("", "erf", "TANH", None, True, 0, ["tanh"]))
 INDICES = torch.tensor([1, -1, 4, 0])
 SEVEN = Argument(n_classes=7)
 NORM = {"weight": PLAIN, "bias": OPTIONAL, "eps": EPS}
-OPTIONS = {"causal": BOOL, "scale": SCALE, "dropout_p": PROBABILITY}
+OPTIONS = {"causal": BOOL, "scale": SCALE, "dropout_p": PROBABILITY, "deterministic": BOOL}
 
 TARGETS = {
     "layer_norm": Target(
