@@ -279,7 +279,7 @@ import resource, sys
 from fastgpt import limits
 from fastgpt.cli import run
 from fastgpt.train import __main__ as command
-    from fastgpt.train.predict import micro_batch
+from fastgpt.train.predict import micro_batch
 from fastgpt.train.trainer import Trainer
 
 def train(self, train=Trainer.train):
