@@ -106,7 +106,7 @@ def _gelu(with_bias: bool, tanh: bool, again: bool = False) -> None:
     x, bias = _empty(B, T, 4 * C), _empty(4 * C) if with_bias else None
     main_grad = _empty(4 * C, dtype=torch.float32) if with_bias else None
     if again:
-        OPS["gelu_again_backward_"](x, x, bias, tanh, main_grad)
+        OPS["gelu_backward_recompute_"](x, x, bias, tanh, main_grad)
     else:
         OPS["gelu"](x, bias, tanh)
         OPS["gelu_backward"](x, x, bias, tanh)
@@ -135,11 +135,11 @@ def _adamw() -> None:
     OPS["adamw_"]([flat], [flat], [flat], [flat], [copy], scalar, scalar, norm, 0.9, 0.95, 1e-8, 0.1, True)
 
 
-def _adamw_compact() -> None:
+def _adamw_8bit() -> None:
     """With all its savings: moments of 8 bits, bf16 parameters rounded stochastically."""
     flat, codes = _empty(PARAMETERS), _empty(PARAMETERS, dtype=torch.uint8)
     scales, scalar = _empty(-(-PARAMETERS // 256), dtype=torch.float32), _empty(dtype=torch.float32)
-    OPS["adamw_compact_"](
+    OPS["adamw_8bit_"](
         [flat], [flat], [codes], [codes], [scales], [scales], [], scalar, scalar, scalar, _empty(dtype=torch.int64),
         0.9, 0.95, 1e-8, 0.1, True, True,
     )  # fmt: skip
@@ -165,7 +165,7 @@ CASES: dict[str, Callable[[], None]] = {
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
     "adamw fp32": _adamw,
-    "adamw_compact 8-bit bf16": _adamw_compact,
+    "adamw_8bit 8-bit bf16": _adamw_8bit,
 }
 
 

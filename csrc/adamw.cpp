@@ -305,7 +305,7 @@ void adamw_(
   update_all(params, grads, copies, c, {zero_grad, false, 0}, plain_moments(exp_avgs, exp_avg_sqs, false));
 }
 
-void adamw_compact_(
+void adamw_8bit_(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
     const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_scales,
     const std::vector<Tensor>& exp_avg_sq_scales, const std::vector<Tensor>& copies, const Tensor& step,
@@ -328,7 +328,7 @@ void adamw_compact_(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
   m.impl("adamw_", TORCH_BOX(&adamw_));
-  m.impl("adamw_compact_", TORCH_BOX(&adamw_compact_));
+  m.impl("adamw_8bit_", TORCH_BOX(&adamw_8bit_));
 }
 
 }  // namespace fastgpt

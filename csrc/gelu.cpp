@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> gelu_backward(
   return {dx, backward(dense(dy), dense(x), bias, tanh, bias_main_grad, dx, nullptr)};
 }
 
-std::tuple<Tensor, Tensor> gelu_again_backward_(
+std::tuple<Tensor, Tensor> gelu_backward_recompute_(
     Tensor dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh, std::optional<Tensor> bias_main_grad) {
   STD_TORCH_CHECK(dy.is_contiguous(), "dy: expected to be contiguous");
   const Tensor y = empty(sizes_of(x), x.scalar_type());
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> gelu_again_backward_(
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
-  m.impl("gelu_again_backward_", TORCH_BOX(&gelu_again_backward_));
+  m.impl("gelu_backward_recompute_", TORCH_BOX(&gelu_backward_recompute_));
 }
 
 }  // namespace fastgpt

@@ -93,7 +93,7 @@ def _gelu(ops: Ops, rows: int, C: int, bias: bool, tanh: bool) -> None:
     x, dy, b = _random(rows, C), _random(rows, C), _random(C) if bias else None
     ops["gelu"](x, b, tanh)
     ops["gelu_backward"](dy, x, b, tanh, torch.zeros(C) if bias else None)
-    ops["gelu_again_backward_"](dy, x, b, tanh)
+    ops["gelu_backward_recompute_"](dy, x, b, tanh)
 
 
 def _column_sums(ops: Ops, rows: int, C: int) -> None:
@@ -126,13 +126,13 @@ def _adamw(ops: Ops, sizes: tuple[int, ...], grad_dtype: torch.dtype = FP32) -> 
     )  # fmt: skip
 
 
-def _adamw_compact(ops: Ops, sizes: tuple[int, ...], coded: bool) -> None:
+def _adamw_8bit(ops: Ops, sizes: tuple[int, ...], coded: bool) -> None:
     moments = UINT8 if coded else BF16
     params, grads, exp_avgs, exp_avg_sqs, copies = (
         [torch.rand(size).to(dtype) for size in sizes] for dtype in (BF16, BF16, moments, moments, BF16)
     )
     scales = [[torch.ones(-(-size // 256)) for size in sizes if coded] for _ in range(2)]
-    ops["adamw_compact_"](
+    ops["adamw_8bit_"](
         params, grads, exp_avgs, exp_avg_sqs, *scales, copies, torch.tensor(1.0), torch.tensor(1e-3),
         torch.tensor(1.0), torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True,
     )  # fmt: skip
@@ -166,8 +166,8 @@ SMALL: dict[str, Case] = {
     "cross_entropy fp32 V4096": partial(_cross_entropy, rows=3, V=4096, dtype=FP32),
     "adamw": partial(_adamw, sizes=(3000, 17, 4096)),
     "adamw aligned": partial(_adamw, sizes=(2048, 4112), grad_dtype=BF16),
-    "adamw_compact 8 bits": partial(_adamw_compact, sizes=(1500, 300), coded=True),
-    "adamw_compact bf16": partial(_adamw_compact, sizes=(1024, 2064), coded=False),
+    "adamw_8bit 8 bits": partial(_adamw_8bit, sizes=(1500, 300), coded=True),
+    "adamw_8bit bf16": partial(_adamw_8bit, sizes=(1024, 2064), coded=False),
     "sum_of_shares": _sum_of_shares,
 }
 
@@ -217,13 +217,13 @@ def _far_rows(ops: Ops) -> None:
 def _large_gelu(ops: Ops) -> None:
     x = _untouched(2**31 + 5)
     ops["gelu"](x, None, True)
-    ops["gelu_again_backward_"](x, x, None, False)
+    ops["gelu_backward_recompute_"](x, x, None, False)
 
 
 def _large_bias(ops: Ops) -> None:
     x, bias = _untouched(2**17, 2**14 + 1), _untouched(2**14 + 1)
     ops["gelu"](x, bias, True)
-    ops["gelu_again_backward_"](x, x, bias, True)
+    ops["gelu_backward_recompute_"](x, x, bias, True)
     ops["add_column_sums_"](torch.zeros(2**14 + 1), x)
 
 
@@ -253,13 +253,11 @@ def _large_adamw(ops: Ops) -> None:
     ops["adamw_"](*lists, scalar, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, True)
 
 
-def _large_adamw_compact(ops: Ops) -> None:
+def _large_adamw_8bit(ops: Ops) -> None:
     n, scalar = 2**31 + 4099, torch.tensor(1.0)
     lists = [[_untouched(n, dtype=dtype)] for dtype in (BF16, BF16, UINT8, UINT8)]
     scales = [[_untouched(-(-n // 256), dtype=FP32)] for _ in range(2)]
-    ops["adamw_compact_"](
-        *lists, *scales, [], scalar, scalar, scalar, torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True
-    )
+    ops["adamw_8bit_"](*lists, *scales, [], scalar, scalar, scalar, torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True)
 
 
 LARGE: dict[str, Case] = {
@@ -273,7 +271,7 @@ LARGE: dict[str, Case] = {
     "embedding, 2**31 elements": _large_embedding,
     "cross_entropy, 2**31 elements": _large_cross_entropy,
     "adamw, 2**31 elements": _large_adamw,
-    "adamw_compact, 2**31 elements": _large_adamw_compact,
+    "adamw_8bit, 2**31 elements": _large_adamw_8bit,
 }
 
 
@@ -291,7 +289,7 @@ def _cross_entropy_in_place(ops: Ops, V: int, dtype: torch.dtype) -> None:
 def _gelu_in_place(ops: Ops, rows: int, C: int, bias: bool) -> None:
     dy, x = _no_data(rows, C), _no_data(rows, C)
     main_grad = _no_data(C, dtype=FP32) if bias else None
-    ops["gelu_again_backward_"](dy, x, _no_data(C) if bias else None, True, main_grad)
+    ops["gelu_backward_recompute_"](dy, x, _no_data(C) if bias else None, True, main_grad)
 
 
 def _sums_in_place(ops: Ops, rows: int, C: int) -> None:
@@ -314,7 +312,7 @@ def _compact_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, m
     lists = [[_no_data(n, dtype=dtype)] for dtype in (param, grad, moment, moment)]
     scales = [[_no_data(-(-n // 256), dtype=FP32)] if moment == UINT8 else [] for _ in range(2)]
     scalar, copies = _no_data(dtype=FP32), [_no_data(n)] if param == FP32 else []
-    ops["adamw_compact_"](
+    ops["adamw_8bit_"](
         *lists, *scales, copies, scalar, scalar, scalar, _no_data(dtype=INT64), 0.9, 0.95, 1e-8, 0.1, True, True
     )
 
@@ -346,7 +344,7 @@ IN_PLACE: dict[str, Case] = {
         ),
     ),
     **_named(
-        "adamw_compact", _compact_in_place,
+        "adamw_8bit", _compact_in_place,
         *(
             {"n": n, "param": param, "grad": grad, "moment": moment}
             for n in SIZES

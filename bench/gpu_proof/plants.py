@@ -203,6 +203,6 @@ BARRIER_PLANTS = [
           {"tl.debug_barrier()": "pass"}),
     Plant("adamw: no barrier", "race", adamw, IN_PLACE["adamw 4096 bfloat16 float32 False"],
           {"tl.debug_barrier()  # the zeros": "pass  # the zeros"}),
-    Plant("adamw_compact: no barrier", "race", adamw, IN_PLACE["adamw_compact 4096 bfloat16 float32 bfloat16"],
+    Plant("adamw_8bit: no barrier", "race", adamw, IN_PLACE["adamw_8bit 4096 bfloat16 float32 bfloat16"],
           {"tl.debug_barrier()  # as above": "pass"}),
 ]  # fmt: skip

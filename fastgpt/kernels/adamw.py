@@ -420,7 +420,7 @@ class FusedAdamW(Optimizer):
             return
         scales = [moments("exp_avg_scale"), moments("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
         seed = torch.full((), group["seed"], dtype=torch.int64, device=device)
-        ops.resolve("adamw_compact_", params[0])(
+        ops.resolve("adamw_8bit_", params[0])(
             *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import apply, distinct, first_order
+from fastgpt.kernels.autograd import apply, distinct, once_differentiable
 
 
 class _Attention(Function):
@@ -34,7 +34,7 @@ class _Attention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @first_order("attention")
+    @once_differentiable("attention")
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
         if dout is None:
             return ()
@@ -61,7 +61,7 @@ class _AttentionQKV(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @first_order("attention_qkv")
+    @once_differentiable("attention_qkv")
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
         if dout is None:
             return ()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates the ``backward`` of an autograd function that has no second derivative.
 
     ``backward`` returns the gradients of the function's first inputs; those that nobody asked for are dropped, and

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import checks, ops
-from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.autograd import apply, once_differentiable
 
 
 class _CrossEntropy(Function):
@@ -24,7 +24,7 @@ class _CrossEntropy(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @first_order("cross_entropy")
+    @once_differentiable("cross_entropy")
     def backward(ctx: Any, dlosses: Tensor | None, *_: Any) -> Any:
         if dlosses is None:
             return ()

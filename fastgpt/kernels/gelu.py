@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.main_grad import for_autograd, main_grad_of
 
 
@@ -22,7 +22,7 @@ class _Gelu(Function):
         ctx.save_for_backward(x, bias)
 
     @staticmethod
-    @first_order("gelu")
+    @once_differentiable("gelu")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, bias = ctx.saved_tensors
         dx, dbias = ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh, ctx.bias_main_grad)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import apply, distinct, first_order
+from fastgpt.kernels.autograd import apply, distinct, once_differentiable
 from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of
 
 
@@ -29,7 +29,7 @@ class _LayerNorm(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @first_order("layer_norm")
+    @once_differentiable("layer_norm")
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         if dy is None:
             return ()
@@ -57,7 +57,7 @@ class _AddLayerNorm(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @first_order("add_layer_norm")
+    @once_differentiable("add_layer_norm")
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
         if dy is None:
             return dsum, dsum

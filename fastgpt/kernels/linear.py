@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.main_grad import HandedOn, main_grad_of, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
 from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
@@ -29,7 +29,7 @@ class _Linear(Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @first_order("linear")
+    @once_differentiable("linear")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -52,7 +52,7 @@ class _Embedding(Function):
         ctx.save_for_backward(index)
 
     @staticmethod
-    @first_order("embedding")
+    @once_differentiable("embedding")
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
@@ -72,7 +72,7 @@ class _AddPositions(Function):
         ctx.save_for_backward()
 
     @staticmethod
-    @first_order("add_positions")
+    @once_differentiable("add_positions")
     def backward(ctx: Any, dy: Tensor) -> Any:
         rows = dy.reshape(-1, ctx.main_grad.numel())
         ops.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)

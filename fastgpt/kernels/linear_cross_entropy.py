@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, ops
-from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.autograd import apply, once_differentiable
+from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
-from fastgpt.kernels.rehearsal import on_gpu
 
 # Bytes of logits alive at a time on a CPU. Each chunk reads the weight twice and adds to its gradient once; with
 # 160 rows of fp32 instead of 330 a step of GPT-2's vocabulary takes a tenth longer.
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @first_order("linear_cross_entropy")
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
         if dloss is None:
             return ()
@@ -131,7 +131,7 @@ class _LinearCrossEntropyInPlace(Function):
         return loss
 
     @staticmethod
-    @first_order("linear_cross_entropy")
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> Any:
         rule = "linear_cross_entropy: with weight.main_grad the loss must be the root of backward()"
         if on_gpu(dloss):  # checked there, for nothing here may wait for the value

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastgpt.kernels import ops, reference
-from fastgpt.kernels.rehearsal import on_gpu
+from fastgpt.kernels.dry_run import on_gpu
 
 # Below so many rows or columns a product is bound by reading the other operand, and packing it does not pay.
 SMALLEST_PACKED = 16

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import autocast, cpp, reference, slow_path
-from fastgpt.kernels.rehearsal import rehearsed
+from fastgpt.kernels.dry_run import stands_for
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
 
@@ -152,7 +152,7 @@ OPERATORS: dict[str, Operator] = {
         _gelu_backward,
     ),
     # Turns a contiguous dy into dx, in place; returns the forward's result too, which need not have been kept.
-    "gelu_again_backward_": Operator(
+    "gelu_backward_recompute_": Operator(
         "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh, Tensor(b!)? bias_main_grad=None)"
         " -> (Tensor y, Tensor dbias)",
         _gelu_backward,
@@ -208,7 +208,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     # The same with moments of 8 bits where there are scales (uint8 codes, and fp32 scales for each 256 elements),
     # and with all that is bf16 rounded stochastically where asked. seed: int64, 0-dim, on the device.
-    "adamw_compact_": Operator(
+    "adamw_8bit_": Operator(
         "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
         " Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] copies, Tensor step, Tensor lr,"
         " Tensor? grad_scale, Tensor seed, float beta1, float beta2, float eps, float weight_decay, bool zero_grad,"
@@ -292,7 +292,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _natural_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The best backend for such tensors, and the reason in a few words."""
-    device_type = rehearsed(device.type)
+    device_type = stands_for(device.type)
     if device_type == "cpu":
         if EXTENSION.library is None:
             return "reference", EXTENSION.reason
@@ -319,7 +319,7 @@ def _natural_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str
 def backend_of(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that an operator on such tensors runs on, and the reason in a few words."""
     device = torch.device(device)
-    device_type = rehearsed(device.type)
+    device_type = stands_for(device.type)
     natural, reason = _natural_backend(device, dtype)
     if _choice in ("auto", natural):
         return natural, reason

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels.rehearsal import on_gpu, rehearsed
+from fastgpt.kernels.dry_run import on_gpu, stands_for
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ TILE_DEPTH = 32
 
 def reads_past_rows(x: Tensor) -> bool:
     """Whether PyTorch's product of ``x``, as the left operand, may depend on what lies behind its rows."""
-    on_cpu = rehearsed(x.device.type) == "cpu"
+    on_cpu = stands_for(x.device.type) == "cpu"
     return x.dtype in (torch.bfloat16, torch.float16) and on_cpu and x.shape[-1] % TILE_DEPTH != 0
 
 
@@ -148,7 +148,7 @@ def gelu_backward(
     return _result(dx, x.dtype), _delivered(dx.reshape(-1, x.shape[-1]).sum(0), bias.dtype, bias_main_grad)
 
 
-def gelu_again_backward_(
+def gelu_backward_recompute_(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     dx, dbias = gelu_backward(dy, x, bias, tanh, bias_main_grad)
@@ -430,7 +430,7 @@ def _random_halves(key: Tensor, tensor: int, purpose: int, first: int, n: int) -
     return (words >> 16).int(), (words & 0xFFFF).int()
 
 
-def adamw_compact_(
+def adamw_8bit_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
     grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,

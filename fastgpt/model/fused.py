@@ -31,7 +31,7 @@ from torch.autograd import Function
 from fastgpt import kernels
 from fastgpt.kernels import autocast, ops
 from fastgpt.kernels.attention import draw_seed, scale_or_default
-from fastgpt.kernels.autograd import apply, first_order
+from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.layer_norm import backward as layer_norm_backward
 from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
@@ -232,7 +232,7 @@ def _mlp_backward(
     dhidden = _product(dout, w.out_weight)  # of what GELU returned, until the next lines
     activated, in_bias_main_grad = s.activated, main_grads.in_bias
     if activated is None:
-        again = ops.resolve("gelu_again_backward_", s.hidden)
+        again = ops.resolve("gelu_backward_recompute_", s.hidden)
         activated, dfc_bias = again(dhidden, s.hidden, w.in_bias, True, in_bias_main_grad)
     else:
         backward = ops.resolve("gelu_backward", s.hidden)
@@ -317,7 +317,7 @@ class _Attention(Function):
         return out, saved.total
 
     @staticmethod
-    @first_order("attention")
+    @once_differentiable("attention")
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
         if dout is None:
             return dtotal, dtotal
@@ -342,7 +342,7 @@ class _MLP(Function):
         return out, saved.total
 
     @staticmethod
-    @first_order("mlp")
+    @once_differentiable("mlp")
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
         if dout is None:
             return dtotal, dtotal
@@ -378,7 +378,7 @@ class _Block(Function):
         return out, mlp_total
 
     @staticmethod
-    @first_order("block")
+    @once_differentiable("block")
     def backward(ctx: Any, dout: Tensor | None, dmlp_total: Any) -> Any:
         seed, total, attention_mask, mlp_mask, *parameters = ctx.saved_tensors
         attention, mlp = BranchParameters(*parameters[:N_PARAMETERS]), BranchParameters(*parameters[N_PARAMETERS:])

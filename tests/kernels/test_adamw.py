@@ -608,7 +608,7 @@ def test_moments_that_are_the_gradient_and_its_square_are_rounded_as_by_the_refe
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("state_bits", [8, 32])
-def test_a_compact_step_takes_gradients_of_another_dtype_than_the_parameters(device, dtype, grad_dtype, state_bits):
+def test_an_8bit_step_takes_gradients_of_another_dtype_than_the_parameters(device, dtype, grad_dtype, state_bits):
     """With copies, a scale and zeroing besides."""
     sizes = [300, 1, 2100]
     n_scales = [-(-n // 256) for n in sizes] if state_bits == 8 else []
@@ -625,7 +625,7 @@ def test_a_compact_step_takes_gradients_of_another_dtype_than_the_parameters(dev
         tensors = [[t.to(place, copy=True) for t in one] for one in inputs]
         lr = torch.tensor(1e-2, dtype=torch.float64, device=place)
         step, scale, seed = (torch.tensor(number, device=place) for number in (1.0, 0.5, 7))
-        ops.resolve("adamw_compact_", tensors[0][0])(
+        ops.resolve("adamw_8bit_", tensors[0][0])(
             *tensors, step, lr, scale, seed, 0.9, 0.95, 1e-8, 0.1, True, dtype == torch.bfloat16
         )
         return tensors
@@ -645,7 +645,7 @@ def test_a_compact_step_takes_gradients_of_another_dtype_than_the_parameters(dev
 
 @each_saver
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_the_number_of_threads_changes_no_bit_of_a_compact_step(device, kind, options, on_threads):
+def test_the_number_of_threads_changes_no_bit_of_an_8bit_step(device, kind, options, on_threads):
     def trained():
         torch.manual_seed(5)
         params = parameters(kind, device, [*ODD_SIZES, (200_000,)])

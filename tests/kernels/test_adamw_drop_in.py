@@ -498,7 +498,7 @@ def test_the_tables_of_the_triton_kernels_are_not_copied_from_the_host(backend):
     with launch.ahead_of_time(rtx_4070, lambda kernel, *_: launched.append(kernel)), HostData() as host_data:
         host.grad_norm(one)
         host.adamw_(one, one, one, one, [], *rest, 0.9, 0.95, 1e-8, 0.1, True)
-        host.adamw_compact_(
+        host.adamw_8bit_(
             one, one, codes, codes, scale, scale, [], *rest, floats(dtype=torch.int64), 0.9, 0.95, 1e-8, 0.1, True,
             False,
         )  # fmt: skip

@@ -53,11 +53,11 @@ def bits(t):
     return t.masked_fill(t.isnan(), math.nan).view({2: torch.int16, 4: torch.int32}[t.itemsize])
 
 
-def check_made_again(dy, x, bias, kind):
+def check_recompute(dy, x, bias, kind):
     """The one operator against the two that it stands for."""
     tanh = kind == "tanh"
     expected = ops.resolve("gelu", x)(x, bias, tanh), *ops.resolve("gelu_backward", x)(dy, x, bias, tanh)
-    y, dbias = ops.resolve("gelu_again_backward_", x)(dy, x, bias, tanh)
+    y, dbias = ops.resolve("gelu_backward_recompute_", x)(dy, x, bias, tanh)
     for ours, other in zip((y, dy, dbias), expected, strict=True):
         assert torch.equal(bits(ours), bits(other))
 
@@ -70,14 +70,14 @@ with_and_without_bias = pytest.mark.parametrize("with_bias", [False, True], ids=
 @pytest.mark.parametrize("shape", [(63,), (1, 1), (65, 257), (2, 33, 129), (1023, 33), (1, 4100)], ids=str)
 def test_the_forward_made_again_in_the_backward_has_the_same_bits(device, dtype, kind, with_bias, shape):
     x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    check_made_again(dy, x, torch.randn(shape[-1], device=device).to(dtype) if with_bias else None, kind)
+    check_recompute(dy, x, torch.randn(shape[-1], device=device).to(dtype) if with_bias else None, kind)
 
 
 @kinds
 @with_and_without_bias
 def test_the_forward_is_made_again_from_any_strides(device, dtype, strided, kind, with_bias):
     x, dy = (torch.randn(5, 9, 33, device=device).to(dtype) for _ in range(2))
-    check_made_again(dy, strided(x), strided(torch.randn(33, device=device).to(dtype)) if with_bias else None, kind)
+    check_recompute(dy, strided(x), strided(torch.randn(33, device=device).to(dtype)) if with_bias else None, kind)
 
 
 @kinds
@@ -86,13 +86,13 @@ def test_the_forward_made_again_has_the_same_bits_at_the_ends_of_the_range(devic
     ends = torch.tensor([0.0, 1e-30, 1.0, 4.0, 10.0, 15.0, 30.0, 1e4, 1e30, math.inf], device=device)
     x = torch.cat([ends, -ends, torch.tensor([math.nan], device=device)]).to(dtype)
     dy, x = (t.contiguous() for t in torch.broadcast_tensors(x[:, None], x))
-    check_made_again(dy, x, torch.zeros(x.shape[-1], dtype=dtype, device=device) if with_bias else None, kind)
+    check_recompute(dy, x, torch.zeros(x.shape[-1], dtype=dtype, device=device) if with_bias else None, kind)
 
 
 @with_and_without_bias
 def test_of_no_rows_the_forward_made_again_is_empty(device, dtype, with_bias):
     x, bias = torch.empty(0, 5, dtype=dtype, device=device), torch.ones(5, dtype=dtype, device=device)
-    check_made_again(x.clone(), x, bias if with_bias else None, "tanh")
+    check_recompute(x.clone(), x, bias if with_bias else None, "tanh")
 
 
 def both_with_bias(kind):
@@ -144,7 +144,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_bias_gradient(device, dtype
 def test_the_gradient_of_a_bias_is_added_to_its_main_grad_unrounded(device, dtype, rule, kind, shape, again):
     x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     bias, before = torch.randn(shape[-1], device=device).to(dtype), torch.randn(shape[-1], device=device)
-    name, main_grad = "gelu_again_backward_" if again else "gelu_backward", before.clone()
+    name, main_grad = "gelu_backward_recompute_" if again else "gelu_backward", before.clone()
     first, dbias = ops.resolve(name, x)(dy.clone(), x, bias, kind == "tanh", main_grad)
     expected, rounded = ops.resolve(name, x)(dy.clone(), x, bias, kind == "tanh")
     assert torch.equal(first, expected)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.kernels import linear_cross_entropy
-from fastgpt.kernels.rehearsal import rehearse
+from fastgpt.kernels.dry_run import dry_run
 from tests.kernels.peers import product
 
 # `import ... as` would find the function of the same name.
@@ -269,7 +269,7 @@ def test_main_grad_needs_the_loss_to_be_the_root(device):
 
 def test_on_a_gpu_that_is_asked_of_the_gpu():
     """Which the host does not wait for."""
-    with rehearse("cuda"), torch.device("meta"):
+    with dry_run("cuda"), torch.device("meta"):
         x, weight = torch.randn(40, 20, requires_grad=True), torch.randn(63, 20, requires_grad=True)
         weight.main_grad = torch.zeros(63, 20)
         loss = linear_cross_entropy(x, weight, torch.zeros(40, dtype=torch.int64))

@@ -93,9 +93,9 @@ def cases(dtype):
     yield "gelu_backward", (turned, r(3, 4, 7), r(7), True)
     yield "gelu_backward", (r(3, 4), r(3, 4), None, False)
     yield "gelu_backward", (turned, r(3, 4, 7), r(7), True, f(7))
-    yield "gelu_again_backward_", (r(3, 4, 7), turned, r(7), True)
-    yield "gelu_again_backward_", (r(3, 4, 7), turned, r(7), True, f(7))
-    yield "gelu_again_backward_", (r(3, 4), r(3, 4), None, False)
+    yield "gelu_backward_recompute_", (r(3, 4, 7), turned, r(7), True)
+    yield "gelu_backward_recompute_", (r(3, 4, 7), turned, r(7), True, f(7))
+    yield "gelu_backward_recompute_", (r(3, 4), r(3, 4), None, False)
     yield "attention", (heads, heads, heads, True, 0.5, 0.0, None)
     yield "attention", (heads.transpose(1, 2), heads.transpose(1, 2), heads.transpose(1, 2), True, 0.5, 0.2, seed)
     yield "attention_backward", (heads, heads, heads, heads, heads, lse, True, 0.5, 0.2, seed)
@@ -116,8 +116,8 @@ def cases(dtype):
     yield "grad_norm", ([r(3, 5), r(7)],)
     yield "adamw_", adamw(copies=False, scale=False)
     yield "adamw_", adamw(copies=True, scale=True)
-    yield "adamw_compact_", compact(eight_bits=True, stochastic_rounding=False)
-    yield "adamw_compact_", compact(eight_bits=False, stochastic_rounding=True)
+    yield "adamw_8bit_", compact(eight_bits=True, stochastic_rounding=False)
+    yield "adamw_8bit_", compact(eight_bits=False, stochastic_rounding=True)
 
 
 def test_every_operator_has_a_case():

@@ -62,8 +62,8 @@ def test_the_forward_of_gelu_made_again_in_the_backward_costs_no_launch_of_its_o
     x, bias = torch.empty(8, 16, device="meta"), torch.empty(16, device="meta")
     launched = []
     with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
-        gelu.gelu_again_backward_(x, x, None, True)
-        gelu.gelu_again_backward_(x, x, bias, True)
+        gelu.gelu_backward_recompute_(x, x, None, True)
+        gelu.gelu_backward_recompute_(x, x, bias, True)
     assert launched == [gelu._backward_kernel, gelu._bias_backward_kernel, columns._sum_kernel]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.kernels import use_backend
-from fastgpt.kernels.rehearsal import rehearse
+from fastgpt.kernels.dry_run import dry_run
 from fastgpt.model import GPT, GPTConfig, fused
 from fastgpt.train.parameters import ParameterStore
 
@@ -72,7 +72,7 @@ def test_every_layer_is_told_whether_its_gradient_must_be_the_same_each_time(mon
     model = GPT(TINY, recompute or "cheap", deterministic)
     if recompute is None:
         monkeypatch.setattr(fused, "available", lambda x: False)
-    with use_backend("auto"), rehearse("cuda"), torch.device("meta"), _Arguments() as arguments:
+    with use_backend("auto"), dry_run("cuda"), torch.device("meta"), _Arguments() as arguments:
         model.to("meta")
         x, y = torch.zeros(2, B, TINY.block_size, dtype=torch.int64)
         model(x, y).backward()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgpt.kernels.rehearsal import rehearse
+from fastgpt.kernels.dry_run import dry_run
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train import step as step_module
 from fastgpt.train.memory import ran_out
@@ -262,10 +262,10 @@ class Waiting(GPT):
         return loss if loss.item() > 0 else -loss
 
 
-def rehearsed_updates(model, **options):
+def dry_run_updates(model, **options):
     """Two updates of a model for a GPU, on tensors without data."""
     with (
-        rehearse("cuda"),
+        dry_run("cuda"),
         torch.device("meta"),
         _Recorder(Setup(TINY, 3)),
     ):  # which knows a shape that torch 2.11 does not
@@ -282,19 +282,19 @@ def rehearsed_updates(model, **options):
 def test_an_update_on_a_gpu_asks_for_no_value_and_no_shape_that_depends_on_one(dtype, state_bits, max_grad_norm):
     """On tensors without data it could not: there is nothing to ask for."""
     options = {"dtype": dtype, "state_bits": state_bits, "max_grad_norm": max_grad_norm, "accumulation": 2}
-    step = rehearsed_updates(lambda: GPT(TINY), **options)
+    step = dry_run_updates(lambda: GPT(TINY), **options)
     assert step.loss.is_meta
     assert step.loss.shape == ()
 
 
 def test_a_model_that_looks_at_a_value_is_found_out():
     with pytest.raises(RuntimeError, match="meta tensors"):
-        rehearsed_updates(lambda: Waiting(TINY))
+        dry_run_updates(lambda: Waiting(TINY))
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 def test_dropout_can_be_recorded_too(recompute):
-    step = rehearsed_updates(lambda: GPT(replace(TINY, dropout=0.1), recompute), dtype=torch.bfloat16)
+    step = dry_run_updates(lambda: GPT(replace(TINY, dropout=0.1), recompute), dtype=torch.bfloat16)
     assert step.grad_norm.is_meta
 
 

@@ -16,7 +16,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm_backward": layer_norm.layer_norm_backward,
     "gelu": gelu.gelu,
     "gelu_backward": gelu.gelu_backward,
-    "gelu_again_backward_": gelu.gelu_again_backward_,
+    "gelu_backward_recompute_": gelu.gelu_backward_recompute_,
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
     "attention_qkv": attention.attention_qkv,
@@ -26,5 +26,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "cross_entropy_": cross_entropy.cross_entropy_,
     "grad_norm": adamw.grad_norm,
     "adamw_": adamw.adamw_,
-    "adamw_compact_": adamw.adamw_compact_,
+    "adamw_8bit_": adamw.adamw_8bit_,
 }

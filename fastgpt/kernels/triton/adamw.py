@@ -173,7 +173,7 @@ def _random_halves(key, tensor, purpose, begin, ROWS: tl.constexpr):
 
 
 @kernel
-def _compact_kernel(
+def _adamw_8bit_kernel(
     pointers, sizes, tensors, offsets, coefficients, grad_scale, key, numbers, n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CODED: tl.constexpr,
@@ -334,13 +334,13 @@ def adamw_(
         )  # fmt: skip
 
 
-def adamw_compact_(
+def adamw_8bit_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
     grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
     zero_grad: bool, stochastic_rounding: bool,
 ) -> None:  # fmt: skip
-    config = configuration(device_of(params[0]), "adamw_compact", "any")
+    config = configuration(device_of(params[0]), "adamw_8bit", "any")
     coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
     key = seed + step.long()
     number = {id(param): i for i, param in enumerate(params)}
@@ -348,7 +348,7 @@ def adamw_compact_(
     for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *optional):
         tables, aligned = _tables(lists, config["CHUNK"])
         launch(
-            _compact_kernel, (tables[2].numel(),), *tables, coefficients,
+            _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, key,
             _kept(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,

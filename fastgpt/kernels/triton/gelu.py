@@ -136,7 +136,7 @@ def gelu_backward(
     return dx, _backward(dy, x, bias, tanh, bias_main_grad, dx, None)
 
 
-def gelu_again_backward_(
+def gelu_backward_recompute_(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape)

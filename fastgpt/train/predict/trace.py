@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fastgpt.kernels.rehearsal import on_gpu, rehearse
+from fastgpt.kernels.dry_run import dry_run, on_gpu
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.step import TrainStep
 from fastgpt.units import SHORT_DTYPES
@@ -104,7 +104,7 @@ class Trace:
 
 def trace_step(setup: Setup) -> Trace:
     """The trace of a step."""
-    with rehearse(setup.device_type), torch.device("meta"):
+    with dry_run(setup.device_type), torch.device("meta"):
         model = GPT(setup.model, setup.recompute, setup.deterministic)
         step = TrainStep(model, dtype=setup.dtype, state_bits=setup.state_bits)
         shape = setup.batch_size, setup.model.block_size
@@ -188,12 +188,12 @@ _KINDS = {
     "layer_norm_backward": "norm",
     "gelu": "GELU",
     "gelu_backward": "GELU",
-    "gelu_again_backward_": "GELU",
+    "gelu_backward_recompute_": "GELU",
     "cross_entropy": "loss",
     "cross_entropy_": "loss",
     "grad_norm": "optimizer",
     "adamw_": "optimizer",
-    "adamw_compact_": "optimizer",
+    "adamw_8bit_": "optimizer",
 }
 
 

@@ -123,7 +123,7 @@ def test_memory_grows_with_the_batch_and_the_parts_are_the_peak():
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_with_data_calls_and_holds_what_the_rehearsal_counted(backend, dtype, recompute):
+def test_a_step_with_data_calls_and_holds_what_the_dry_run_counted(backend, dtype, recompute):
     setup = Setup(TINY, 3, "cpu", dtype, recompute=recompute)
     with use_backend(backend):
         expected = trace_step(setup)
