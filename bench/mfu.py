@@ -45,7 +45,7 @@ from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.fused import RECOMPUTE
-from fastgpt.train.config import AUTO, TrainConfig
+from fastgpt.train.config import TrainConfig
 from fastgpt.train.predict import micro_batch, roofline, trace
 from fastgpt.train.predict.trace import Setup, trace_step
 from fastgpt.train.presets import PRESETS
@@ -620,12 +620,12 @@ def requested(flags: Any) -> Request:
     for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"):
         if getattr(flags, name) is not None:
             values[name] = getattr(flags, name)
-    if values["batch_size"] == AUTO:
+    if values["batch_size"] is None:
         values["batch_size"] = 16
     values |= {"preset": flags.preset, "total_batch_size": 0}
     config = TrainConfig(**values)
     vocabulary = flags.vocab_size or (50304 if flags.preset.startswith("gpt2") else 256)
-    model = replace(config.model(vocabulary), dropout=0.0)  # without chance, so that losses can be compared
+    model = replace(config.gpt_config(vocabulary), dropout=0.0)  # without chance, so that losses can be compared
     device = hardware.find_device(flags.device)
     dtype = hardware.training_dtype(device) if flags.dtype == "auto" else getattr(torch, flags.dtype)
     recompute = flags.recompute or ("none" if device.type == "cuda" else "cheap")

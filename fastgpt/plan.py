@@ -115,18 +115,18 @@ def make(
     kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
     free = Bound(memory.amount - loaded, memory.source)
     found = micro_batch.choices(setup, machine, free.amount, config.tokens_per_step, kinds)
-    config = micro_batch.settle(config, setup, free, found)
-    setup = replace(setup, batch_size=config.batch_size, recompute=config.recompute)
+    config = micro_batch.fill_in(config, setup, free, found)
+    setup = replace(setup, batch_size=config.micro_batch_size, recompute=config.recompute)
     traced = trace_step(setup)
     prediction = roofline.predict(setup, machine, traced)
     parts = {**traced.memory, RESERVE[setup.device_type]: prediction.reserve, **({LOADED: loaded} if loaded else {})}
     facts = Facts(
-        config, setup.model, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
+        config, setup.gpt_config, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
         machine.n_sm, wanted_tokens_per_step(config),
     )  # fmt: skip
     return Plan(
-        config, setup.model, machine, memory, loaded, threads, parts, prediction, found, preflight.check(facts), tokens,
-        setup.dtype,
+        config, setup.gpt_config, machine, memory, loaded, threads, parts, prediction, found, preflight.check(facts),
+        tokens, setup.dtype,
     )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def span(rate: float) -> str:
 
 def others(p: Plan) -> dict[str, float]:
     """Tokens a second that other programs would give with the same model and micro-batch, predicted."""
-    workload = Workload.of(p.model, p.config.batch_size, p.config.gradient_accumulation_steps)
+    workload = Workload.of(p.model, p.config.micro_batch_size, p.config.gradient_accumulation_steps)
     return {name: tokens_per_second(PROGRAMS[name], workload, p.machine) for name in OTHERS}
 
 
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve(flags, PRESETS)
     threads, loaded = None, 0
     vocab_size, dataset_tokens = dataset_facts(config)
-    model = config.model(padded_vocab_size(vocab_size))
+    model = config.gpt_config(padded_vocab_size(vocab_size))
     if gpu_name:
         gpu = find_gpu(gpu_name)
         dtype = config.torch_dtype(torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if vram:
         memory = Bound(int(parse_gigabytes("vram", vram) * 2**30), "--vram")
     setup = Setup(
-        model, max(config.batch_size, 1), device_type, dtype, config.state_bits, deterministic=config.deterministic
+        model, config.batch_size or 1, device_type, dtype, config.state_bits, deterministic=config.deterministic
     )
     budget = int(parse_count("tokens", tokens)) if tokens else None
     planned = make(config, machine, setup, memory, dataset_tokens, budget, threads, loaded)

@@ -180,7 +180,7 @@ def test_lines_fit_a_terminal(capsys):
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--vram", "some"], "such as 12GB"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--tokens", "lots"], "--tokens takes a count"),
         (["--preset", "gpt2-124m", "--gpu", "t4", "--dtype", "bfloat16"], "has no bfloat16"),
-        (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--total_batch_size", "500000"], "no whole number"),
+        (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--total_batch_size", "500000"], "not a whole number"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--expect_params", "350M"], "123.59M parameters|124.37M"),
         (["--presett", "gpt2-124m"], "did you mean --preset"),
     ],

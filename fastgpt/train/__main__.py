@@ -14,31 +14,34 @@ from fastgpt.errors import RequestError
 from fastgpt.train.config import parse
 from fastgpt.train.memory import ran_out
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
+from fastgpt.units import gib
 
 PROMPT_TOKENS = 16  # of the validation split, for the sample at the end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train the run that ``argv`` asks for."""
+    """Train the run that ``argv`` requests."""
     config = parse(argv, PRESETS)
     hardware.use_threads()
     with nullcontext() if config.backend == "auto" else kernels.use_backend(config.backend):
+        settled = settle(config)
         try:
-            trainer = Trainer(config)
+            trainer = Trainer(settled)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            _, total = hardware.memory(hardware.find_device(config.device))
+            _, total = hardware.memory(settled.device)
             raise RequestError(
-                f"out of memory as the model was made ({total.amount / 2**30:.1f} GiB, the limit is {total.source}): "
+                f"out of memory while the model was created ({gib(total.amount)}, limited by {total.source}): "
                 "a smaller model or --state_bits 8 take less"
             ) from error
         status = trainer.train()
-        if status == 0 and trainer.tokenizer is not None:
-            prompt = trainer.dataset.val[0][:PROMPT_TOKENS].tolist()
-            print(f"sample, going on from {trainer.tokenizer.decode(prompt)!r}:", flush=True)
-            sample.show(trainer.model, trainer.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
+        if status == 0 and settled.tokenizer is not None:
+            prompt = settled.dataset.val[0][:PROMPT_TOKENS].tolist()
+            print(f"sample, continued from {settled.tokenizer.decode(prompt)!r}:", flush=True)
+            sample.show(trainer.model, settled.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
     return status
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: ``checkpoints/step-NNNNNNN/{model.safetensors, optimizer.safetensors, state.json}``.
 
-A checkpoint is written beside its final place and renamed into it, so a folder with that name is whole.
+A checkpoint is written to a folder with another name and then renamed, so a folder with the final name is complete.
 """
 
 import json
@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.errors import RequestError
+from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run must know besides tensors to go on: all of it is JSON."""
+    """What a run needs to continue, besides tensors. All of it is JSON."""
 
     step: int
     tokens: int
@@ -32,43 +33,43 @@ class State:
     state_bits: int = 32  # of the moments
     loss_scale: float = 1.0
     updates_since_overflow: int = 0
-    eval_batch_size: int | None = None  # blocks whose mean is one of the losses of an evaluation
-    optimizer_seeds: list[int] = field(default_factory=list)  # for each parameter group that rounds at random
+    eval_batch_size: int | None = None  # blocks in a batch of an evaluation
+    optimizer_seeds: list[int] = field(default_factory=list)  # of each parameter group that rounds stochastically
 
 
-def steps(run: Path) -> list[int]:
-    """The steps of which ``run`` holds a checkpoint, ascending."""
-    found = (path.name.removeprefix(_PREFIX) for path in (run / "checkpoints").glob(f"{_PREFIX}*"))
+def steps(run_dir: Path) -> list[int]:
+    """The steps that have a checkpoint in ``run_dir``, ascending."""
+    found = (path.name.removeprefix(_PREFIX) for path in (run_dir / "checkpoints").glob(f"{_PREFIX}*"))
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
-    return run / "checkpoints" / f"{_PREFIX}{step:07d}"
+def folder(run_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint of ``step``."""
+    return run_dir / "checkpoints" / f"{_PREFIX}{step:07d}"
 
 
-def newest(run: Path) -> Path:
+def newest(run_dir: Path) -> Path:
     """The folder of the newest checkpoint.
 
     Raises:
         RequestError: there is none.
     """
-    found = steps(run)
+    found = steps(run_dir)
     if not found:
-        raise RequestError(f"{run} holds no checkpoint; train a run with --out_dir {run} first")
-    return folder(run, found[-1])
+        raise RequestError(f"{run_dir} holds no checkpoint; train a run with --out_dir {run_dir} first")
+    return folder(run_dir, found[-1])
 
 
-def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
-    """Write a checkpoint; of the earlier ones only the one with the best validation loss stays.
+def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
+    """Write a checkpoint. Of earlier ones only that with the best validation loss is kept.
 
     Args:
-        run: the run's folder.
+        run_dir: the run's folder.
         state: the rest of the run's state.
         parameters: fp32, by name.
         moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
     """
-    target = folder(run, state.step)
+    target = folder(run_dir, state.step)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -78,9 +79,9 @@ def save(run: Path, state: State, parameters: dict[str, Tensor], moments: dict[s
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for step in steps(run):
+    for step in steps(run_dir):
         if step not in (state.step, state.best_step):
-            shutil.rmtree(folder(run, step))
+            shutil.rmtree(folder(run_dir, step))
     return target
 
 
@@ -90,7 +91,7 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Nothing is copied of what is there already: views of one buffer may be saved if they do not overlap."""
+    """Tensors on the CPU are not copied: safetensors takes views of one buffer if they do not overlap."""
     return {name: t.detach().cpu() for name, t in tensors.items()}
 
 
@@ -106,26 +107,48 @@ def load_state(path: Path) -> State:
         raise RequestError(f"{path / 'state.json'} cannot be read: {error}") from error
 
 
+def check_matches(path: Path, gpt_config: GPTConfig, state_bits: int) -> None:
+    """Check that a checkpoint can be resumed with this architecture and these moments. Dropout may change.
+
+    Raises:
+        RequestError: it cannot; the message states both.
+    """
+    state = load_state(path)
+    saved, wanted = state.model, asdict(gpt_config)
+    if any(saved[name] != wanted[name] for name in saved if name != "dropout"):
+        raise RequestError(f"cannot resume: {path} holds a model of {_shape(saved)}, the request is {_shape(wanted)}")
+    if state.state_bits != state_bits:
+        raise RequestError(
+            f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
+        )
+
+
+def _shape(model: dict[str, Any]) -> str:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+    return ", ".join(f"{name}={model[name]}" for name in names)
+
+
 def load_parameters(path: Path) -> dict[str, Tensor]:
     """The parameters of a checkpoint, by name, on the CPU. ``RequestError`` if they are damaged."""
     return _load_tensors(path / "model.safetensors")
 
 
 def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's moments, by kind and parameter name; restores torch's random state on the way.
-
-    ``RequestError`` if they are damaged.
-    """
-    tensors = _load_tensors(path / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng_state.cpu"))
-    cuda_state = tensors.pop("rng_state.cuda", None)
-    if cuda_state is not None and torch.cuda.is_initialized():  # else this run is on the CPU
-        torch.cuda.set_rng_state(cuda_state)
+    """The optimizer's moments, by kind and parameter name. ``RequestError`` if they are damaged."""
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in _load_tensors(path / "optimizer.safetensors").items():
         kind, _, name = key.partition(".")
-        moments.setdefault(kind, {})[name] = tensor
+        if kind != "rng_state":
+            moments.setdefault(kind, {})[name] = tensor
     return moments
+
+
+def restore_random_state(path: Path) -> None:
+    """Set torch's random number generators to where they stood. ``RequestError`` if the file is damaged."""
+    tensors = _load_tensors(path / "optimizer.safetensors")
+    torch.set_rng_state(tensors["rng_state.cpu"])
+    if "rng_state.cuda" in tensors and torch.cuda.is_initialized():  # not initialized: this run is on the CPU
+        torch.cuda.set_rng_state(tensors["rng_state.cuda"])
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

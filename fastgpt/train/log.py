@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -17,26 +17,28 @@ from fastgpt.units import SHORT_DTYPES, dtype_name, duration
 
 
 class RunLog:
-    """Writes metrics to a file as they come and shows them.
+    """Shows what a run says, and writes its metrics to a file as they come. Open inside ``with``.
 
     Args:
         path: ``metrics.jsonl``; appended to.
-        max_iters: the step that it ends at.
+        max_iters: the last step, for the time left.
         console: where to show; standard output by default.
-        trackers: told of every record too, and closed with the log.
+        trackers: get every record too, and are closed with the log.
     """
 
     def __init__(
         self, path: Path, max_iters: int, console: Console | None = None, trackers: Sequence[Tracker] = ()
     ) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._file = path.open("a", buffering=1)
-        self._trackers = trackers
+        self.trackers = trackers
+        self._path = path
+        self._file: TextIO | None = None
         self._max_iters = max_iters
         self._step_ms: float | None = None  # running mean
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "RunLog":
+        self._file = self._path.open("a", buffering=1)  # a line at a time, so that a killed run leaves whole ones
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -45,12 +47,13 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
-        self._file.close()
-        for tracker in self._trackers:
+        if self._file is not None:
+            self._file.close()
+        for tracker in self.trackers:
             tracker.close(failed=error is not None)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(Text(text))
 
     def train(self, **values: Any) -> None:
@@ -63,7 +66,7 @@ class RunLog:
             self.say(line)
 
     def evaluate(self, **values: Any) -> None:
-        """One evaluation's metrics: step, train_loss, val_loss, and the standard error of the latter if it has one."""
+        """One evaluation's metrics: step, train_loss, val_loss, val_loss_error (its standard error, or ``None``)."""
         self._write("eval", values)
         error = values.get("val_loss_error")
         give = f" ± {error:.4f}" if error is not None else ""
@@ -72,21 +75,23 @@ class RunLog:
         )
 
     def find(self, **values: Any) -> None:
-        """A finding: step, code, text. Said now, and once more at the end with the others."""
+        """A finding: step, code, text."""
         self._write("finding", values)
         self.say(values["text"])
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        assert self._file is not None, "metrics are written inside `with log:`"
         self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
         numbers = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.log(kind, values["step"], numbers)
 
     def _progress(self, values: dict[str, Any]) -> str:
         step = values["step"]
+        # Over the last ten logged updates or so: steady to read, and soon right after a change.
         self._step_ms = values["ms"] if self._step_ms is None else 0.9 * self._step_ms + 0.1 * values["ms"]
-        left = self._step_ms / 1e3 * (self._max_iters - step)  # without the evaluations still to come
+        left = self._step_ms / 1e3 * (self._max_iters - step)  # without evaluations
         speed = f"MFU {values['mfu']:.1%}" if values["mfu"] is not None else f"{values['tflops']:.3g} TFLOP/s"
         return (
             f"step {step}/{self._max_iters}  loss {values['loss']:.4f}  {values['ms']:.1f} ms  "
@@ -95,9 +100,9 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``.
+    """The records of ``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``.
 
-    Of a step logged twice, before and after a resume, the later one counts.
+    Where a step was logged twice, before and after a resume, the later record counts.
     """
     records: dict[str, dict[Any, dict[str, Any]]] = {"train": {}, "eval": {}, "finding": {}}
     for line in path.read_text().splitlines():
@@ -107,7 +112,7 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def plot_losses(metrics: Path, image: Path, title: str) -> None:
-    """Draw training and validation loss over tokens into ``image``."""
+    """Draw the training and validation loss over steps into ``image``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -145,18 +150,18 @@ A100 = 312e12  # FLOP/s, dense bf16: what nanoGPT divides by
 
 
 def mfu_sentence(flops_per_second: float, peak: float | None, device: str, dtype: torch.dtype) -> str:
-    """The share of the peak, whose peak that is, and what nanoGPT would have called it.
+    """The MFU with the peak that it refers to, and the MFU that nanoGPT would print.
 
     Args:
         flops_per_second: reached.
-        peak: the device's dense peak in FLOP/s; ``None`` where it is not known.
+        peak: the device's dense peak in FLOP/s; ``None`` if unknown.
         device: its name.
-        dtype: of the products.
+        dtype: of the matrix products.
     """
     reached = f"{flops_per_second / 1e12:.3g} TFLOP/s"
     kind = SHORT_DTYPES.get(dtype, dtype_name(dtype))
     if peak is None:
-        return f"{reached} on {device} in {kind}, whose peak is not known: no MFU"
+        return f"{reached} on {device} in {kind}, whose peak is unknown: no MFU"
     text = f"MFU {flops_per_second / peak:.1%}: {reached} of the {device}'s {peak / 1e12:.4g} TFLOP/s, dense {kind}"
     if abs(peak / A100 - 1) > 0.02:
         text += f" (nanoGPT, which divides by an A100's 312 on any device, would say {flops_per_second / A100:.1%})"

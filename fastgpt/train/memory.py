@@ -1,4 +1,4 @@
-"""What a process does with memory it has freed, and how it learns that there is no more."""
+"""Keeping freed memory for the next step, and recognising that memory ran out."""
 
 import ctypes
 import sys
@@ -10,10 +10,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep freed memory for the next step instead of returning it to the kernel.
+    """Make glibc's malloc keep freed memory instead of returning it to the kernel.
 
-    A training step frees and allocates the same gigabytes over and over; fresh pages must be faulted in and
-    zeroed, which on a CPU costs as much as the arithmetic. Returns whether the C library took the request.
+    A training step frees and allocates the same gigabytes over and over. New pages must be faulted in and zeroed, which
+    on a CPU costs as much as the arithmetic. Returns whether the C library accepted the request.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -21,14 +21,15 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
+    # no block in a mapping of its own, which free would unmap; the heap's end is given back only beyond 2 GiB
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that there is no memory left; PyTorch has a class for that, but not always raises it.
+    """Whether an exception means that memory ran out.
 
-    Not its own are what C++ and PyTorch say on a CPU, and on a GPU what CUDA says where it loads a kernel or
-    instantiates a graph, Triton where it loads one, and cuBLAS where it makes its workspace.
+    PyTorch has a class for that, but raises it only where its own GPU allocator fails. The words are those of C++ and
+    PyTorch on a CPU, of CUDA and Triton loading a kernel or instantiating a graph, and of cuBLAS making its workspace.
     """
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error)

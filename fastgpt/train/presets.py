@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from fastgpt.train.config import AUTO
-
 _GPT2_SHAPES = {
     "gpt2-124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-350m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -21,7 +19,7 @@ def _gpt2(name: str) -> dict[str, Any]:
     return {
         **_GPT2_SHAPES[name],
         "dataset": "fineweb10b",
-        "batch_size": AUTO,
+        "batch_size": None,  # auto: chosen for the device
         "total_batch_size": GPT2_TOKENS,
         "max_iters": 19_073,
         "lr_decay_iters": 19_073,
@@ -97,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layer": 6,
         "n_head": 6,
         "n_embd": 384,
-        "batch_size": AUTO,
+        "batch_size": None,  # auto: chosen for the device
         "total_batch_size": GPT2_TOKENS,
         "max_iters": 1223,
         "lr_decay_iters": 1223,

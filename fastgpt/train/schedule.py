@@ -1,10 +1,10 @@
-"""The learning rate over a run: linear warm-up, cosine decay, a floor. nanoGPT's, to the step."""
+"""The learning rate over a run: linear warm-up, cosine decay, constant floor. Exactly nanoGPT's schedule."""
 
 import math
 
 
 def learning_rate(step: int, *, peak: float, floor: float, warmup_iters: int, decay_iters: int) -> float:
-    """The rate for update number ``step``, counted from 0.
+    """The learning rate of update number ``step``, counted from 0.
 
     Args:
         step: updates done so far.

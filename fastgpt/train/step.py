@@ -126,11 +126,14 @@ class TrainStep:
         self.optimizer.forget_graphs()
         self._updates = 0
 
-    def free_graphs(self) -> bool:
-        """Give back the memory of the recorded graphs, which the next update records anew; whether there were any."""
-        recorded = self._micro_graph is not None
+    @property
+    def has_graphs(self) -> bool:
+        """Whether CUDA graphs have been recorded, and hold memory."""
+        return self._micro_graph is not None
+
+    def free_graphs(self) -> None:
+        """Give back the memory of the recorded graphs. The next update records them again."""
         self._micro_graph = self._optimizer_graph = None
-        return recorded
 
     def do_without_graphs(self) -> None:
         """Record none any more; an update that was not finished is forgotten."""

@@ -1,4 +1,4 @@
-"""Where a run's metrics go besides its own file: TensorBoard, Weights & Biases. Imported only when asked for."""
+"""Trackers that a run's metrics go to besides its own file: TensorBoard, Weights & Biases. Imported on request."""
 
 import os
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from fastgpt.errors import RequestError
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.run_folder import TENSORBOARD
 
-WANDB_ID = "wandb/fastgpt-id"  # in the run's folder; under this id Weights & Biases knows the run
+WANDB_ID = "wandb/fastgpt-id"  # in the run's folder; holds the run's id at Weights & Biases
 
 
 class Tracker(Protocol):
-    """Takes every record of ``metrics.jsonl`` as it is written."""
+    """Gets every record of ``metrics.jsonl`` as it is written."""
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One record's numbers; ``kind`` is ``train`` or ``eval``."""
+        """The numbers of one record; ``kind`` is ``train``, ``eval`` or ``finding``."""
 
     def close(self, failed: bool) -> None:
-        """The run is over."""
+        """End the run."""
 
 
 def check(config: TrainConfig) -> None:
-    """See that what the flags ask for is here.
+    """Check that the requested trackers can be used.
 
     Raises:
-        RequestError: a package is missing, or Weights & Biases lets nobody in.
+        RequestError: a package is missing, or the login to Weights & Biases fails.
     """
     if config.tensorboard:
         try:
@@ -35,7 +35,7 @@ def check(config: TrainConfig) -> None:
         except ImportError as error:
             raise _missing("tensorboard") from error
     if config.wandb:
-        try:  # a name, because a mere folder called wandb can be imported too
+        try:  # a name from it, because any folder called wandb can be imported
             from wandb import Error, login
         except ImportError as error:
             raise _missing("wandb") from error
@@ -49,30 +49,30 @@ def _missing(package: str) -> RequestError:
     return RequestError(f"--{package} needs the package {package}: pip install fastgpt[{package}]")
 
 
-def start(config: TrainConfig, run: Path, step: int) -> list[Tracker]:
-    """The trackers that the flags ask for.
+def start(config: TrainConfig, run_dir: Path, step: int) -> list[Tracker]:
+    """The requested trackers.
 
     Args:
         config: the run's.
-        run: its folder, which is there already.
-        step: the update that the run goes on from; 0 for a new run.
+        run_dir: its folder, which exists already.
+        step: the update that the run continues from; 0 for a new run.
     """
     trackers: list[Tracker] = []
     if config.tensorboard:
-        trackers.append(TensorBoard(run, step))
+        trackers.append(TensorBoard(run_dir, step))
     if config.wandb:
-        trackers.append(WeightsAndBiases(config, run, step))
+        trackers.append(WeightsAndBiases(config, run_dir, step))
     return trackers
 
 
 class TensorBoard:
     """Event files in ``RUN/tensorboard``."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # updates after the checkpoint are made again, so what was said of them is hidden
-        self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=step + 1 if step else None)
+        # updates after the checkpoint are repeated; their first records are hidden
+        self._writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1 if step else None)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -83,16 +83,16 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in the project ``fastgpt``, or that of ``WANDB_PROJECT``, named as the run's folder."""
+    """A run in the project ``WANDB_PROJECT`` (``fastgpt`` if not set), named after the run's folder."""
 
-    def __init__(self, config: TrainConfig, run: Path, step: int) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:
         import wandb
 
-        id_file = run / WANDB_ID
+        id_file = run_dir / WANDB_ID
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fastgpt"),
-            name=run.resolve().name,
-            dir=str(run),
+            name=run_dir.resolve().name,
+            dir=str(run_dir),
             config=asdict(config),
             allow_val_change=True,  # --max_iters, say, of a resumed run
             id=id_file.read_text() if step and id_file.exists() else None,
@@ -100,7 +100,7 @@ class WeightsAndBiases:
         )
         id_file.parent.mkdir(exist_ok=True)
         id_file.write_text(self._run.id)
-        # Its own count of steps never goes back, as a run does that is resumed from a checkpoint.
+        # Its own step counter cannot go back, but a run that resumes from a checkpoint does.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:

@@ -319,8 +319,8 @@ from pathlib import Path
 from fastgpt.train.__main__ import main
 from fastgpt.train.trainer import Trainer
 update = Trainer._update
-def watched(trainer, log):
-    rate = update(trainer, log)
+def watched(trainer):
+    rate = update(trainer)
     if trainer.step + 1 in (100, 2000):
         print("resident kB:", Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0], file=sys.stderr)
     return rate

@@ -15,6 +15,7 @@ from fastgpt.data.prepare import prepare
 from fastgpt.kernels import use_backend
 from fastgpt.train.config import parse
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -31,7 +32,7 @@ def losses(backend, folder):
         "device": "cpu", "out_dir": folder / "run", "max_iters": STEPS, "log_interval": 1, "eval_iters": 1,
     }  # fmt: skip
     with use_backend(backend):
-        Trainer(parse([f"--{name}={value}" for name, value in flags.items()], PRESETS)).train()
+        Trainer(settle(parse([f"--{name}={value}" for name, value in flags.items()], PRESETS))).train()
     records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if record["kind"] == "train"]
 

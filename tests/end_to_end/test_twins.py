@@ -17,6 +17,7 @@ from fastgpt.train import diagnose
 from fastgpt.train.config import parse
 from fastgpt.train.predict import roofline
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
 
 N_UPDATES = 3800
@@ -43,7 +44,7 @@ def run(data_dir, tmp_path, monkeypatch, capsys):
 
     def train(*flags):
         flags = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *flags]
-        one = Trainer(parse(flags, PRESETS))
+        one = Trainer(settle(parse(flags, PRESETS)))
         monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 58.3e12)
         monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA GeForce RTX 4070")
         assert one.train() == 0
@@ -86,7 +87,7 @@ def test_the_clean_twin_has_no_fault(run):
 def test_the_plan_of_the_original_says_what_it_is_not(data_dir):
     config = parse(["--preset=gpt2-124m", "--n_embd=384", "--dropout=0.1", "--max_iters=14500"], PRESETS)
     config = config.with_batch_size(16)
-    facts = diagnose.Facts(config, config.model(50304), 9_035_582_198)
+    facts = diagnose.Facts(config, config.gpt_config(50304), 9_035_582_198)
     found = {finding.code: finding.text for finding in diagnose.preflight.check(facts)}
     assert found["named-size"].startswith("gpt2-124m with n_embd=384: 40.56M parameters, not 124M")
     assert "of an epoch" in found["dropout-on-fresh-data"]

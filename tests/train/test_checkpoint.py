@@ -54,7 +54,7 @@ def test_torchs_random_sequence_goes_on_where_it_stood(tmp_path):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
     expected = torch.rand(4)
     torch.manual_seed(6)
-    checkpoint.load_moments(path)
+    checkpoint.restore_random_state(path)
     assert torch.equal(torch.rand(4), expected)
 
 

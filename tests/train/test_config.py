@@ -4,7 +4,7 @@ import pytest
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train.config import AUTO, TrainConfig, parse
+from fastgpt.train.config import TrainConfig, parse
 from fastgpt.train.presets import PRESETS
 from fastgpt.units import parse_gigabytes
 
@@ -97,7 +97,7 @@ def test_a_run_lies_in_a_folder_of_its_presets_name():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_run_of_a_valid_model(name):
     run = config("--preset", name)
-    model = run.model(padded_vocab_size(50257))
+    model = run.gpt_config(padded_vocab_size(50257))
     assert (model.n_layer, model.n_head, model.n_embd) == (run.n_layer, run.n_head, run.n_embd)
     assert (model.block_size, model.dropout, model.bias) == (run.block_size, run.dropout, run.bias)
     assert model.vocab_size == 50304
@@ -115,25 +115,25 @@ def test_the_presets_are_those_that_are_documented():
 def test_a_gpt2_preset_takes_half_a_million_tokens_a_step_and_has_the_size_in_its_name(name):
     run = config("--preset", name)
     assert run.tokens_per_step == 524_288
-    config("--preset", name, "--expect_params", name.removeprefix("gpt2-")).model(50304)
+    config("--preset", name, "--expect_params", name.removeprefix("gpt2-")).gpt_config(50304)
     with pytest.raises(RequestError, match="this model has"):
-        config("--preset", name, "--expect_params", "200M").model(50304)
+        config("--preset", name, "--expect_params", "200M").gpt_config(50304)
 
 
 @pytest.mark.parametrize("count", ["124M", "124.4M", "0.124B", "124000K", "124000000", " 124m ", "123.7M"])
 def test_a_size_that_the_model_has_is_accepted_however_it_is_written(count):
-    assert config("--preset", "gpt2-124m", "--expect_params", count).model(50304).n_layer == 12
+    assert config("--preset", "gpt2-124m", "--expect_params", count).gpt_config(50304).n_layer == 12
 
 
 def test_a_model_of_another_size_than_expected_is_refused_with_its_size():
     with pytest.raises(RequestError, match=r"--expect_params 124M, but this model has 134.37M parameters.*n_layer=12"):
-        config("--preset", "gpt2-124m", "--n_embd=804", "--expect_params", "124M").model(50304)
+        config("--preset", "gpt2-124m", "--n_embd=804", "--expect_params", "124M").gpt_config(50304)
 
 
 @pytest.mark.parametrize("count", ["large", "-3M", "0", "M", "1.2.3M", "nan"])
 def test_an_expected_size_that_is_no_count_is_refused(count):
     with pytest.raises(RequestError, match="124M"):
-        config(f"--expect_params={count}").model(50304)
+        config(f"--expect_params={count}").gpt_config(50304)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["--batch_size=many"], "expected a number or auto, not 'many'"),
         (["--batch_size=auto"], "--batch_size auto needs --total_batch_size"),
         (["--total_batch_size=-1"], "--total_batch_size must not be negative"),
-        (["--preset=gpt2-124m", "--batch_size=12"], "--batch_size 8 or 16 would do"),
+        (["--preset=gpt2-124m", "--batch_size=12"], "--batch_size 8 or 16 would be exact"),
         (["--preset=gpt2-124m", "--batch_size=12"], "or --total_batch_size 516096 or 528384"),
-        (["--preset=gpt2-124m", "--batch_size=8", "--block_size=1000"], "--total_batch_size 520000 or 528000 would do"),
+        (["--preset=gpt2-124m", "--batch_size=8", "--block_size=1000"], "520000 or 528000 would be exact"),
         (["--preset=gpt2-124m", "--gradient_accumulation_steps=60"], "does not divide an update of 524,288 tokens"),
         (
             ["--batch_size=4", "--total_batch_size=1024", "--gradient_accumulation_steps=3"],
@@ -203,8 +203,8 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["--beta2=1.0"], "--beta2 must be in [0, 1)"),
         (["--beta1=-0.1"], "--beta1 must be in [0, 1)"),
         (["--warmup_iters=500", "--lr_decay_iters=400"], "--lr_decay_iters=400"),
-        (["--compile", "--recompute=block"], "--recompute block does nothing with --compile"),
-        (["--compile", "--recompute=cheap"], "--recompute cheap does nothing with --compile"),
+        (["--compile", "--recompute=block"], "--recompute block has no effect with --compile"),
+        (["--compile", "--recompute=cheap"], "--recompute cheap has no effect with --compile"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_in_a_line_that_names_it(argv, said):
@@ -217,7 +217,7 @@ def test_a_bad_value_is_refused_in_a_line_that_names_it(argv, said):
 )
 def test_a_model_that_cannot_be_is_refused(flag, said):
     with pytest.raises(RequestError, match=said):
-        config(flag).model(256)
+        config(flag).gpt_config(256)
 
 
 def test_help_names_every_flag_and_preset(capsys):
@@ -265,7 +265,7 @@ def test_the_tokens_of_an_update_settle_the_accumulation():
 
 def test_a_preset_of_gpt2_leaves_the_micro_batch_to_the_device_and_says_the_tokens_of_an_update():
     config = parse(["--preset=gpt2-124m"], PRESETS)
-    assert (config.batch_size, config.tokens_per_step) == (AUTO, 2**19)
+    assert (config.batch_size, config.tokens_per_step) == (None, 2**19)
 
 
 def test_nanogpts_two_flags_mean_what_they_mean_there_whatever_the_preset():

@@ -40,10 +40,10 @@ def stop_after(trainer, steps, number):
     """Have ``trainer`` receive a signal during its update number ``steps``."""
     update = trainer._update
 
-    def interrupted(log):
+    def interrupted():
         if trainer.step + 1 == steps:
             signal.raise_signal(number)
-        return update(log)
+        return update()
 
     trainer._update = interrupted
 
@@ -157,8 +157,8 @@ def test_where_memory_runs_out_micro_batches_shrink_and_an_update_keeps_its_toke
     assert small.config.batch_size == 2
     assert small.config.gradient_accumulation_steps == 4
     said = capsys.readouterr().out
-    assert "out of memory: going on with micro-batches of 4, 2 in an update of 128 tokens as before" in said
-    assert "out of memory: going on with micro-batches of 2, 4 in an update of 128 tokens as before" in said
+    assert "out of memory: continuing with micro-batches of 4, 2 in an update of 128 tokens as before" in said
+    assert "out of memory: continuing with micro-batches of 2, 4 in an update of 128 tokens as before" in said
     expected, found = losses(tmp_path / "usual"), losses(tmp_path / "run")
     assert [found[step] for step in found] == pytest.approx([expected[step] for step in expected], rel=1e-4)
 
@@ -209,7 +209,7 @@ def test_an_evaluation_sees_the_same_tokens_whatever_the_micro_batch(trainer, tm
     losses, tokens = evaluate(one)
     one.train()
     trained = evaluate(one)[0]
-    one._shrink(1, SimpleNamespace(say=print))
+    one._shrink(1)
     smaller_losses, smaller_tokens = evaluate(one)
     assert smaller_losses == pytest.approx(trained, rel=1e-3)  # of bf16
     assert len(smaller_losses) == len(losses) == 2
@@ -240,7 +240,7 @@ def test_where_a_graph_cannot_be_recorded_for_lack_of_memory_a_run_goes_on_witho
     full = RecordingOutOfMemory("no more")
     one.train_step._micro_step = partial(limited_step, one.train_step, one.train_step._micro_step, full)
     assert usual.train() == one.train() == 0
-    assert "out of memory where CUDA graphs are recorded: going on without them" in capsys.readouterr().out
+    assert "out of memory while CUDA graphs were recorded: continuing without them" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(tmp_path / "usual")
 
 
@@ -252,21 +252,21 @@ def limited_step(step, micro_step, error, batch):
 
 def test_an_evaluation_may_have_the_memory_of_the_recorded_graphs(trainer, capsys):
     one = trainer(eval_interval=2, batch_size="auto", total_batch_size=4 * 16)
-    forward, evaluations, graphs = one.train_step.forward, [], iter([True, False, True, False, *[False] * 9])
+    forward, evaluations = one.train_step.forward, []
 
     def limited(*args, **kwargs):
         if not torch.is_grad_enabled() and one.step == 2:
-            evaluations.append(1)
-            if len(evaluations) == 1:
+            evaluations.append(one.train_step.has_graphs)
+            if one.train_step.has_graphs:
                 raise OUT_OF_MEMORY[0]
         return forward(*args, **kwargs)
 
     one.train_step.forward = limited
-    one.train_step.free_graphs = graphs.__next__
+    one.train_step._micro_graph = object()
     batch_size = one.config.batch_size
     assert one.train() == 0
     assert one.config.batch_size == batch_size
-    assert next(graphs) is False  # asked once
+    assert evaluations[:2] == [True, False]
     assert "out of memory" not in capsys.readouterr().out
 
 
@@ -300,7 +300,7 @@ run(command.main, sys.argv[1:])
     )  # fmt: skip
     if flag.endswith("auto"):
         assert done.returncode == 0, done.stderr
-        assert "out of memory: going on with micro-batches of " in done.stdout
+        assert "out of memory: continuing with micro-batches of " in done.stdout
     else:
         assert done.returncode == 2, done.stderr
         assert "error: out of memory with micro-batches of 64: a smaller --batch_size" in done.stderr
@@ -314,7 +314,7 @@ def test_a_model_that_memory_does_not_hold_is_refused_in_a_line(monkeypatch, dat
         raise OUT_OF_MEMORY[1]
 
     monkeypatch.setattr(command, "Trainer", full)
-    with pytest.raises(RequestError, match=r"out of memory as the model was made \(.* GiB, .*\): a smaller model"):
+    with pytest.raises(RequestError, match=r"out of memory while the model was created \(.* GiB, .*\): a smaller"):
         command.main(["--dataset=words", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run", "--device=cpu"])
 
 
@@ -358,13 +358,13 @@ def test_a_gpu_tells_of_an_update_when_the_next_one_is_under_way(trainer, monkey
     one = trainer(device="cpu")
     update, told, order = one._update, RunLog.train, []
 
-    def noted(log):
+    def noted():
         order.append(f"update {one.step + 1}")
-        return update(log)
+        return update()
 
     monkeypatch.setattr(one, "_update", noted)
     monkeypatch.setattr(RunLog, "train", lambda self, **v: (order.append(f"line {v['step']}"), told(self, **v))[1])
-    monkeypatch.setattr(one, "_late", True)
+    monkeypatch.setattr(one, "_log_late", True)
     assert one.train() == 0
     quarter = "update {0} update {1} line {0} update {2} line {1} update {3} line {2} line {3}"
     assert " ".join(order) == " ".join([quarter.format(1, 2, 3, 4), quarter.format(5, 6, 7, 8)])
@@ -640,8 +640,8 @@ def test_large_vocabularies_are_padded(trainer, data_dir, tmp_path):
     tokens = open_dataset("words", data_dir).train[0]
     for split in ("train", "val"):
         write_shard(tmp_path / f"{split}.bin", tokens[:500])
-    assert trainer(dataset=tmp_path / "train.bin").model_config.vocab_size == 50304  # of a bare file, GPT-2's
-    assert trainer().model_config.vocab_size == open_dataset("words", data_dir).vocab_size
+    assert trainer(dataset=tmp_path / "train.bin").settled.gpt_config.vocab_size == 50304  # of a bare file, GPT-2's
+    assert trainer().settled.gpt_config.vocab_size == open_dataset("words", data_dir).vocab_size
 
 
 # ---- stopping early ----
@@ -679,7 +679,7 @@ def test_a_signal_in_the_last_step_ends_the_run_as_usual(trainer, tmp_path):
 
 def test_a_second_signal_ends_the_run_at_once(trainer):
     one = trainer()
-    one._update = lambda log: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    one._update = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         one.train()

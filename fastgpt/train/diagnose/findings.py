@@ -30,7 +30,7 @@ class Facts:
 
     Attributes:
         config: the request.
-        model: the shape that it came to.
+        gpt_config: the architecture.
         dataset_tokens: in the training split; ``None`` if it is not here.
         predicted_seconds: of an update; ``None`` if nobody predicted it.
         peak_flops: the device's dense peak in FLOP/s; ``None`` where it is not known.
@@ -39,7 +39,7 @@ class Facts:
     """
 
     config: TrainConfig
-    model: GPTConfig
+    gpt_config: GPTConfig
     dataset_tokens: int | None
     predicted_seconds: float | None = None
     peak_flops: float | None = None
@@ -53,7 +53,7 @@ class Facts:
 
     def tokens_per_parameter(self, tokens: int) -> float:
         """With N as in 6 N FLOPs a token: without position embeddings."""
-        return tokens / self.model.n_params_without_positions
+        return tokens / self.gpt_config.n_params_without_positions
 
     def epochs(self, tokens: int) -> float:
         """How often so many tokens go through the training split; NaN if nobody knows."""

@@ -176,7 +176,7 @@ class Monitor:
         tokens = step * c.tokens_per_step
         ratio, epochs = f.tokens_per_parameter(tokens), f.epochs(tokens)
         causes = []
-        guess = math.log(f.model.vocab_size)
+        guess = math.log(f.gpt_config.vocab_size)
         if loss > NOTHING_LEARNT * guess:
             causes.append(
                 f"next to nothing has been learnt, since a blind guess has a loss of {guess:.2f}: a --learning_rate "
@@ -213,7 +213,7 @@ class Monitor:
     # ---- evaluations ----
 
     def _dropout_gap(self, now: _Evaluation) -> Finding | None:
-        dropout = self.facts.model.dropout
+        dropout = self.facts.gpt_config.dropout
         recent = self._history.since((1 - DROPOUT_WINDOW) * now.step)
         if dropout == 0 or recent is None or len(now.train) < FEWEST_BATCHES:
             return None
@@ -268,7 +268,9 @@ class Monitor:
 
     def _against_overfitting(self, step: int) -> str:
         epochs = self.facts.epochs(step * self.facts.config.tokens_per_step)
-        cures = ["more data", "a smaller model"] + (["--dropout 0.1 or 0.2"] if self.facts.model.dropout == 0 else [])
+        cures = ["more data", "a smaller model"] + (
+            ["--dropout 0.1 or 0.2"] if self.facts.gpt_config.dropout == 0 else []
+        )
         return f"After {epochs:.1f} epochs, {joined(cures, 'or')} would help; the best checkpoint is kept"
 
     def _coarse_evaluation(self, now: _Evaluation) -> Finding | None:
@@ -284,7 +286,7 @@ class Monitor:
         if self._unresolved < 2:
             return None
         n_batches = math.ceil(len(now.val) * (error / smallest) ** 2)
-        tokens = len(now.val) * self.facts.config.batch_size * self.facts.config.block_size
+        tokens = len(now.val) * self.facts.config.micro_batch_size * self.facts.config.block_size
         text = (
             f"step {now.step:,}: the validation losses of steps {earlier.step:,} and {now.step:,}, "
             f"{fmean(earlier.val):.3f} and {fmean(now.val):.3f}, cannot be told apart: evaluated on "
@@ -314,7 +316,7 @@ class Monitor:
 
     def _slow_text(self, step: int, measured: float, predicted: float) -> str:
         peak = self.facts.peak_flops
-        flops = self.facts.model.flops_per_token * self.facts.config.tokens_per_step
+        flops = self.facts.gpt_config.flops_per_token * self.facts.config.tokens_per_step
         mfu = f", MFU {flops / measured / peak:.0%} instead of {flops / predicted / peak:.0%}" if peak else ""
         beside = sum(seconds for kind, seconds in self._spent.items() if kind not in WITHIN_UPDATES)
         total = self._update_seconds + beside

@@ -34,7 +34,7 @@ def check(facts: Facts) -> list[Finding]:
 
 def named_size(facts: Facts) -> Finding | None:
     """A preset whose name states a size, overridden to another one."""
-    config, model = facts.config, facts.model
+    config, model = facts.config, facts.gpt_config
     stated = re.search(r"-(\d+(?:\.\d+)?)([mb])$", config.preset)
     if stated is None or config.expect_params:  # whoever said what to expect has been answered already
         return None
@@ -60,7 +60,7 @@ def named_size(facts: Facts) -> Finding | None:
 
 def dropout_on_fresh_data(facts: Facts) -> Finding | None:
     """Dropout in a run that sees nothing twice."""
-    dropout, epochs = facts.model.dropout, facts.epochs(facts.planned_tokens)
+    dropout, epochs = facts.gpt_config.dropout, facts.epochs(facts.planned_tokens)
     if dropout == 0 or facts.dataset_tokens is None or epochs >= 1:
         return None
     text = (
@@ -73,9 +73,9 @@ def dropout_on_fresh_data(facts: Facts) -> Finding | None:
 
 def past_chinchilla(facts: Facts) -> Finding | None:
     """Far more tokens than the model makes good use of."""
-    N, tokens = facts.model.n_params_without_positions, facts.planned_tokens
+    N, tokens = facts.gpt_config.n_params_without_positions, facts.planned_tokens
     times = facts.tokens_per_parameter(tokens) / CHINCHILLA
-    if times < PAST_CHINCHILLA or N < LAW_HOLDS_FROM or facts.model.vocab_size < SMALLEST_SUBWORD_VOCABULARY:
+    if times < PAST_CHINCHILLA or N < LAW_HOLDS_FROM or facts.gpt_config.vocab_size < SMALLEST_SUBWORD_VOCABULARY:
         return None
     text = (
         f"this run plans {count(tokens)} tokens, {times * CHINCHILLA:.0f} a parameter, {times:.1f} times "
@@ -117,11 +117,11 @@ def tokens_per_step(facts: Facts) -> Finding | None:
         return None
     sequences = max(1, round(wanted / c.block_size))
     # no larger micro-batch than was asked for: it may not fit the memory
-    batch_size = max(b for b in range(1, min(c.batch_size, sequences) + 1) if sequences % b == 0)
+    batch_size = max(b for b in range(1, min(c.micro_batch_size, sequences) + 1) if sequences % b == 0)
     reached = sequences * c.block_size
     closeness = "hold exactly that" if reached == wanted else f"come nearest, with {reached:,}"
     text = (
-        f"an update holds {c.tokens_per_step:,} tokens (batch_size {c.batch_size} x block_size {c.block_size} x "
+        f"an update holds {c.tokens_per_step:,} tokens (batch_size {c.micro_batch_size} x block_size {c.block_size} x "
         f"gradient_accumulation_steps {c.gradient_accumulation_steps}), not the {wanted:,} asked for: "
         f"--batch_size {batch_size} --gradient_accumulation_steps {sequences // batch_size} {closeness}"
     )
@@ -133,18 +133,18 @@ def small_products(facts: Facts) -> Finding | None:
     c = facts.config
     if facts.n_sm is None or (facts.predicted_seconds or math.inf) * c.max_iters < WORTH_FILLING:
         return None
-    tiles = _most_tiles(c.batch_size * c.block_size, c.n_embd)
+    tiles = _most_tiles(c.micro_batch_size * c.block_size, c.n_embd)
     if tiles >= facts.n_sm:
         return None
     factor = 2
-    while _most_tiles(factor * c.batch_size * c.block_size, c.n_embd) < facts.n_sm:
+    while _most_tiles(factor * c.micro_batch_size * c.block_size, c.n_embd) < facts.n_sm:
         factor *= 2
-    cure = f"--batch_size {factor * c.batch_size} fills it, if it fits the memory"
+    cure = f"--batch_size {factor * c.micro_batch_size} fills it, if it fits the memory"
     if c.gradient_accumulation_steps % factor == 0:
         accumulation = c.gradient_accumulation_steps // factor
         cure += f"; with --gradient_accumulation_steps {accumulation} an update stays as it is"
     text = (
-        f"the smallest matrix products, {c.batch_size * c.block_size:,} tokens x width {c.n_embd}, come to "
+        f"the smallest matrix products, {c.micro_batch_size * c.block_size:,} tokens x width {c.n_embd}, come to "
         f"{tiles} {'tile' if tiles == 1 else 'tiles'}, and the GPU has {facts.n_sm} multiprocessors: at most "
         f"{tiles / facts.n_sm:.0%} of it work at a time. {cure}"
     )

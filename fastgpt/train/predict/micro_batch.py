@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 from fastgpt.errors import RequestError
 from fastgpt.limits import Bound
-from fastgpt.train.config import AUTO, TrainConfig
+from fastgpt.train.config import TrainConfig
 from fastgpt.train.predict.roofline import Machine, Prediction, predict
-from fastgpt.train.predict.trace import Setup, reserve, trace_step
+from fastgpt.train.predict.trace import Recompute, Setup, reserve, trace_step
 
 MOST_SEQUENCES = 128  # of a micro-batch: beyond it nothing is won
 
 
-def kinds_of_recompute(config: TrainConfig, device_type: str) -> tuple[str, ...]:
+def kinds_of_recompute(config: TrainConfig, device_type: str) -> tuple[Recompute, ...]:
     """What ``--recompute`` leaves open, least first. On a CPU ``cheap`` costs no time, as memory is slow there."""
     if config.recompute != "auto":
         return (config.recompute,)
@@ -27,7 +27,7 @@ def fits(setup: Setup, memory: int) -> bool:
     return trace.peak + reserve(setup.device_type, trace) <= memory
 
 
-def least_recompute(setup: Setup, memory: int, kinds: Sequence[str]) -> str | None:
+def least_recompute(setup: Setup, memory: int, kinds: Sequence[Recompute]) -> Recompute | None:
     """The first of these kinds with which the step fits; ``None`` if it does with none."""
     return next((kind for kind in kinds if fits(replace(setup, recompute=kind), memory)), None)
 
@@ -44,12 +44,12 @@ class Choice:
     """
 
     batch_size: int
-    recompute: str
+    recompute: Recompute
     accumulation: int
     prediction: Prediction
 
 
-def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[str]) -> list[Choice]:
+def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[Recompute]) -> list[Choice]:
     """Every micro-batch that fits and divides an update of ``total`` tokens, each with every kind of recomputation.
 
     Args:
@@ -60,7 +60,7 @@ def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequ
         kinds: of recomputation.
     """
     found = []
-    sequences, rest = divmod(total, setup.model.block_size)
+    sequences, rest = divmod(total, setup.gpt_config.block_size)
     for kind in kinds:
         for batch_size in [] if rest else _sizes(sequences):
             tried = replace(setup, batch_size=batch_size, recompute=kind)
@@ -86,19 +86,19 @@ def choose(found: Sequence[Choice]) -> Choice | None:
     return min(near, key=lambda choice: choice.prediction.memory)
 
 
-def settle(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Choice]) -> TrainConfig:
-    """The request with what it leaves to the device: micro-batch, accumulation and recomputation.
+def fill_in(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Choice]) -> TrainConfig:
+    """The request with micro-batch, accumulation and recomputation filled in where it left them to the device.
 
     Args:
-        config: its micro-batch is kept if it names one.
+        config: its micro-batch is kept if it states one.
         setup: the model, device type, dtype and bits of the moments.
-        memory: bytes that there are, and what limits them.
-        found: what :func:`choices` found in it; needed only where the micro-batch is left open.
+        memory: bytes available, and what limits them.
+        found: the result of :func:`choices` for this memory; needed only with ``--batch_size auto``.
 
     Raises:
-        RequestError: nothing fits, or no number of micro-batches makes the update exact.
+        RequestError: nothing fits, or no micro-batch divides the update.
     """
-    if config.batch_size != AUTO:
+    if config.batch_size is not None:
         kinds = kinds_of_recompute(config, setup.device_type)
         asked = replace(setup, batch_size=config.batch_size)
         kind = kinds[0] if len(kinds) == 1 else least_recompute(asked, memory.amount, kinds)

@@ -178,7 +178,7 @@ def predict(setup: Setup, machine: Machine, trace: Trace | None = None) -> Predi
     micro_step: dict[str, float] = {}
     for call in trace.micro_step:
         micro_step[call.kind] = micro_step.get(call.kind, 0.0) + seconds(call, machine)
-    flops = float(setup.model.flops_per_token) * setup.tokens
+    flops = float(setup.gpt_config.flops_per_token) * setup.tokens
     update = sum(seconds(call, machine) for call in trace.update)
     return Prediction(
         micro_step, update, setup.tokens, flops, machine.peak, trace.peak, reserve(setup.device_type, trace)
@@ -268,7 +268,7 @@ def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
         )  # fmt: skip
         trace = trace_step(setup)
         device = measured(row["device"], row["gemm_flops"], row["bandwidth"], n_sm=row["n_sm"])
-        words = f"{row['name']}, {setup.batch_size} x {setup.model.block_size}, {row['dtype']}"
+        words = f"{row['name']}, {setup.batch_size} x {setup.gpt_config.block_size}, {row['dtype']}"
         predicted = predict(setup, device, trace).seconds(row["accumulation"])
         found.append(Error(row["device"], words, 1e3 * predicted, row["ms"], trace.peak, row["peak_bytes"]))
     return found

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from fastgpt.units import SHORT_DTYPES
 
 aten = torch.ops.aten
 
+Recompute = Literal["none", "cheap", "block"]  # what the backward recomputes: nothing, norms and GELU, whole blocks
+
 AT_REST = ("weights", "gradients", "AdamW's moments", "batches")  # parts of memory that last from step to step
 
 
@@ -33,7 +35,7 @@ class Setup:
     """What a step depends on.
 
     Attributes:
-        model: the shape.
+        gpt_config: the shape.
         batch_size: sequences in a micro-batch, B.
         device_type: ``"cpu"`` or ``"cuda"``.
         dtype: of the weights that the model computes with.
@@ -42,7 +44,7 @@ class Setup:
         deterministic: whether attention's backward takes two passes on a GPU, or one.
     """
 
-    model: GPTConfig
+    gpt_config: GPTConfig
     batch_size: int
     device_type: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -53,7 +55,7 @@ class Setup:
     @property
     def tokens(self) -> int:
         """Tokens in a micro-batch."""
-        return self.batch_size * self.model.block_size
+        return self.batch_size * self.gpt_config.block_size
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ class Trace:
 def trace_step(setup: Setup) -> Trace:
     """The trace of a step."""
     with dry_run(setup.device_type), torch.device("meta"):
-        model = GPT(setup.model, setup.recompute, setup.deterministic)
+        model = GPT(setup.gpt_config, setup.recompute, setup.deterministic)
         step = TrainStep(model, dtype=setup.dtype, state_bits=setup.state_bits)
-        shape = setup.batch_size, setup.model.block_size
+        shape = setup.batch_size, setup.gpt_config.block_size
         # a GPU has three batches: the graph's own, the one at hand, the one ahead
         batches = [torch.zeros(2, *shape, dtype=torch.int64) for _ in range(3 if setup.device_type == "cuda" else 1)]
         recorder = _Recorder(setup)
@@ -134,7 +136,7 @@ class _Recorder(TorchDispatchMode):
         self._held: Counter[str] = Counter()
         self._storages: dict[int, Any] = {}  # weak references
         self._granule = 512 if setup.device_type == "cuda" else 64  # of the allocators
-        C, V = setup.model.n_embd, setup.model.vocab_size
+        C, V = setup.gpt_config.n_embd, setup.gpt_config.vocab_size
         self._labels = {V: "logits", 4 * C: "activations: MLP", 3 * C: "activations: q, k, v"}
         self._labels[C] = "activations: residual stream, norms, attention"
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.train.config import AUTO, resolve
+from fastgpt.train.config import resolve
 from fastgpt.train.diagnose import (
     CHECKPOINTS,
     DATA,
@@ -30,9 +30,9 @@ VOCABULARY = {"stdlib": 256, "shakespeare-char": 65}
 def facts(preset="gpt2-124m", *, vocab_size=None, known=None, **flags):
     """A preset with flags; ``known`` holds what else the trainer can tell."""
     config = resolve({"preset": preset, "learning_rate": PRESETS[preset]["learning_rate"], **flags}, PRESETS)
-    if config.batch_size == AUTO:
+    if config.batch_size is None:
         config = config.with_batch_size(16)
-    model = config.model(vocab_size or VOCABULARY.get(config.dataset, 50304))
+    model = config.gpt_config(vocab_size or VOCABULARY.get(config.dataset, 50304))
     return Facts(config, model, **{"dataset_tokens": TRAINING_TOKENS[config.dataset], **(known or {})})
 
 
@@ -50,7 +50,7 @@ def rate_of(run, step):
 
 def law(run, steps):
     """The loss of a healthy run: Chinchilla's law, a rate that costs loss while it is high, a start at ln V."""
-    c, N = run.config, run.model.n_params_without_positions
+    c, N = run.config, run.gpt_config.n_params_without_positions
     rates = np.array([rate_of(run, step) for step in steps]) / c.learning_rate
     tokens = np.asarray(steps) * c.tokens_per_step
     return np.minimum(10.82, 1.82 + 482 / N**0.348 + 2085 / tokens**0.366 + 0.15 * rates)
@@ -367,7 +367,7 @@ def test_a_plateaus_causes_come_in_order():
     tokens = step * run.config.tokens_per_step
     causes = [
         "the learning rate is still at",
-        f"{tokens / run.model.n_params_without_positions:.0f} a parameter",
+        f"{tokens / run.gpt_config.n_params_without_positions:.0f} a parameter",
         f"{tokens / 1e8:.1f} epochs",
     ]
     places = [text.index(cause) for cause in causes]
@@ -587,7 +587,7 @@ def test_updates_slower_than_predicted_are_found_with_both_times_and_both_mfus()
     found = only(timed(run, 14.0), "slow")
     ratio = float(re.search(r"(\d\.\d\d) times the predicted", found.text)[1])
     assert ratio == pytest.approx(1.4, abs=0.03)
-    flops = run.model.flops_per_token * run.config.tokens_per_step
+    flops = run.gpt_config.flops_per_token * run.config.tokens_per_step
     assert "the predicted 10 s" in found.text
     assert f"MFU {flops / 58.3e12 / (10 * ratio):.0%} instead of {flops / 58.3e12 / 10:.0%}" in found.text
     assert "The device itself is slower" in found.text
@@ -624,4 +624,4 @@ def test_mfu_names_the_peak_that_it_is_a_share_of():
     assert "11.4%" in text
     assert "nanoGPT" not in mfu_sentence(150e12, 312e12, "A100", torch.bfloat16)
     unknown = mfu_sentence(0.15e12, None, "a CPU", torch.float32)
-    assert unknown == "0.15 TFLOP/s on a CPU in fp32, whose peak is not known: no MFU"
+    assert unknown == "0.15 TFLOP/s on a CPU in fp32, whose peak is unknown: no MFU"

@@ -169,11 +169,11 @@ def test_on_a_cpu_the_trace_of_a_preset_is_the_peak_that_the_allocator_reports(p
     shape = {name: PRESETS[preset].get(name, getattr(TrainConfig, name)) for name in SHAPE}
     setup = Setup(GPTConfig(vocab_size=vocab_size, **shape, bias=False), batch_size, "cpu", torch.float32)
     if preset == "gpt2-30m":  # sixteen times the memory would be the same test
-        setup = replace(setup, model=replace(setup.model, block_size=64))
+        setup = replace(setup, gpt_config=replace(setup.gpt_config, block_size=64))
     with use_backend(backend):
         predicted = trace_step(setup)
-        step = TrainStep(GPT(setup.model))
-        x, y = torch.randint(vocab_size, (2, batch_size, setup.model.block_size))
+        step = TrainStep(GPT(setup.gpt_config))
+        x, y = torch.randint(vocab_size, (2, batch_size, setup.gpt_config.block_size))
         step(lambda: (x, y), 1e-3)  # what is made once has been made
         measured = allocated_at_most(lambda: step(lambda: (x, y), 1e-3))
     at_rest = ("weights", "gradients", "AdamW", "batches")
@@ -192,7 +192,7 @@ def test_on_a_gpu_the_trace_is_within_five_percent_of_the_measured_peak(recomput
     first(lambda: (tokens[0], tokens[1]), 0.0)  # cuBLAS keeps workspaces for each of its threads
     del first
     before = torch.cuda.memory_allocated()
-    model = GPT(setup.model, recompute, deterministic).cuda()
+    model = GPT(setup.gpt_config, recompute, deterministic).cuda()
     step = TrainStep(model, dtype=setup.dtype, state_bits=state_bits, cuda_graphs=False)
     x, y = torch.randint(GPT2.vocab_size, (2, 8, GPT2.block_size), device="cuda")
     torch.cuda.reset_peak_memory_stats()

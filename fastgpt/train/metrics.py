@@ -1,0 +1,64 @@
+"""The metrics of an update, read from the device without making it wait."""
+
+import time
+
+import torch
+
+from fastgpt.train.step import TrainStep
+
+
+class Timestamp:
+    """The time at which a device has finished all work queued so far.
+
+    Args:
+        device: the device.
+        step: number of updates queued so far.
+    """
+
+    def __init__(self, device: torch.device, step: int) -> None:
+        self.step = step
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            # The host runs ahead of the GPU, so its clock says nothing about the GPU's work; an event does.
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def seconds_since(self, earlier: "Timestamp") -> float:
+        """Seconds from ``earlier`` to this one. Waits until the device has reached this one."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3  # CUDA gives milliseconds
+
+
+class UpdateMetrics:
+    """Loss, gradient norm and time of the last update, copied while the device goes on working.
+
+    Args:
+        train_step: has just been called.
+        step: number of that update, counted from 1.
+        tokens: trained on so far.
+        lr: learning rate of that update.
+        since: the timestamp that the time of an update is counted from.
+    """
+
+    def __init__(self, train_step: TrainStep, step: int, tokens: int, lr: float, since: Timestamp) -> None:
+        self.step, self.tokens, self.lr = step, tokens, lr
+        norm = train_step.grad_norm
+        # Copies of their own: the next update overwrites both tensors before anybody reads these.
+        self._loss = train_step.loss.to("cpu", non_blocking=True, copy=True)
+        self._grad_norm = None if norm is None else norm.to("cpu", non_blocking=True, copy=True)
+        self._since, self.end = since, Timestamp(train_step.loss.device, step)
+
+    def seconds(self) -> float:
+        """Mean time of an update since ``since``. Waits until this update is finished."""
+        return self.end.seconds_since(self._since) / (self.end.step - self._since.step)
+
+    def loss(self) -> float:
+        """Mean loss of the update's micro-batches. Valid only after :meth:`seconds`, which waits for the copy."""
+        return self._loss.item()
+
+    def grad_norm(self) -> float | None:
+        """Gradient norm before clipping; ``None`` without clipping. Valid only after :meth:`seconds`."""
+        return None if self._grad_norm is None else self._grad_norm.item()

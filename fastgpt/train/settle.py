@@ -1,0 +1,122 @@
+"""Settles a request: the device, the dtype, the dataset, the architecture and the micro-batch that it comes to.
+
+All that can be wrong with a request is found here, before the model is made. Nothing is written but the ``stdlib``
+dataset, which every machine can make offline.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastgpt import hardware
+from fastgpt.data.prepare import prepare
+from fastgpt.data.shards import Dataset, open_dataset
+from fastgpt.data.tokenizers import Tokenizer
+from fastgpt.errors import RequestError
+from fastgpt.kernels import ops
+from fastgpt.limits import Bound
+from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig, padded_vocab_size
+from fastgpt.train import run_folder, trackers
+from fastgpt.train.config import TrainConfig
+from fastgpt.train.diagnose import Facts, wanted_tokens_per_step
+from fastgpt.train.predict import micro_batch, roofline
+from fastgpt.train.predict.roofline import Prediction
+from fastgpt.train.predict.trace import Setup
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A request that can be met on this machine.
+
+    Attributes:
+        config: the request, with micro-batch, accumulation and recomputation filled in.
+        run_dir: folder of the run.
+        device: to train on.
+        dtype: of the weights that the model computes with.
+        dataset: opened.
+        tokenizer: the dataset's; ``None`` for token files without one.
+        gpt_config: the architecture.
+        memory: bytes free on the device, and what limits them.
+        prediction: of the step's time and memory; ``None`` where no choice depends on it and none is cheap to make.
+        resizable: whether the micro-batch was left to us, so that it may be halved when memory runs out.
+    """
+
+    config: TrainConfig
+    run_dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    dataset: Dataset
+    tokenizer: Tokenizer | None
+    gpt_config: GPTConfig
+    memory: Bound
+    prediction: Prediction | None
+    resizable: bool
+
+    def facts(self) -> Facts:
+        """What the diagnosis needs to know about the run."""
+        cuda = self.device.type == "cuda"
+        accumulation = self.config.gradient_accumulation_steps
+        return Facts(
+            self.config,
+            self.gpt_config,
+            dataset_tokens=sum(map(len, self.dataset.train)),
+            predicted_seconds=self.prediction.seconds(accumulation) if self.prediction is not None else None,
+            peak_flops=hardware.peak_flops(self.device, self.dtype),
+            n_sm=torch.cuda.get_device_properties(self.device).multi_processor_count if cuda else None,
+            wanted_tokens_per_step=wanted_tokens_per_step(self.config),
+        )
+
+
+def settle(config: TrainConfig) -> Settled:
+    """The run that ``config`` comes to on this machine.
+
+    Raises:
+        RequestError: the device, the dataset, the architecture, the folder or the memory does not allow it. Nothing of
+            an earlier run has been touched by then.
+    """
+    device = hardware.find_device(config.device)
+    dtype = config.torch_dtype(hardware.training_dtype(device))
+    try:
+        ops.backend_of(device, dtype)
+    except RuntimeError as error:
+        raise RequestError(str(error)) from error
+    trackers.check(config)
+    run_dir = Path(config.out_dir) if config.init_from == "resume" else run_folder.check(config)
+    dataset = _open_or_prepare(config)
+    # bare token files do not state their vocabulary, and are taken for GPT-2's
+    gpt_config = config.gpt_config(padded_vocab_size(dataset.vocab_size or GPT2_VOCABULARY))
+    memory, _ = hardware.memory(device)
+    settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
+    return Settled(
+        settled, run_dir, device, dtype, dataset, dataset.tokenizer(), gpt_config, memory, prediction,
+        resizable=config.batch_size is None,
+    )  # fmt: skip
+
+
+def _open_or_prepare(config: TrainConfig) -> Dataset:
+    try:
+        return open_dataset(config.dataset, config.data_dir)
+    except RequestError:
+        if config.dataset != "stdlib":
+            raise
+        return open_dataset(prepare("stdlib", data_dir=config.data_dir))
+
+
+def _fill_in(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, gpt_config: GPTConfig, memory: Bound
+) -> tuple[TrainConfig, Prediction | None]:
+    """The request with what it left to the device, and the prediction of its step."""
+    # On a CPU only where a choice depends on it: measuring its ceilings and tracing the step take two seconds.
+    automatic = config.batch_size is None
+    machine = roofline.at_hand(device, dtype) if automatic or hardware.known_gpu(device) is not None else None
+    setup = Setup(
+        gpt_config, config.batch_size or 1, device.type, dtype, config.state_bits, deterministic=config.deterministic
+    )
+    found: list[micro_batch.Choice] = []
+    if machine is not None and automatic:
+        kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
+        found = micro_batch.choices(setup, machine, memory.amount, config.total_batch_size, kinds)
+    config = micro_batch.fill_in(config, setup, memory, found)
+    setup = replace(setup, batch_size=config.micro_batch_size, recompute=config.recompute)
+    return config, roofline.predict(setup, machine) if machine is not None else None
