@@ -118,7 +118,11 @@ class TrainStep:
         self._updates += 1
 
     def start_over(self, accumulation: int) -> None:
-        """Forget the micro-batches of an update that was not finished; go on with so many an update, of any shape."""
+        """Forget the recorded graphs, and the micro-batches of an update that was not finished.
+
+        Args:
+            accumulation: micro-batches in an update from now on. Their shape may change too.
+        """
         self.store.grad.zero_()
         self._sum.zero_()
         self.accumulation = accumulation
@@ -132,11 +136,15 @@ class TrainStep:
         return self._micro_graph is not None
 
     def free_graphs(self) -> None:
-        """Give back the memory of the recorded graphs. The next update records them again."""
-        self._micro_graph = self._optimizer_graph = None
+        """Give back the memory of the recorded graphs; an update that was not finished is forgotten.
+
+        The next update runs without graphs, as the first one did, because the optimizer has to read from the device how
+        many steps the replays took. The one after it records new graphs.
+        """
+        self.start_over(self.accumulation)
 
     def do_without_graphs(self) -> None:
-        """Record none any more; an update that was not finished is forgotten."""
+        """Record no graphs from now on; an update that was not finished is forgotten."""
         self._with_graphs = False
         self.start_over(self.accumulation)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastgpt.kernels import adamw
 from fastgpt.kernels.dry_run import dry_run
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train import step as step_module
@@ -145,6 +146,45 @@ def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkey
         step(source.__next__, 1e-3)
         made.append(Graph.made)
     assert made == [0, 2, 2]
+
+
+class CapturedGraph:
+    """A CUDA graph as the optimizer sees it: captured once, and its replays are not counted on the host."""
+
+    def __init__(self, function, optimizer, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(adamw, "_capturing", lambda: True)
+            function()
+        self._function, self._optimizer, self._fresh = function, optimizer, True
+
+    def replay(self):
+        if not self._fresh:  # what was captured has run once already
+            counts = dict(self._optimizer._steps)
+            self._function()
+            self._optimizer._steps.update(counts)
+        self._fresh = False
+
+    def pool(self):
+        return None
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_after_its_graphs_are_freed_a_run_records_them_again_and_goes_on_as_before(monkeypatch, unfinished):
+    expected = train(make(), 6)
+    step, source, losses = make(), batches(6), []
+    record = lambda function, pool: CapturedGraph(function, step.optimizer, monkeypatch)  # noqa: E731
+    monkeypatch.setattr(step_module, "_record", record)
+    step._with_graphs = True
+    for update in range(6):
+        if update == 3:
+            if unfinished:  # memory ran out between two micro-batches
+                step._forward_backward(next(batches(1)))
+            step.free_graphs()
+            assert not step.has_graphs
+        step(source.__next__, 1e-2)
+        losses.append(step.loss.item())
+    assert losses == expected
+    assert step.has_graphs
 
 
 @pytest.fixture
