@@ -75,12 +75,10 @@ BATCH, KERNELS_BATCH = "BATCH", "KERNELS_BATCH"  # in place of a number, which d
 GPT2 = ("--preset", "gpt2-124m", "--batch_size", BATCH)
 SMOKE = "tests/kernels/test_at_gpt2_size.py"
 
-# All tests that run on a GPU, and do not merely stand in for one or for a caller who errs.
+# All tests that run on a GPU; those of the stage "operators" have run by then.
 TESTS = (
     "tests/kernels", "tests/train/test_step.py", "tests/train/predict/test_trace.py", "tests/data/test_prefetch.py",
-    "-k", "(triton or cuda or on_a_gpu or captured_step or two_devices) and not "
-    "(malformed or ahead_of_time or test_triton_launch or cpp or reference or smoke)",
-    "--tb=short", "--durations=10",
+    "-m", "gpu and not smoke", "--tb=short", "--durations=10",
 )  # fmt: skip
 
 STAGES: dict[str, tuple[Command, ...]] = {

@@ -29,7 +29,7 @@ LOST_GPU = (
 
 LOST = pytest.StashKey[bool]()
 
-WHOLE_MODELS = {"integration", "integrations", "model", "train"}
+WHOLE_MODELS = {"end_to_end", "integrations", "model", "train"}
 
 # Files that take longest, which processes that share the tests by file begin with: none is then left with one at last.
 LONGEST = [
@@ -41,7 +41,15 @@ LONGEST = [
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Longest files first, the others as they come."""
+    """Mark what runs on a GPU, and put the longest files first."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        needs_gpu = item.get_closest_marker("needs_gpu") is not None
+        on_triton = parameters.get("backend") == "triton" and item.get_closest_marker("no_kernel") is None
+        if needs_gpu or on_triton or parameters.get("place") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if needs_gpu and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 

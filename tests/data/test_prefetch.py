@@ -78,7 +78,7 @@ def test_before_the_first_batch_the_state_is_the_loaders(pretend_gpu):
     assert pretend_gpu(loader()).state_dict() == loader().state_dict()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.needs_gpu
 def test_on_a_gpu_batches_arrive_whole_while_it_is_busy():
     device = torch.device("cuda")
     prefetcher, other = Prefetcher(loader(pin_memory=True), device), loader()

@@ -506,10 +506,7 @@ def test_the_tables_of_the_triton_kernels_are_not_copied_from_the_host(backend):
     assert not host_data.found
 
 
-NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
-
-
-@NEEDS_A_GPU
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("fresh_gradients", [True, False], ids=["gradients of the graph", "gradients kept"])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"state_bits": 8}], ids=str)
 def test_a_captured_step_replays_as_steps_without_a_graph(options, fresh_gradients):
@@ -561,7 +558,7 @@ def test_a_captured_step_replays_as_steps_without_a_graph(options, fresh_gradien
             ours.step(grad_scale=scale)
 
 
-@NEEDS_A_GPU
+@pytest.mark.needs_gpu
 def test_parameters_on_two_devices_are_clipped_as_one_vector():
     both = [[Parameter(torch.ones(5)), Parameter(torch.ones(7, device="cuda"))] for _ in range(2)]
     ours, theirs = FusedAdamW(both[0], max_grad_norm=1.0), torch.optim.AdamW(both[1])

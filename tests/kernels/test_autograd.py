@@ -158,7 +158,7 @@ def test_deterministic_mode_changes_nothing(backend, device, ours, plain, shapes
 
 
 @functions
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.needs_gpu
 def test_a_cuda_graph_replays_forward_and_backward(ours, plain, shapes):
     tensors = [t.requires_grad_() for t in inputs(shapes, "cuda")]
     side = torch.cuda.Stream()

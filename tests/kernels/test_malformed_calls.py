@@ -354,6 +354,7 @@ def test_there_are_hundreds_of_them_and_every_argument_is_spoilt():
             assert set(TARGETS[name].arguments) == set(function.__annotations__) - {"return"}
 
 
+@pytest.mark.no_kernel
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_call_is_good_before_it_is_spoilt(backend, device, name):
     target = TARGETS[name]
@@ -377,6 +378,7 @@ def refuse(case: Case, gradients: bool) -> None:
     assert {key: memory(value) for key, value in arguments.items()} == before
 
 
+@pytest.mark.no_kernel
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_refused_by_one_line_that_begins_with_the_name(backend, name):
     case = CASES[name]
@@ -386,6 +388,7 @@ def test_it_is_refused_by_one_line_that_begins_with_the_name(backend, name):
         refuse(case, gradients)
 
 
+@pytest.mark.no_kernel
 @pytest.mark.parametrize("name", TARGETS)
 def test_under_autocast_it_is_refused_likewise(name):
     for key, case in CASES.items():

@@ -29,8 +29,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # fp16 has no C++ kernels
 pytestmark = pytest.mark.filterwarnings("ignore:fastgpt runs on plain PyTorch")
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
 
 def batches(n, config=TINY, B=3, device="cpu"):
     """So many micro-batches, always the same ones."""
@@ -265,7 +263,7 @@ def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(record
         step_module._record(broken, pool=None)
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 def test_making_a_step_takes_no_more_of_a_gpu_than_it_keeps():
     """A model that were there too would count once more: a card that the plan says is enough would not be."""
     model = GPT(replace(TINY, n_embd=256, n_layer=8))
@@ -410,7 +408,7 @@ def own_stream():
     torch.cuda.set_stream(previous)
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_gpu_graphs_give_the_same_bits_as_none(own_stream, dtype, dropout):
@@ -423,7 +421,7 @@ def test_on_a_gpu_graphs_give_the_same_bits_as_none(own_stream, dtype, dropout):
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 def test_on_a_gpu_a_replayed_update_takes_a_few_launches(own_stream):
     step = make(device="cuda", dtype=torch.bfloat16)
     train(step, 3)

@@ -182,7 +182,7 @@ def test_on_a_cpu_the_trace_of_a_preset_is_the_peak_that_the_allocator_reports(p
     assert measured > 0.02 * predicted.peak
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 @pytest.mark.parametrize(("state_bits", "deterministic"), [(32, True), (8, True), (32, False)])
 def test_on_a_gpu_the_trace_is_within_five_percent_of_the_measured_peak(recompute, state_bits, deterministic):
