@@ -1,8 +1,13 @@
 """The flat store: all parameters in one buffer, all gradients in another.
 
-Zeroing, the gradient norm, AdamW and a checkpoint are then each one pass over one buffer, gradients
-accumulate in place in fp32, and the optimizer writes the low-precision weights that the model computes
-with. Matrices come first and the rest after them, so that weight decay covers one slice.
+Zeroing, the gradient norm, AdamW and a checkpoint are then each one pass over one buffer. Gradients accumulate in
+place in fp32. The optimizer writes the low-precision weights that the model computes with. Matrices come first and
+vectors after them, so that weight decay covers one slice.
+
+    master   fp32      | wte | qkv | proj | … | biases, norms |     what AdamW updates and checkpoints keep
+    working  bf16      | the same layout                      |     what the model's parameters are views of
+    grad     fp32      | the same layout                      |     what parameter.main_grad is a view of
+    moments  fp32 or 8 bits with a scale for each block of 256 elements
 """
 
 from dataclasses import dataclass
@@ -13,14 +18,14 @@ from torch import Tensor
 
 from fastgpt.kernels.reference import MOMENT_BLOCK
 
-# Elements. A parameter starts on a cache line, and no block of moments that share a scale belongs to two parameters;
-# the gap stays zero.
+# Elements. Each parameter starts at a multiple of this, so that no block of moments that share a scale belongs to two
+# parameters, and every parameter starts on a cache line. The gaps between parameters stay zero.
 ALIGNMENT = MOMENT_BLOCK
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies in every flat buffer."""
+    """The place of a parameter in every flat buffer."""
 
     name: str
     offset: int
@@ -31,7 +36,7 @@ class Slot:
         return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
 
     def blocks(self, flat: Tensor) -> Tensor:
-        """This parameter's part of a buffer that has one element for each block."""
+        """This parameter's part of a buffer with one element for each block of ``ALIGNMENT``."""
         first = self.offset // ALIGNMENT
         return flat[first : first + -(-self.shape.numel() // ALIGNMENT)]
 
@@ -39,20 +44,20 @@ class Slot:
 class ParameterStore:
     """Moves a model's parameters and gradients into flat buffers, in place.
 
-    Each parameter becomes a view of ``working``, and carries ``main_grad``, a view of ``grad``. With
-    fp32 weights ``working`` is ``master`` and ``.grad`` is ``main_grad``; otherwise gradients that autograd
-    delivers in the weights' dtype are folded into ``main_grad`` as they arrive.
+    Each parameter becomes a view of ``working`` and gets ``main_grad``, a view of ``grad``, which fastgpt's kernels add
+    to. With fp32 weights ``working`` is ``master``, and ``.grad`` is ``main_grad``. Otherwise a gradient that autograd
+    delivers in the weights' dtype is added to ``main_grad`` as it arrives.
 
     Args:
         model: its parameters are replaced; buffers are left alone.
         dtype: what the model computes with: fp32, bf16 or fp16.
-        device: of the flat buffers, and so of the model's parameters from now on; theirs now if ``None``.
+        device: of the flat buffers, and so of the model's parameters from now on; ``None`` keeps theirs.
 
     Attributes:
-        master: fp32 parameters, the ones that the optimizer updates and checkpoints keep.
-        working: the parameters that the model reads, in ``dtype``.
-        grad: fp32 gradients.
-        n_decayed: elements at the front that belong to matrices and get weight decay.
+        master: (n,) fp32, the parameters that the optimizer updates and checkpoints keep.
+        working: (n,) in ``dtype``, the parameters that the model reads.
+        grad: (n,) fp32, the gradients.
+        n_decayed: number of elements at the front that belong to matrices and get weight decay.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class ParameterStore:
                 parameter.register_post_accumulate_grad_hook(_fold_into_main_grad)
 
     def moments(self, state_bits: int) -> dict[str, Tensor]:
-        """FusedAdamW's state as flat buffers of zeros; with 8 bits there are also scales, one for each block."""
+        """FusedAdamW's state as flat buffers of zeros. With 8 bits there are scales too, one for each block."""
         kinds = ("exp_avg", "exp_avg_sq")
         if state_bits == 32:
             return {kind: torch.zeros_like(self.master) for kind in kinds}
@@ -87,12 +92,12 @@ class ParameterStore:
         return codes | {f"{kind}_scale": torch.zeros(n_blocks, device=device) for kind in kinds}
 
     def parts(self, flat: Tensor) -> list[Tensor]:
-        """A flat buffer's decayed and undecayed part, as views; an empty one is left out."""
+        """The decayed and the undecayed part of a flat buffer, as views. An empty part is left out."""
         n_decayed = self.n_decayed if self._has_all_elements(flat) else self.n_decayed // ALIGNMENT
         return [part for part in flat.tensor_split([n_decayed]) if part.numel()]
 
     def _has_all_elements(self, flat: Tensor) -> bool:
-        """Whether a flat buffer has an element for each of ``master``, rather than for each block."""
+        """Whether a flat buffer has one element for each element of ``master``, and not one for each block."""
         return flat.numel() == self.master.numel()
 
     def groups(self, weight_decay: float) -> list[dict]:
@@ -104,7 +109,7 @@ class ParameterStore:
         return [{"params": [part], "weight_decay": decay} for part, decay in zip(parts, decays, strict=False)]
 
     def copies(self, groups: list[dict]) -> dict[Tensor, Tensor]:
-        """For each flat tensor of ``groups`` the part of ``working`` that an optimizer may write: bf16 ones."""
+        """The part of ``working`` that the optimizer writes for each flat tensor of ``groups``; none if not bf16."""
         if self.working.dtype != torch.bfloat16:
             return {}
         return {g["params"][0]: part for g, part in zip(groups, self.parts(self.working), strict=True)}
@@ -133,7 +138,7 @@ class ParameterStore:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write ``working`` anew from ``master``."""
+        """Copy ``master`` into ``working``."""
         if self.working is not self.master:
             self.working.copy_(self.master)
 
@@ -148,7 +153,7 @@ def _lay_out(named: list[tuple[str, nn.Parameter]]) -> tuple[list[Slot], int]:
 
 @torch.no_grad()
 def _fold_into_main_grad(parameter: Tensor) -> None:
-    if parameter.grad is None:  # autograd calls the hook all the same where a kernel kept the gradient to itself
+    if parameter.grad is None:  # a kernel has added it to main_grad already; autograd calls the hook all the same
         return
     parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None

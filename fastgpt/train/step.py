@@ -1,9 +1,11 @@
 """One update of a model: micro-batches forward and backward, then norm, clip and AdamW.
 
-Weights are read in the training dtype, which the optimizer's kernel writes; gradients add up in fp32 where they are
-computed; nothing is cast, zeroed or summed in a pass of its own. On a GPU the host waits for nothing: a micro-batch
-and the optimizer are each recorded in a CUDA graph and replayed, and the learning rate, the loss and the gradient
-norm stay in tensors on the device.
+No pass over memory only casts, zeroes or sums. The model reads weights in the training dtype, which the optimizer's
+kernel has written. Gradients are accumulated in fp32 by the kernels that compute them. The optimizer's kernel sets them
+to zero after use.
+
+On a GPU the host never waits for the device. A micro-batch and the optimizer are each recorded in a CUDA graph, which
+is then replayed. The learning rate, the loss and the gradient norm stay in tensors on the device.
 """
 
 import gc
@@ -26,18 +28,19 @@ FIRST_LOSS_SCALE, GROWTH_INTERVAL = 65536.0, 2000
 
 
 class TrainStep:
-    """Trains a model, one update a call.
+    """Trains a model; each call is one update.
 
-    With ``cuda_graphs`` the first update runs without them, to compile kernels and make the optimizer's state, the
-    second is recorded, and from then on the two graphs are replayed. CUDA cannot record on its default stream: create
-    and call this on one of your own (:func:`leave_default_stream`). Batches must keep their shape.
+    With ``cuda_graphs``, the first update runs without graphs, because it compiles kernels and creates the optimizer's
+    state. The second one is recorded. From then on the two graphs are replayed. CUDA cannot record on its default
+    stream, so create and call this on another one (:func:`leave_default_stream`). Batches must keep their shape.
 
-    fp16 comes with loss scaling: gradients are computed of a multiple of the loss, so that small ones are not zero,
-    and an update whose gradients are not finite is left out. This costs a look at the gradient norm each update.
+    fp16 uses loss scaling: the loss is multiplied before the backward, so that small gradients do not become zero. An
+    update whose gradients are not finite is skipped. For this the host reads the gradient norm in each update.
 
     Args:
         model: fp32; its parameters move into ``store``.
-        device: to train on; the model's if ``None``. A model that comes from the CPU is never on it twice.
+        device: to train on; the model's if ``None``. A model on the CPU is copied parameter by parameter, so that the
+            device never holds it twice.
         dtype: of the weights that the model computes with: fp32, bf16 or fp16.
         accumulation: micro-batches in an update.
         betas: AdamW's.
@@ -48,12 +51,12 @@ class TrainStep:
         cuda_graphs: use them where the model is on a GPU.
 
     Attributes:
-        store: the parameters and gradients.
-        optimizer: works on ``store``.
+        store: the parameters and gradients, in flat buffers.
+        optimizer: updates ``store``.
         moments: AdamW's, as flat buffers by kind.
         forward: the model, compiled or not.
-        loss: 0-dim fp32, mean loss of the last update's micro-batches, on the device.
-        loss_scale: what gradients are multiplied by while they are fp16; 1 in other dtypes.
+        loss: 0-dim fp32 on the device, mean loss of the last update's micro-batches.
+        loss_scale: factor of the loss in fp16; 1 in other dtypes.
     """
 
     def __init__(
@@ -79,21 +82,22 @@ class TrainStep:
         for i, group in enumerate(groups):
             parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
             self.optimizer.use_state(group["params"][0], parts)
+        # A tensor, because a recorded graph reads its current value; fp64, so that it is the rate that was asked for.
         self.lr = torch.zeros((), dtype=torch.float64, device=self.store.master.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
         self.loss = torch.zeros((), device=self.lr.device)
-        self._sum = torch.zeros_like(self.loss)
+        self._sum = torch.zeros_like(self.loss)  # of the losses of this update's micro-batches
         self._scale = torch.full_like(self.loss, FIRST_LOSS_SCALE) if dtype == torch.float16 else None
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
         self.updates_since_overflow = 0
-        self._batch: Batch | None = None  # where the graph finds its micro-batch
+        self._batch: Batch | None = None  # the graph reads its micro-batch at this fixed address
         self._with_graphs = cuda_graphs and not compile and self.loss.is_cuda
         self._micro_graph: Any = None
         self._optimizer_graph: Any = None
-        self._updates = 0
+        self._updates = 0  # since the start, or since graphs were given up
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -167,6 +171,7 @@ class TrainStep:
             self._update()
         else:
             if self._optimizer_graph is None:
+                # The same memory pool: the two graphs never run at the same time.
                 self._optimizer_graph = _record(self._update, pool=self._micro_graph.pool())
             self._optimizer_graph.replay()
         self._note_loss()
@@ -178,6 +183,7 @@ class TrainStep:
         self._sum += loss.detach()
 
     def _update(self) -> None:
+        # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
         self.optimizer.step(grad_scale=1.0 / self.accumulation, zero_grad=True)
 
     def _note_loss(self) -> None:
@@ -185,12 +191,12 @@ class TrainStep:
         self._sum.zero_()
 
     def _update_scaled(self) -> None:
-        """:meth:`_update` of gradients of a scaled loss, if they are finite; otherwise the scale is halved."""
+        """Do what :meth:`_update` does, with gradients of a scaled loss. If they are not finite, halve the scale."""
         assert self._scale is not None
         if math.isfinite(torch.linalg.vector_norm(self.store.grad).item()):
             self.optimizer.step(grad_scale=1.0 / (self.accumulation * self.loss_scale), zero_grad=True)
             self.store.refresh()
-            self.updates_since_overflow += 1
+            self.updates_since_overflow += 1  # as torch.amp.GradScaler does, the scale doubles after enough of these
             if self.updates_since_overflow < GROWTH_INTERVAL:
                 return
             factor = 2.0
@@ -202,14 +208,14 @@ class TrainStep:
         self.set_loss_scale(self.loss_scale * factor)
 
     def set_loss_scale(self, scale: float, updates_since_overflow: int = 0) -> None:
-        """Go on with this loss scale, kept for so many updates already; for fp16 alone."""
+        """Set the loss scale, and for how many updates it has been kept. No effect in dtypes other than fp16."""
         if self._scale is not None:
             self.loss_scale, self.updates_since_overflow = scale, updates_since_overflow
             self._scale.fill_(scale)
 
 
 def leave_default_stream(device: torch.device) -> None:
-    """Make a stream of its own the current one, on which CUDA can record graphs; nothing on other devices."""
+    """Make a new stream the current one, on which CUDA can record graphs. No effect on other devices."""
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -217,16 +223,16 @@ def leave_default_stream(device: torch.device) -> None:
 
 
 class RecordingOutOfMemory(MemoryError):
-    """There is no memory to record a CUDA graph in, which takes somewhat more than a step without."""
+    """Memory ran out while a CUDA graph was recorded, which takes somewhat more than the same step without one."""
 
 
 def _record(function: Callable[[], None], pool: Any) -> Any:
-    """A CUDA graph of what ``function`` launches, which is not run."""
+    """A CUDA graph of the kernels that ``function`` launches. They are recorded, not run."""
     graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps a workspace for each stream. The graph must have its own, in its own memory: one from outside is
-    # freed by whoever clears them all, as torch.compile does before it records, and the replay would write there still.
+    # cuBLAS keeps a workspace for each stream. The graph must own one in its own memory pool: torch.compile clears all
+    # other workspaces before it records, and a replay would then write to memory that belongs to somebody else.
     torch._C._cuda_clearCublasWorkspaces()
-    # Python's collector may come upon a dead graph or kernel, and to destroy one ends a recording.
+    # If Python's garbage collector destroyed a dead graph or kernel during the recording, the recording would fail.
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
@@ -235,14 +241,14 @@ def _record(function: Callable[[], None], pool: Any) -> Any:
             function()
     except RuntimeError as error:
         if ran_out(error):
-            # not chained: an exception holds the frames, and all that the step had in memory
+            # not chained: the first exception holds the frames, and with them all that the step had in memory
             raise RecordingOutOfMemory(str(error)) from None
-        # If the end of the recording fails too, it hides what came first, and PyTorch's allocator and random numbers
-        # believe that it goes on: even where memory ran out there is no going on from here.
+        # If ending the recording failed too, the error above hides the first one, and PyTorch's allocator and random
+        # number generator stay in recording mode. There is no way to continue, even if only memory ran out.
         why = error.__context__ or error
         raise RuntimeError(f"a CUDA graph could not be recorded; --cuda_graphs False works without: {why}") from error
     finally:
-        torch._C._cuda_clearCublasWorkspaces()  # the graph's own belongs to its replays alone
+        torch._C._cuda_clearCublasWorkspaces()  # nothing but the graph's replays may use its workspace
         if collecting:
             gc.enable()
     return graph

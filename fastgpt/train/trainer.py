@@ -101,7 +101,7 @@ class Trainer:
         self.stop = StopRequest(config.max_hours)
         if resume_from is not None:
             self._load(resume_from)
-        self.diagnosis = Monitor(settled.facts())
+        self.monitor = Monitor(settled.facts())
         if resume_from is not None:
             self._replay_metrics()
 
@@ -173,7 +173,7 @@ class Trainer:
         batch = self.batches.next()
         # A GPU that still has work queued did not wait for this batch.
         if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
-            self.diagnosis.time_spent(DATA, time.perf_counter() - start)
+            self.monitor.time_spent(DATA, time.perf_counter() - start)
         return batch
 
     # ---- when memory runs out ----
@@ -256,7 +256,7 @@ class Trainer:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         train, val = (self._in_memory(partial(self.evaluate, split)) for split in ("train", "val"))
-        self.diagnosis.time_spent(EVALUATION, time.perf_counter() - start)
+        self.monitor.time_spent(EVALUATION, time.perf_counter() - start)
         self.val_loss = self.step, fmean(val)
         self.log.evaluate(
             step=self.step,
@@ -264,7 +264,7 @@ class Trainer:
             val_loss=fmean(val),
             val_loss_error=standard_error(val) if len(val) > 1 else None,
         )
-        self._report(self.diagnosis.evaluation(self.step, train, val))
+        self._report(self.monitor.evaluation(self.step, train, val))
 
     # ---- logging ----
 
@@ -292,7 +292,7 @@ class Trainer:
             tflops=flops / 1e12,
             mfu=flops / peak if peak else None,
         )
-        self._report(self.diagnosis.update(metrics.step, loss, grad_norm, metrics.lr, seconds))
+        self._report(self.monitor.update(metrics.step, loss, grad_norm, metrics.lr, seconds))
 
     def _report(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
@@ -305,7 +305,7 @@ class Trainer:
         )
 
     def _introduce(self) -> None:
-        known = self.diagnosis.findings
+        known = self.monitor.findings
         # A model of another size than its preset's name says is reported before anything else.
         self._report([finding for finding in known if finding.code == NAMED_SIZE])
         for line in introduction.lines(self.settled, self.step):
@@ -317,9 +317,9 @@ class Trainer:
         if self._flops_per_second is not None:
             device, peak = hardware.device_name(self.device), hardware.peak_flops(self.device, self.dtype)
             self.log.say(f"speed: {mfu_sentence(self._flops_per_second, peak, device, self.dtype)}")
-        if self.diagnosis.findings:
+        if self.monitor.findings:
             self.log.say("findings:")
-        for finding in self.diagnosis.findings:
+        for finding in self.monitor.findings:
             self.log.say(f"- {finding.text}")
 
     def _plot(self) -> None:
@@ -358,7 +358,7 @@ class Trainer:
         )
         moments = {kind: step.store.named(flat) for kind, flat in step.moments.items()}
         path = checkpoint.save(self.run_dir, state, step.store.named(step.store.master), moments)
-        self.diagnosis.time_spent(CHECKPOINTS, time.perf_counter() - start)
+        self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
         return path
 
     def _find_checkpoint(self) -> Path:
@@ -390,4 +390,4 @@ class Trainer:
         for record in read_metrics(metrics)["train"] if metrics.exists() else []:
             if record["step"] <= self.step:
                 loss = math.nan if record["loss"] is None else record["loss"]
-                self.diagnosis.update(record["step"], loss, record["grad_norm"], record["lr"])
+                self.monitor.update(record["step"], loss, record["grad_norm"], record["lr"])

@@ -48,7 +48,7 @@ def run(data_dir, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 58.3e12)
         monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA GeForce RTX 4070")
         assert one.train() == 0
-        return capsys.readouterr().out, [finding.code for finding in one.diagnosis.findings]
+        return capsys.readouterr().out, [finding.code for finding in one.monitor.findings]
 
     return train
 

@@ -226,7 +226,7 @@ def test_an_evaluation_sees_the_same_tokens_whatever_the_micro_batch(trainer, tm
 def test_drawing_a_batch_while_a_gpu_is_at_work_is_not_told_as_waiting_for_data(trainer, monkeypatch, idle):
     one = trainer()
     told = []
-    monkeypatch.setattr(one.diagnosis, "time_spent", lambda kind, seconds: told.append(kind))
+    monkeypatch.setattr(one.monitor, "time_spent", lambda kind, seconds: told.append(kind))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: idle))
     monkeypatch.setattr(one, "device", torch.device("cuda"))
     one._next_batch()
