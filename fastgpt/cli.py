@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fastgpt import __version__
+from fastgpt import __version__, output
 from fastgpt.errors import RequestError
 
 
@@ -70,11 +70,16 @@ def parse_bool(text: str) -> bool:
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run an entry point and exit the process with the status that its outcome stands for."""
+    output.make_safe()
     try:
         status = main(argv) or 0
+        sys.stdout.flush()
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except BrokenPipeError:  # such as head, which has read enough
+        status = 128 + signal.SIGPIPE
+    output.flush()
     sys.exit(status)

@@ -21,6 +21,11 @@ def count(n: float, decimals: int | None = None) -> str:
     return f"{n / 1e3:.0f}K" if n >= 1e4 else f"{n:,.0f}"
 
 
+def count_of(n: int, what: str) -> str:
+    """``1 line``, ``3 lines``."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def gib(n_bytes: float, decimals: int = 1) -> str:
     """``7.7 GiB``."""
     return f"{n_bytes / GIB:.{decimals}f} GiB"

@@ -164,6 +164,23 @@ class Dataset:
     meta: DatasetMeta | None  # None for bare files
 
     @property
+    def identity(self) -> str:
+        """A digest of the tokens and their tokenizer, the same wherever the files lie.
+
+        It comes from the shards' SHA-256 in ``meta.json``; for bare files from their lengths, and the first and last
+        megabyte of each.
+        """
+        digest = hashlib.sha256()
+        if self.meta is not None:
+            shards = [shard.sha256 for shard in (*self.meta.train, *self.meta.val)]
+            digest.update(json.dumps([shards, self.meta.tokenizer], sort_keys=True).encode())
+        else:
+            for tokens in (*self.train, *self.val):
+                digest.update(len(tokens).to_bytes(8, "little"))
+                digest.update(tokens[: 1 << 19].tobytes() + tokens[-(1 << 19) :].tobytes())
+        return digest.hexdigest()
+
+    @property
     def vocab_size(self) -> int | None:
         """The tokenizer's vocabulary size; None for bare files, which do not tell it."""
         return self.meta.vocab_size if self.meta else None

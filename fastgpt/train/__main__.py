@@ -6,14 +6,14 @@ python -m fastgpt.train --preset gpt2-124m --init_from resume
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from fastgpt import hardware, kernels, sample
 from fastgpt.cli import run
 from fastgpt.errors import RequestError
-from fastgpt.train.config import parse
 from fastgpt.train.memory import ran_out
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.resume import parse
 from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
 from fastgpt.units import gib
@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = trainer.train()
         if status == 0 and settled.tokenizer is not None:
             prompt = settled.dataset.val[0][:PROMPT_TOKENS].tolist()
-            print(f"sample, continued from {settled.tokenizer.decode(prompt)!r}:", flush=True)
-            sample.show(trainer.model, settled.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
+            with suppress(OSError):  # nobody reads it; the run is done
+                print(f"sample, continued from {settled.tokenizer.decode(prompt)!r}:", flush=True)
+                sample.show(trainer.model, settled.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
     return status
 
 

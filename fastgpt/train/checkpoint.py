@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.errors import RequestError
-from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"
+_RANDOM = "rng_state."
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class State:
     state_bits: int = 32  # of the moments
     loss_scale: float = 1.0
     updates_since_overflow: int = 0
+    data: dict[str, str] | None = None  # the dataset's path and identity
+    evaluated_step: int | None = None  # of the last evaluation, -1 before the first
     eval_batch_size: int | None = None  # blocks in a batch of an evaluation
     optimizer_seeds: list[int] = field(default_factory=list)  # of each parameter group that rounds stochastically
 
@@ -75,7 +77,7 @@ def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: di
     partial.mkdir(parents=True)
     save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
-    save_file({**_on_cpu(optimizer), **_random_state()}, partial / "optimizer.safetensors")
+    save_file({**_on_cpu(optimizer), **random_state()}, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -83,11 +85,6 @@ def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: di
         if step not in (state.step, state.best_step):
             shutil.rmtree(folder(run_dir, step))
     return target
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"rng_state.cpu": torch.get_rng_state()}
-    return {**state, "rng_state.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else state
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,27 +104,6 @@ def load_state(path: Path) -> State:
         raise RequestError(f"{path / 'state.json'} cannot be read: {error}") from error
 
 
-def check_matches(path: Path, gpt_config: GPTConfig, state_bits: int) -> None:
-    """Check that a checkpoint can be resumed with this architecture and these moments. Dropout may change.
-
-    Raises:
-        RequestError: it cannot; the message states both.
-    """
-    state = load_state(path)
-    saved, wanted = state.model, asdict(gpt_config)
-    if any(saved[name] != wanted[name] for name in saved if name != "dropout"):
-        raise RequestError(f"cannot resume: {path} holds a model of {_shape(saved)}, the request is {_shape(wanted)}")
-    if state.state_bits != state_bits:
-        raise RequestError(
-            f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
-        )
-
-
-def _shape(model: dict[str, Any]) -> str:
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-    return ", ".join(f"{name}={model[name]}" for name in names)
-
-
 def load_parameters(path: Path) -> dict[str, Tensor]:
     """The parameters of a checkpoint, by name, on the CPU. ``RequestError`` if they are damaged."""
     return _load_tensors(path / "model.safetensors")
@@ -138,17 +114,28 @@ def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _load_tensors(path / "optimizer.safetensors").items():
         kind, _, name = key.partition(".")
-        if kind != "rng_state":
+        if not key.startswith(_RANDOM):
             moments.setdefault(kind, {})[name] = tensor
     return moments
 
 
-def restore_random_state(path: Path) -> None:
-    """Set torch's random number generators to where they stood. ``RequestError`` if the file is damaged."""
+def load_random_state(path: Path) -> dict[str, Tensor]:
+    """The state of torch's random number generators. ``RequestError`` if the file is damaged."""
     tensors = _load_tensors(path / "optimizer.safetensors")
-    torch.set_rng_state(tensors["rng_state.cpu"])
-    if "rng_state.cuda" in tensors and torch.cuda.is_initialized():  # not initialized: this run is on the CPU
-        torch.cuda.set_rng_state(tensors["rng_state.cuda"])
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(_RANDOM)}
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's random number generators now."""
+    state = {_RANDOM + "cpu": torch.get_rng_state()}
+    return {**state, _RANDOM + "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Set torch's random number generators to ``state``."""
+    torch.set_rng_state(state[_RANDOM + "cpu"])
+    if _RANDOM + "cuda" in state and torch.cuda.is_initialized():  # not initialized: this run is on the CPU
+        torch.cuda.set_rng_state(state[_RANDOM + "cuda"])
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

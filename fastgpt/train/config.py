@@ -50,7 +50,9 @@ class TrainConfig:
     data_dir: str = _option("data", "folder of prepared datasets")
     out_dir: str = _option("", "folder of the run; runs/PRESET if not given")
     overwrite: bool = _option(False, "replace a run that is already in out_dir")
-    init_from: Literal["scratch", "resume"] = _option("scratch", "resume: from out_dir's newest checkpoint")
+    init_from: Literal["scratch", "resume", "auto"] = _option(
+        "scratch", "resume: from out_dir's newest checkpoint; auto: resume if there is one"
+    )
     seed: int = _option(1337, "seed of the initial weights, the order of the data and dropout")
 
     # model
@@ -212,11 +214,11 @@ def _parse_batch_size(text: str) -> int | None:
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "True|False", str: "TEXT", int | None: "N|auto"}
 
 
-def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> TrainConfig:
-    """The run that a command line requests: a preset's values, overridden by the flags.
+def parse_flags(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The flags of a command line by name; those that are not given are absent.
 
     Raises:
-        RequestError: a preset or a flag is unknown, or a value is invalid.
+        RequestError: a flag is unknown, or a value is invalid.
     """
     parser = Parser(
         prog="python -m fastgpt.train",
@@ -225,7 +227,16 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
         epilog=f"presets: {', '.join(presets)}",
     )
     add_flags(parser)
-    return resolve(vars(parser.parse_args(argv)), presets)
+    return vars(parser.parse_args(argv))
+
+
+def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The run that a command line requests: a preset's values, overridden by the flags.
+
+    Raises:
+        RequestError: a preset or a flag is unknown, or a value is invalid.
+    """
+    return resolve(parse_flags(argv, presets), presets)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -247,25 +258,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=help, **options)
 
 
-def resolve(given: dict[str, Any], presets: dict[str, dict[str, Any]]) -> TrainConfig:
+def resolve(
+    given: dict[str, Any], presets: dict[str, dict[str, Any]], before: dict[str, Any] | None = None
+) -> TrainConfig:
     """The run that parsed flags request: their preset's values, overridden by the flags.
 
     ``gradient_accumulation_steps`` among the flags overrides a preset's ``total_batch_size`` too.
 
+    Args:
+        given: flags by name.
+        presets: by name.
+        before: the values of a run that is resumed, instead of the preset's.
+
     Raises:
         RequestError: the preset is unknown, or values contradict each other.
     """
-    preset = given.get("preset", TrainConfig.preset)
+    preset = given.get("preset", (before or {}).get("preset", TrainConfig.preset))
     if preset not in presets:
         raise RequestError(
             f"unknown preset '{preset}'{did_you_mean(preset, list(presets))} (there are {', '.join(presets)})"
         )
-    values = {**presets[preset], **given, "preset": preset}
+    values = {**(presets[preset] if before is None else before), **given, "preset": preset}
     if "gradient_accumulation_steps" in given and "total_batch_size" not in given:
         total = values.pop("total_batch_size", 0)
         if values.get("batch_size", TrainConfig.batch_size) is None:
             values["batch_size"] = _micro_batch_of(total, given["gradient_accumulation_steps"], values)
-    config = TrainConfig(**{**values, **_rates_for_width(values, given, presets[preset].get("n_embd"))})
+    rates = {} if before is not None else _rates_for_width(values, given, presets[preset].get("n_embd"))
+    config = TrainConfig(**{**values, **rates})
     if config.batch_size is None or not config.total_batch_size:
         return config
     settled = config.with_batch_size(config.batch_size)

@@ -5,7 +5,7 @@ import torch
 from fastgpt import hardware
 from fastgpt.train.predict import roofline
 from fastgpt.train.settle import Settled
-from fastgpt.units import count, dtype_name, gib, tflops
+from fastgpt.units import count, count_of, dtype_name, gib, tflops
 
 
 def lines(settled: Settled, step: int) -> list[str]:
@@ -18,8 +18,7 @@ def lines(settled: Settled, step: int) -> list[str]:
     c, m = settled.config, settled.gpt_config
     planned = c.max_iters * c.tokens_per_step
     steps = f"from step {step:,} to step {c.max_iters:,}" if step else f"for {c.max_iters:,} steps"
-    threads = torch.get_num_threads()
-    cores = f"{threads} thread{'s'[: threads != 1]}, " if settled.device.type == "cpu" else ""
+    threads = f"{count_of(torch.get_num_threads(), 'thread')}, " if settled.device.type == "cpu" else ""
     found = [
         f"{c.preset}: {count(m.n_params, 2)} parameters ({count(m.n_params_without_positions, 2)} without positions), "
         f"{m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}",
@@ -27,9 +26,11 @@ def lines(settled: Settled, step: int) -> list[str]:
         f"{c.batch_size} x {c.block_size}) {steps}, {planned / 1e6:,.1f}M tokens, "
         f"{planned / m.n_params_without_positions:.3g} a parameter",
         f"learning rate: {c.learning_rate:g} to {c.min_lr:g} over {c.lr_decay_iters:,} steps",
-        f"device: {hardware.device_name(settled.device)}, {cores}{gib(settled.memory.amount)} free "
+        f"device: {hardware.device_name(settled.device)}, {threads}{gib(settled.memory.amount)} free "
         f"({settled.memory.source}), {dtype_name(settled.dtype)}, recompute {c.recompute}",
     ]
+    if settled.changes:
+        found.append(f"changed since the run was started: {', '.join(settled.changes)}")
     p, accumulation = settled.prediction, c.gradient_accumulation_steps
     if p is not None:
         mfu = f", MFU {p.mfu(accumulation):.1%} of {tflops(p.peak)}" if p.peak is not None else ""

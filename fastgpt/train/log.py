@@ -2,22 +2,28 @@
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from fastgpt import output
 from fastgpt.train.trackers import Tracker
 from fastgpt.units import SHORT_DTYPES, dtype_name, duration
 
 
 class RunLog:
     """Shows what a run says, and writes its metrics to a file as they come. Open inside ``with``.
+
+    Nothing here raises because words cannot be delivered. A console that nobody reads any more is given up. Metrics
+    that a full disk refuses are kept and written when there is room again. A tracker that fails is dropped.
 
     Args:
         path: ``metrics.jsonl``; appended to.
@@ -32,42 +38,49 @@ class RunLog:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.trackers = trackers
         self._path = path
-        self._file: TextIO | None = None
+        self._file: int | None = None  # descriptor
+        self._unwritten = b""  # lines, or the rest of one, that the disk had no room for
+        self._shown = True  # until nobody reads the console any more
         self._max_iters = max_iters
         self._step_ms: float | None = None  # running mean
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "RunLog":
-        self._file = self._path.open("a", buffering=1)  # a line at a time, so that a killed run leaves whole ones
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            self._unwritten = b"\n"  # a killed run left half a line, which no new one may continue
         if self.console.is_terminal:
-            self._live.start()
+            self._show(self._live.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        self._show(self._live.stop)
         if self._file is not None:
-            self._file.close()
+            self._write(b"")
+            os.close(self._file)
+            self._file = None
         for tracker in self.trackers:
-            tracker.close(failed=error is not None)
+            self._track(tracker, partial(tracker.close, failed=error is not None))
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(Text(text))
+        self._show(lambda: self.console.print(Text(text)))
 
     def train(self, **values: Any) -> None:
         """One update's metrics: step, loss, lr, grad_norm, tokens, ms, tokens_per_s, tflops, mfu."""
-        self._write("train", values)
+        self._record("train", values)
         line = self._progress(values)
         if self.console.is_terminal:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+            self._show(lambda: self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True))
         else:
             self.say(line)
 
     def evaluate(self, **values: Any) -> None:
         """One evaluation's metrics: step, train_loss, val_loss, val_loss_error (its standard error, or ``None``)."""
-        self._write("eval", values)
+        self._record("eval", values)
         error = values.get("val_loss_error")
         give = f" ± {error:.4f}" if error is not None else ""
         self.say(
@@ -76,16 +89,48 @@ class RunLog:
 
     def find(self, **values: Any) -> None:
         """A finding: step, code, text."""
-        self._write("finding", values)
+        self._record("finding", values)
         self.say(values["text"])
 
-    def _write(self, kind: str, values: dict[str, Any]) -> None:
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        assert self._file is not None, "metrics are written inside `with log:`"
-        self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
+        self._write(json.dumps({"kind": kind, **finite}).encode() + b"\n")
         numbers = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-        for tracker in self.trackers:
-            tracker.log(kind, values["step"], numbers)
+        for tracker in list(self.trackers):
+            self._track(tracker, partial(tracker.log, kind, values["step"], numbers))
+
+    def _write(self, line: bytes) -> None:
+        """Append a line to the file, after what it had no room for before."""
+        assert self._file is not None, "metrics are written inside `with log:`"
+        had_room = self._unwritten in (b"", b"\n")
+        self._unwritten += line
+        try:
+            while self._unwritten:  # a disk that fills up takes a part of a line first
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:
+            if had_room:
+                self.say(f"{self._path} cannot be written ({error.strerror}); metrics are kept and written later")
+
+    def _show(self, draw: Callable[[], object]) -> None:
+        """Write to the console, if anybody reads it."""
+        if not self._shown:
+            return
+        try:
+            draw()
+        except UnicodeEncodeError:
+            output.make_safe()
+        except (BrokenPipeError, SystemExit):  # rich would end the program
+            self._shown = False
+            output.abandon()
+        except (OSError, ValueError):  # a terminal that was closed, a disk that is full, a stream that was closed
+            pass
+
+    def _track(self, tracker: Tracker, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            self.say(f"{type(tracker).__name__} failed and gets no more metrics: {error}")
 
     def _progress(self, values: dict[str, Any]) -> str:
         step = values["step"]
@@ -102,13 +147,38 @@ class RunLog:
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of ``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``.
 
-    Where a step was logged twice, before and after a resume, the later record counts.
+    Where a step was logged twice, before and after a resume, the later record counts. Lines that are damaged, such as
+    half of one that a killed run left, are skipped; ``damaged`` has an entry for each.
     """
-    records: dict[str, dict[Any, dict[str, Any]]] = {"train": {}, "eval": {}, "finding": {}}
-    for line in path.read_text().splitlines():
+    records: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in _REQUIRED}
+    damaged = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        record = _parsed(line)
+        if record is not None:
+            records[record["kind"]][record["step"], record.get("code", "")] = record
+        elif line.strip(b"\0 \t"):  # a power cut may leave a block of zeros
+            damaged.append({"line": number})
+    return {kind: [found[key] for key in sorted(found)] for kind, found in records.items()} | {"damaged": damaged}
+
+
+# What a record of each kind must have to be read, and of which type.
+_NUMBER = (int, float, type(None))
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
+    "train": {"step": (int,), "loss": _NUMBER, "lr": (int, float), "grad_norm": _NUMBER},
+    "eval": {"step": (int,), "train_loss": _NUMBER, "val_loss": _NUMBER},
+    "finding": {"step": (int,), "code": (str,), "text": (str,)},
+}
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line's record, or ``None`` if it is damaged."""
+    try:
         record = json.loads(line)
-        records[record["kind"]][record["step"], record.get("code", "")] = record
-    return {kind: [found[key] for key in sorted(found)] for kind, found in records.items()}
+        required = _REQUIRED[record["kind"]]
+        good = all(isinstance(record[name], types) for name, types in required.items()) and record["step"] >= 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if good else None
 
 
 def plot_losses(metrics: Path, image: Path, title: str) -> None:

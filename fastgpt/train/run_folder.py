@@ -1,7 +1,10 @@
 """A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, perhaps ``tensorboard/``."""
 
 import json
+import os
 import shutil
+import socket
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,24 @@ from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG, METRICS, PLOT, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+LOCK = ".lock"
 TENSORBOARD = "tensorboard"
 
 
 def held(run_dir: Path) -> list[Path]:
     """The files and folders of an earlier run in ``run_dir``."""
     return [run_dir / name for name in (CONFIG, METRICS, CHECKPOINTS, PLOT, TENSORBOARD) if (run_dir / name).exists()]
+
+
+def is_run(run_dir: Path) -> bool:
+    """Whether ``run_dir`` holds a run."""
+    return (run_dir / CONFIG).is_file()
 
 
 def check(config: TrainConfig) -> Path:
@@ -36,19 +50,81 @@ def check(config: TrainConfig) -> Path:
     return run_dir
 
 
+class RunLock:
+    """Keeps a second process out of a run's folder while it is entered.
+
+    The lock is the operating system's (``flock``), so it ends with the process, however that ends. On a network file
+    system it holds between machines if that system's locks do; where there are none, nothing is locked.
+
+    Args:
+        run_dir: is created if it does not exist.
+
+    Raises:
+        RequestError: another process trains there, or the folder cannot be written to.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._file: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        if fcntl is None:
+            return self
+        path = self._run_dir / LOCK
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RequestError(f"cannot write to --out_dir {self._run_dir}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or path.stat().st_ino != os.fstat(self._file).st_ino:
+                os.close(self._file)  # its owner has just removed it: there is a new one, or none
+                return self.__enter__()
+        except BlockingIOError as error:
+            owner = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(self._file)
+            raise RequestError(
+                f"{self._run_dir} is in use by {owner}: wait for it, stop it, or pass another --out_dir"
+            ) from error
+        except OSError:  # a file system without locks
+            return self
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                (self._run_dir / LOCK).unlink()
+            os.close(self._file)
+
+
 def clear(run_dir: Path) -> None:
     """Remove an earlier run. Other files in the folder stay."""
     for path in held(run_dir):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_config(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, tokenizer: dict[str, Any] | None) -> None:
+def write_config(
+    run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, tokenizer: dict[str, Any] | None,
+    left_open: dict[str, Any],
+) -> None:  # fmt: skip
     """Write ``config.json``: what later commands need to know about the run.
+
+    Args:
+        run_dir: is created if it does not exist.
+        config: as it was settled for the device.
+        gpt_config: the architecture.
+        tokenizer: its description, if there is one.
+        left_open: the flags that the request left to the device, as they were then; a resumed run settles them again.
 
     Raises:
         RequestError: the folder cannot be written to.
     """
-    content = {"train": asdict(config), "model": asdict(gpt_config), "tokenizer": tokenizer}
+    content = {
+        "train": asdict(config), "left_open": left_open, "model": asdict(gpt_config), "tokenizer": tokenizer,
+    }  # fmt: skip
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG).write_text(json.dumps(content, indent=1) + "\n")

@@ -6,6 +6,7 @@ dataset, which every machine can make offline.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from fastgpt.errors import RequestError
 from fastgpt.kernels import ops
 from fastgpt.limits import Bound
 from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig, padded_vocab_size
-from fastgpt.train import run_folder, trackers
+from fastgpt.train import resume, run_folder, trackers
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.diagnose import Facts, wanted_tokens_per_step
 from fastgpt.train.predict import micro_batch, roofline
@@ -39,7 +40,8 @@ class Settled:
         gpt_config: the architecture.
         memory: bytes free on the device, and what limits them.
         prediction: of the step's time and memory; ``None`` where no choice depends on it and none is cheap to make.
-        resizable: whether the micro-batch was left to us, so that it may be halved when memory runs out.
+        changes: flags that differ from those of the run that is resumed, in words.
+        left_open: the flags that the request left to the device, and how it put that.
     """
 
     config: TrainConfig
@@ -51,7 +53,13 @@ class Settled:
     gpt_config: GPTConfig
     memory: Bound
     prediction: Prediction | None
-    resizable: bool
+    changes: list[str]
+    left_open: dict[str, Any]
+
+    @property
+    def resizable(self) -> bool:
+        """Whether the micro-batch was left to us, so that it may be halved when memory runs out."""
+        return "batch_size" in self.left_open
 
     def facts(self) -> Facts:
         """What the diagnosis needs to know about the run."""
@@ -88,10 +96,14 @@ def settle(config: TrainConfig) -> Settled:
     gpt_config = config.gpt_config(padded_vocab_size(dataset.vocab_size or GPT2_VOCABULARY))
     memory, _ = hardware.memory(device)
     settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
+    resuming = config.init_from == "resume"
+    changes = resume.differences(run_dir, settled) if resuming and run_folder.is_run(run_dir) else []
+    open_values = {"batch_size": None, "recompute": "auto"}
+    left_open = {name: value for name, value in open_values.items() if getattr(config, name) == value}
+    tokenizer = dataset.tokenizer()
     return Settled(
-        settled, run_dir, device, dtype, dataset, dataset.tokenizer(), gpt_config, memory, prediction,
-        resizable=config.batch_size is None,
-    )  # fmt: skip
+        settled, run_dir, device, dtype, dataset, tokenizer, gpt_config, memory, prediction, changes, left_open
+    )
 
 
 def _open_or_prepare(config: TrainConfig) -> Dataset:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -25,15 +26,17 @@ from fastgpt.data.loader import BatchLoader
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
-from fastgpt.train import checkpoint, introduction, run_folder, trackers
+from fastgpt.train import checkpoint, introduction, resume, run_folder, trackers
 from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Finding, Monitor, standard_error
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.metrics import Timestamp, UpdateMetrics
+from fastgpt.train.run_folder import RunLock
 from fastgpt.train.schedule import learning_rate
 from fastgpt.train.settle import Settled
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
-from fastgpt.train.stop import StopRequest
+from fastgpt.train.stop import Interrupted, StopRequest
+from fastgpt.units import count_of
 
 Result = TypeVar("Result")
 
@@ -58,7 +61,10 @@ class Trainer:
         self.settled = settled
         self.config = config = settled.config
         self.device, self.dtype, self.run_dir = settled.device, settled.dtype, settled.run_dir
-        resume_from = self._find_checkpoint() if config.init_from == "resume" else None
+        self.lock = RunLock(self.run_dir)
+        self.resumed_from: Path | None = None
+        if config.init_from == "resume":
+            self.resumed_from = resume.find(self.run_dir, config, settled.gpt_config, settled.dataset)
         self.loaders = {
             split: BatchLoader(
                 shards, config.micro_batch_size, config.block_size, seed=config.seed,
@@ -92,43 +98,60 @@ class Trainer:
         self.val_loss: tuple[int, float] | None = None  # of the last evaluation, and its step
         self.best_val_loss: float | None = None  # among the checkpoints
         self.best_step: int | None = None
+        self._from_old_checkpoint = False  # one that does not state when the run was last evaluated
         self._not_logged: deque[UpdateMetrics] = deque()
         self._diverged: UpdateMetrics | None = None  # the logged update whose loss was not finite
         self._flops_per_second: float | None = None  # of the update logged last
+        self._data_id = settled.dataset.identity
+        self._n_damaged = 0  # lines of metrics.jsonl
         # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
         self._log_late = self.device.type == "cuda"
         self.log = RunLog(self.run_dir / run_folder.METRICS, config.max_iters)
-        self.stop = StopRequest(config.max_hours)
-        if resume_from is not None:
-            self._load(resume_from)
+        self.stop = StopRequest(self.run_dir, config.max_hours)
+        if self.resumed_from is not None:
+            self._load(self.resumed_from)
         self.monitor = Monitor(settled.facts())
-        if resume_from is not None:
+        if self.resumed_from is not None:
             self._replay_metrics()
 
     # ---- the loop ----
 
     def train(self) -> int:
         """Run to the end, to the time limit or to a signal; returns the exit status."""
-        if self.config.init_from == "scratch":
-            run_folder.clear(self.run_dir)
-        tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
-        run_folder.write_config(self.run_dir, self.config, self.settled.gpt_config, tokenizer)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        with self.stop:
-            self.log.trackers = trackers.start(self.config, self.run_dir, self.step)
-            with self.log:
-                self._introduce()
-                status = self._loop()
-                self._conclude()
-                if status == 0:
-                    self._plot()
+        with self.lock:
+            if self.config.init_from == "scratch":
+                run_folder.clear(self.run_dir)
+            tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
+            if self.resumed_from is not None and self.resumed_from != checkpoint.newest(self.run_dir):
+                raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
+            run_folder.write_config(
+                self.run_dir, self.config, self.settled.gpt_config, tokenizer, self.settled.left_open
+            )
+            if self.device.type == "cpu":
+                keep_freed_memory()
+            with self.stop:
+                self.log.trackers = trackers.start(self.config, self.run_dir, self.step)
+                with self.log:
+                    self._introduce()
+                    status = self._run()
+                    self._conclude()
+                    if status == 0:
+                        self._plot()
         return status
+
+    def _run(self) -> int:
+        try:
+            return self._loop()
+        except Interrupted:  # in the middle of an update or an evaluation
+            self._log_updates(keep=0)
+            return self._stop() if self._diverged is None else self._say_diverged(self._diverged)
 
     def _loop(self) -> int:
         config = self.config
-        if self.step == 0:
+        if self._evaluation_is_missing():
             self._evaluate()
+            if self.step:  # the checkpoint may turn out to be the best one
+                self._save()
         since = Timestamp(self.device, self.step)  # the next logged time is the mean over the updates since then
         while self.step < config.max_iters:
             lr = self._update()
@@ -138,7 +161,7 @@ class Trainer:
             last = self.step == config.max_iters
             stopping = not last and self.stop.requested
             evaluating = last or self.step % config.eval_interval == 0
-            saving = last or stopping or self._checkpoint_is_due(evaluating)
+            saving = last or self._checkpoint_is_due(evaluating) or self.stop.take_save_request()
             logging = last or self.step % config.log_interval == 0
             if logging:
                 self._not_logged.append(UpdateMetrics(self.train_step, self.step, self.tokens, lr, since))
@@ -146,18 +169,24 @@ class Trainer:
             # An evaluation or a checkpoint waits for the device anyway, so nothing is gained by logging after it.
             self._log_updates(keep=int(self._log_late and logging and not (evaluating or saving)))
             if self._diverged is not None:
-                self._say_diverged(self._diverged)
-                return 1
+                return self._say_diverged(self._diverged)
 
-            if evaluating:
+            if evaluating and not stopping:
                 self._evaluate()
-            path = self._save() if saving else None
+            if saving and not stopping:
+                self._save()
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
             if stopping:
-                self.log.say(f"stopped by {self.stop.reason} at step {self.step}; --init_from resume continues: {path}")
-                return self.stop.exit_status
+                return self._stop()
         return 0
+
+    def _stop(self) -> int:
+        """Save a checkpoint before the end of the run; returns the exit status."""
+        path = self._save()
+        self.stop.remove_file()
+        self.log.say(f"stopped by {self.stop.reason} at step {self.step}; --init_from resume continues: {path}")
+        return self.stop.exit_status
 
     def _update(self) -> float:
         """One update; returns its learning rate."""
@@ -165,7 +194,20 @@ class Trainer:
         lr = learning_rate(
             self.step, peak=c.learning_rate, floor=c.min_lr, warmup_iters=c.warmup_iters, decay_iters=c.lr_decay_iters
         )
-        self._in_memory(lambda: self.train_step(self._next_batch, lr))
+        position, random_state, n_drawn = self.batches.state_dict(), checkpoint.random_state(), count()
+
+        def next_batch() -> Batch:
+            if next(n_drawn):  # between two micro-batches
+                self.stop.check()
+            return self._next_batch()
+
+        try:
+            self._in_memory(lambda: self.train_step(next_batch, lr))
+        except Interrupted:  # back to the start of the update, as if it had not begun
+            self.train_step.start_over(self.config.gradient_accumulation_steps)
+            self.batches.load_state_dict(position)
+            checkpoint.set_random_state(random_state)
+            raise
         return lr
 
     def _next_batch(self) -> Batch:
@@ -238,10 +280,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, split: str) -> list[float]:
         """Losses of ``eval_iters`` batches without dropout. The batches are the same in every evaluation."""
+        losses = []
         self.model.eval()
-        batches = self.loaders[split].evenly_spaced(self.config.eval_iters, self.eval_batch_size)
-        losses = [self._loss(*(t.to(self.device, non_blocking=True) for t in batch)) for batch in batches]
-        self.model.train()
+        try:
+            for x, y in self.loaders[split].evenly_spaced(self.config.eval_iters, self.eval_batch_size):
+                self.stop.check()
+                losses.append(self._loss(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)))
+        finally:
+            self.model.train()
         return torch.stack(losses).tolist()  # one wait for the device, not one a batch
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -252,6 +298,11 @@ class Trainer:
         parts = list(zip(x.split(size), y.split(size), strict=True))
         losses = torch.stack([self.train_step.forward(*part) for part in parts])
         return losses @ losses.new_tensor([len(part[0]) / len(x) for part in parts])  # the last part may be smaller
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether this step should have been evaluated: the first one, or one at which the run was interrupted."""
+        due = self.step % self.config.eval_interval == 0 or self.step == self.config.max_iters
+        return due and (self.val_loss is None or self.val_loss[0] != self.step) and not self._from_old_checkpoint
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
@@ -298,11 +349,12 @@ class Trainer:
         for finding in findings:
             self.log.find(step=finding.step, code=finding.code, text=finding.text)
 
-    def _say_diverged(self, metrics: UpdateMetrics) -> None:
+    def _say_diverged(self, metrics: UpdateMetrics) -> int:
         self.log.say(
             f"the loss is {metrics.loss()} at step {metrics.step}: the run has diverged and stops here without a "
             "checkpoint; a lower --learning_rate or a longer --warmup_iters usually helps"
         )
+        return 1
 
     def _introduce(self) -> None:
         known = self.monitor.findings
@@ -310,6 +362,8 @@ class Trainer:
         self._report([finding for finding in known if finding.code == NAMED_SIZE])
         for line in introduction.lines(self.settled, self.step):
             self.log.say(line)
+        if self._n_damaged:
+            self.log.say(f"{run_folder.METRICS}: skipped {count_of(self._n_damaged, 'damaged line')}")
         self._report([finding for finding in known if finding.code != NAMED_SIZE])
 
     def _conclude(self) -> None:
@@ -347,6 +401,8 @@ class Trainer:
             step=self.step,
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
+            evaluated_step=evaluated,
+            data={"path": str(self.settled.dataset.path), "id": self._data_id},
             tokens=self.tokens,
             loader=self.batches.state_dict(),
             model=asdict(self.settled.gpt_config),
@@ -361,19 +417,13 @@ class Trainer:
         self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
         return path
 
-    def _find_checkpoint(self) -> Path:
-        """The newest checkpoint of the run, if it matches the request."""
-        path = checkpoint.newest(self.run_dir)
-        checkpoint.check_matches(path, self.settled.gpt_config, self.config.state_bits)
-        return path
-
     def _load(self, path: Path) -> None:
         state, step = checkpoint.load_state(path), self.train_step
         step.store.load(checkpoint.load_parameters(path))
         for kind, named in checkpoint.load_moments(path).items():
             for name, view in step.store.named(step.moments[kind]).items():
                 view.copy_(named[name])
-        checkpoint.restore_random_state(path)
+        checkpoint.set_random_state(checkpoint.load_random_state(path))
         for optimizer_state in step.optimizer.state.values():
             optimizer_state["step"].fill_(state.step)
         for group, seed in zip(step.optimizer.param_groups, state.optimizer_seeds, strict=False):
@@ -382,12 +432,19 @@ class Trainer:
         self.eval_batch_size = state.eval_batch_size or self.eval_batch_size
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
+        self._from_old_checkpoint = state.evaluated_step is None
+        if state.evaluated_step == state.step:
+            self.val_loss = state.step, math.inf  # its loss counts in best_val_loss already
         self.batches.load_state_dict(state.loader)
 
     def _replay_metrics(self) -> None:
         """Give the diagnosis what the run logged before. What it finds in that has been reported already."""
-        metrics = self.run_dir / run_folder.METRICS
-        for record in read_metrics(metrics)["train"] if metrics.exists() else []:
+        path = self.run_dir / run_folder.METRICS
+        if not path.exists():
+            return
+        records = read_metrics(path)
+        self._n_damaged = len(records["damaged"])
+        for record in records["train"]:
             if record["step"] <= self.step:
                 loss = math.nan if record["loss"] is None else record["loss"]
                 self.monitor.update(record["step"], loss, record["grad_norm"], record["lr"])

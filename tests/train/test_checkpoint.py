@@ -54,7 +54,7 @@ def test_torchs_random_sequence_goes_on_where_it_stood(tmp_path):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
     expected = torch.rand(4)
     torch.manual_seed(6)
-    checkpoint.restore_random_state(path)
+    checkpoint.set_random_state(checkpoint.load_random_state(path))
     assert torch.equal(torch.rand(4), expected)
 
 

@@ -1,6 +1,8 @@
+import errno
 import io
 import json
 import math
+import os
 import re
 
 import pytest
@@ -71,6 +73,112 @@ def test_a_resumed_run_appends_and_its_word_counts(metrics):
     records = read_metrics(metrics)
     assert [(r["step"], r["loss"]) for r in records["train"]] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
     assert [(r["step"], r["val_loss"]) for r in records["eval"]] == [(3, 2.0)]
+
+
+# ---- damage ----
+
+
+DAMAGE = {
+    "half a line": b'{"kind": "train", "step": 2, "lo',
+    "zeros": b"\0" * 4096,
+    "no JSON": b"Killed\n",
+    "not UTF-8": b"\xff\xfe\n",
+    "a list": b"[1, 2]\n",
+    "an unknown kind": b'{"kind": "test", "step": 2}\n',
+    "no loss": b'{"kind": "train", "step": 2}\n',
+    "a step that is text": b'{"kind": "eval", "step": "2", "train_loss": 1, "val_loss": 1}\n',
+    "nested without end": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_lines_are_skipped_and_counted_and_no_line_continues_one(metrics, damage):
+    with log_to(metrics) as log:
+        log.train(**UPDATE)
+    with metrics.open("ab") as file:
+        file.write(DAMAGE[damage])
+    with log_to(metrics) as log:
+        log.train(**{**UPDATE, "step": 3})
+    records = read_metrics(metrics)
+    assert [record["step"] for record in records["train"]] == [1, 3]
+    assert records["eval"] == records["finding"] == []
+    assert records["damaged"] == ([] if damage == "zeros" else [{"line": 2}])
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_once_there_is_room(metrics, monkeypatch):
+    room, write = [], os.write
+
+    def limited(descriptor, data):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: room.pop()])
+
+    with log_to(metrics) as log:
+        log.train(**UPDATE)
+        monkeypatch.setattr(os, "write", limited)
+        room.append(20)  # bytes of the next line
+        log.train(**{**UPDATE, "step": 2})
+        log.train(**{**UPDATE, "step": 3})
+        said = log.console.file.getvalue()
+        assert said.count("cannot be written (No space left on device); metrics are kept and written later") == 1
+        monkeypatch.undo()
+        log.train(**{**UPDATE, "step": 4})
+    assert [record["step"] for record in lines_of(metrics)] == [1, 2, 3, 4]
+
+
+class Deaf(io.StringIO):
+    """A stream that cannot be written to."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.attempts = error, 0
+
+    def write(self, text):
+        self.attempts += 1
+        raise self.error
+
+    flush = write
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error"), ValueError("I/O operation on closed file")]
+)
+def test_a_console_that_cannot_be_written_to_costs_nothing_but_its_words(metrics, terminal, error):
+    stream = Deaf(error)
+    screen = Console(file=stream, force_terminal=terminal, highlight=False, soft_wrap=True)
+    with RunLog(metrics, 10, screen) as log:
+        log.say("a word")
+        log.train(**UPDATE)
+        log.evaluate(**EVALUATION)
+        log.find(step=1, code="code", text="text")
+    assert stream.attempts > 0
+    assert [record["kind"] for record in lines_of(metrics)] == ["train", "eval", "finding"]
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(metrics):
+    class Good:
+        def __init__(self):
+            self.steps = []
+
+        def log(self, kind, step, values):
+            self.steps.append(step)
+
+        def close(self, failed):
+            self.steps.append("closed")
+
+    class Bad(Good):
+        def log(self, kind, step, values):
+            raise ConnectionError("no route to host")
+
+    good, bad = Good(), Bad()
+    screen = console(False)
+    with RunLog(metrics, 10, screen, [bad, good]) as log:
+        log.train(**UPDATE)
+        log.train(**{**UPDATE, "step": 2})
+    assert good.steps == [1, 2, "closed"]
+    assert bad.steps == []
+    assert screen.file.getvalue().count("Bad failed and gets no more metrics: no route to host") == 1
 
 
 def test_the_plot_is_a_png(metrics, tmp_path):

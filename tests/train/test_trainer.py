@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import open_dataset, write_shard
 from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
-from fastgpt.train import checkpoint
+from fastgpt.train import checkpoint, resume
 from fastgpt.train.diagnose import DATA
 from fastgpt.train.log import RunLog, read_metrics
+from fastgpt.train.presets import PRESETS
+from fastgpt.train.settle import settle
 from fastgpt.train.step import RecordingOutOfMemory
+from fastgpt.train.trainer import Trainer
+from tests.train.conftest import TINY
 
 
 def losses(run):
@@ -670,14 +676,133 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(trainer, tmp_pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_a_signal_in_the_last_step_ends_the_run_as_usual(trainer, tmp_path):
+def test_after_a_signal_in_the_last_step_the_resumed_run_only_evaluates(trainer, tmp_path):
+    trainer(out_dir=tmp_path / "whole").train()
     one = trainer()
     stop_after(one, 8, signal.SIGTERM)
-    assert one.train() == 0
+    assert one.train() == 128 + signal.SIGTERM
+    assert checkpoint.steps(tmp_path / "run")[-1] == 8
+    assert 8 not in evaluations(tmp_path / "run")
+    assert trainer(init_from="resume").train() == 0
     assert (tmp_path / "run" / "loss.png").exists()
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_a_second_signal_ends_the_run_at_once(trainer):
+@pytest.mark.parametrize("flags", [{}, {"dropout": 0.2, "dtype": "bfloat16"}])
+def test_a_signal_between_micro_batches_is_heard_there_and_the_update_is_done_anew(trainer, tmp_path, flags):
+    flags = {**flags, "gradient_accumulation_steps": 4}
+    trainer(out_dir=tmp_path / "whole", **flags).train()
+    one = trainer(**flags)
+    drawn, next_batch = [], one._next_batch
+
+    def interrupted():
+        drawn.append(1)
+        if len(drawn) == 10:  # the second micro-batch of the third update
+            signal.raise_signal(signal.SIGTERM)
+        return next_batch()
+
+    one._next_batch = interrupted
+    assert one.train() == 128 + signal.SIGTERM
+    assert len(drawn) == 10
+    assert checkpoint.steps(tmp_path / "run") == [2]
+    assert trainer(init_from="resume", **flags).train() == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_signal_in_an_evaluation_is_heard_between_its_batches_and_the_resumed_run_makes_up_for_it(
+    trainer, tmp_path, step
+):
+    flags = {"eval_iters": 5}
+    trainer(out_dir=tmp_path / "whole", **flags).train()
+    one = trainer(**flags)
+    seen, loss = [], one._loss
+
+    def interrupted(x, y):
+        if one.step == step:
+            seen.append(1)
+            if len(seen) == 2:
+                signal.raise_signal(signal.SIGTERM)
+        return loss(x, y)
+
+    one._loss = interrupted
+    assert one.train() == 128 + signal.SIGTERM
+    assert len(seen) == 2
+    assert one.model.training
+    assert checkpoint.steps(tmp_path / "run") == [step]
+    assert trainer(init_from="resume", **flags).train() == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    whole, parts = (checkpoint.load_state(checkpoint.newest(tmp_path / name)) for name in ("whole", "run"))
+    assert (whole.best_step, whole.best_val_loss) == (parts.best_step, parts.best_val_loss)
+
+
+# ---- what a resumed run takes over ----
+
+
+def test_a_resumed_run_takes_its_own_flags_and_lists_those_that_differ(trainer, data_dir, tmp_path, capsys):
+    trainer(max_iters=2, dropout=0.1).train()
+    capsys.readouterr()
+    run = tmp_path / "run"
+    config = resume.parse(["--init_from=resume", f"--out_dir={run}", "--learning_rate=0.005", "--max_iters=4"], PRESETS)
+    assert (config.n_embd, config.dropout, config.learning_rate, config.max_iters) == (16, 0.1, 0.005, 4)
+    assert config.dataset == "words"
+    assert config.data_dir == str(data_dir)
+    assert Trainer(settle(config)).train() == 0
+    said = capsys.readouterr().out
+    assert "changed since the run was started: max_iters 4 (was 2), learning_rate 0.005 (was 0.01)" in said
+
+
+def test_a_micro_batch_that_was_left_to_the_device_is_settled_anew(trainer, tmp_path):
+    trainer(batch_size="auto", total_batch_size=6 * 16, max_iters=1).train()
+    config = resume.parse(["--init_from=resume", f"--out_dir={tmp_path / 'run'}"], PRESETS)
+    assert (config.batch_size, config.total_batch_size, config.recompute) == (None, 96, "auto")
+
+
+def test_auto_starts_a_run_and_later_resumes_it(trainer, data_dir, tmp_path):
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    flags += ["--dataset=words", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", "--init_from=auto"]
+    trainer(out_dir=tmp_path / "whole").train()
+    for max_hours in (1e-9, 1e-9, 0):
+        assert Trainer(settle(resume.parse([*flags, f"--max_hours={max_hours}"], PRESETS))).train() == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_auto_starts_anew_where_a_run_ended_before_its_first_checkpoint(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    config = resume.parse(["--init_from=auto", f"--out_dir={tmp_path / 'run'}"], PRESETS)
+    assert (config.init_from, config.overwrite) == ("scratch", True)
+
+
+def test_other_data_of_the_same_vocabulary_is_refused(trainer, data_dir, tmp_path):
+    trainer(max_iters=1).train()
+    before = files_of(tmp_path / "run")
+    (tmp_path / "other.txt").write_text((data_dir / "words.txt").read_text()[::-1])
+    prepare("text", [tmp_path / "other.txt"], tokenizer="char", data_dir=tmp_path)
+    with pytest.raises(RequestError, match=r"cannot resume: .* was trained on .*words .*other .* is other data"):
+        trainer(init_from="resume", dataset="other", data_dir=tmp_path)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_the_same_data_in_another_place_is_the_same_data(trainer, data_dir, tmp_path):
+    trainer(max_iters=1).train()
+    shutil.copytree(data_dir / "words", tmp_path / "moved" / "words")
+    assert trainer(init_from="resume", data_dir=tmp_path / "moved").train() == 0
+
+
+def test_a_run_that_is_past_its_last_step_is_refused(trainer, tmp_path):
+    trainer(max_iters=4).train()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match="the run is at step 4 already, and --max_iters is 2"):
+        trainer(init_from="resume", max_iters=2)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_second_signal_ends_the_run_at_once(trainer, monkeypatch):
+    monkeypatch.setattr("fastgpt.train.stop.SAME_CTRL_C", -1.0)
     one = trainer()
     one._update = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     handler = signal.getsignal(signal.SIGINT)

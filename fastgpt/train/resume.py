@@ -1,0 +1,96 @@
+"""What a resumed run takes from the run before: its configuration, which flags override, and its data.
+
+A resumed run is the run that would have been, so whatever must be the same is checked, and whatever differs is listed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastgpt.data.shards import Dataset
+from fastgpt.errors import RequestError
+from fastgpt.model.config import GPTConfig
+from fastgpt.train import checkpoint, run_folder
+from fastgpt.train.config import TrainConfig, parse_flags, resolve
+
+# May differ without a word: they say where and how a process runs, or are settled anew for the device.
+_UNREMARKABLE = {
+    "preset", "init_from", "overwrite", "out_dir", "data_dir", "device", "batch_size", "gradient_accumulation_steps",
+    "recompute", "expect_params", "tensorboard", "wandb", "backend", "cuda_graphs", "max_hours",
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The run that a command line requests.
+
+    A run that is resumed starts from its own configuration, any other from its preset's. The flags override either.
+    ``--init_from auto`` becomes ``resume`` if the folder holds a checkpoint, otherwise ``scratch``.
+
+    Raises:
+        RequestError: a preset or a flag is unknown, a value is invalid, or there is nothing to resume.
+    """
+    given = parse_flags(argv, presets)
+    start = given.get("init_from", TrainConfig.init_from)
+    if start == "scratch":
+        return resolve(given, presets)
+    run_dir = Path(given.get("out_dir") or f"runs/{given.get('preset', TrainConfig.preset)}")
+    if start == "auto" and not checkpoint.steps(run_dir):
+        # a run that ended before its first checkpoint has nothing to lose
+        return replace(resolve(given | {"init_from": "scratch"}, presets), overwrite=True)
+    checkpoint.newest(run_dir)  # there is one, or the request is refused
+    saved = run_folder.read_config(run_dir)
+    values = known_flags(saved.get("train")) | saved.get("left_open", {})
+    return resolve(given | {"init_from": "resume", "out_dir": str(run_dir)}, presets, values)
+
+
+def known_flags(saved: Any) -> dict[str, Any]:
+    """The saved values of flags that this version of fastgpt has.
+
+    Raises:
+        RequestError: they are not what a run writes.
+    """
+    if not isinstance(saved, dict):
+        raise RequestError(f"{run_folder.CONFIG} is damaged: it does not state the run's flags")
+    names = {item.name for item in fields(TrainConfig)}
+    return {name: value for name, value in saved.items() if name in names}
+
+
+def differences(run_dir: Path, config: TrainConfig) -> list[str]:
+    """The flags that differ from those of the run before, as ``learning_rate 0.01 (was 0.02)``."""
+    before, now = known_flags(run_folder.read_config(run_dir).get("train")), asdict(config)
+    names = [name for name in now if name in before and name not in _UNREMARKABLE and now[name] != before[name]]
+    return [f"{name} {now[name]} (was {before[name]})" for name in names]
+
+
+def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dataset) -> Path:
+    """The newest checkpoint of a run, if it can be continued with this request.
+
+    Raises:
+        RequestError: there is none, or it is of another architecture, other moments or other data, or it lies beyond
+            the last update that is requested.
+    """
+    path = checkpoint.newest(run_dir)
+    state = checkpoint.load_state(path)
+    saved, wanted = state.model, asdict(gpt_config)
+    if any(saved[name] != wanted[name] for name in saved if name != "dropout"):  # dropout may change
+        raise RequestError(f"cannot resume: {path} holds a model of {_shape(saved)}, the request is {_shape(wanted)}")
+    if state.state_bits != config.state_bits:
+        raise RequestError(
+            f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
+        )
+    if state.data is not None and state.data["id"] != dataset.identity:
+        raise RequestError(
+            f"cannot resume: {path} was trained on {state.data['path']} ({state.data['id'][:12]}), and "
+            f"{dataset.path} ({dataset.identity[:12]}) is other data; pass that dataset, or start a new run"
+        )
+    if state.step > config.max_iters:
+        raise RequestError(
+            f"cannot resume: the run is at step {state.step:,} already, and --max_iters is {config.max_iters:,}"
+        )
+    return path
+
+
+def _shape(model: dict[str, Any]) -> str:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+    return ", ".join(f"{name}={model[name]}" for name in names)
