@@ -37,7 +37,7 @@ from triton.runtime import driver
 from bench import bounds, sass
 from bench.bounds import GPUS, blocks_per_sm, bound
 from fastgpt import gpus, limits
-from fastgpt.kernels import reference
+from fastgpt.kernels import heads
 from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
@@ -267,7 +267,7 @@ def digest(case: str, arch: int) -> str:
     sources = [path for path in sorted(folder.glob("*.py")) if path.stem not in others]
     sources += [folder / "configs" / f"{name}.json" for name in ("any", f"sm_{arch}")]
     sources += [Path(str(module.__file__)) for module in (sys.modules[__name__], bounds, sass, gpus)]
-    layouts = [inspect.getsource(function) for function in (reference.empty_heads, reference.split_heads)]
+    layouts = [inspect.getsource(function) for function in (heads.empty_heads, heads.split_heads)]
     everything = [triton.__version__, *layouts, *(path.read_text() for path in sources)]
     return hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
 

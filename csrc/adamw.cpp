@@ -1,6 +1,6 @@
 // AdamW over a list of tensors, which may be one flat buffer, in one pass: gradient scale, decoupled weight
 // decay, moments, update, and optionally a low-precision copy of the new parameter and a zeroed gradient. Moments
-// may have 8 bits, and what is bf16 may be rounded stochastically; reference.py explains the codes.
+// may have 8 bits, and what is bf16 may be rounded stochastically; moments_8bit.py explains the codes.
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 #include <algorithm>
 
@@ -73,7 +73,7 @@ Tensor grad_norm(const std::vector<Tensor>& grads) {
 
 // ---- random numbers ----
 
-// Philox's words for a block of elements; reference.py tells what each word is for.
+// Philox's words for a block of elements; philox.py says what each word is for.
 struct Words {
   alignas(64) uint32_t words[kBlock];
 

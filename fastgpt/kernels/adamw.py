@@ -1,7 +1,7 @@
 """AdamW whose norm, clip, update and low-precision copy run in the fewest passes over memory.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019. Moments of 8 bits after Dettmers et al.,
-"8-bit Optimizers via Block-wise Quantization", 2021; the code itself is another (see reference.py).
+"8-bit Optimizers via Block-wise Quantization", 2021; the codes differ (see moments_8bit.py).
 """
 
 import inspect
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import checks, ops
-from fastgpt.kernels.reference import MOMENT_BLOCK
+from fastgpt.kernels import checks, dispatch
+from fastgpt.kernels.moments_8bit import MOMENT_BLOCK
 
 # Bytes a parameter, of the parameter itself and the optimizer's state, and with gradients of the same dtype:
 #
@@ -316,7 +316,7 @@ class FusedAdamW(Optimizer):
             device, dtype = p.device, p.dtype
             if kind != (device, dtype):
                 kind = device, dtype
-                backend, moment_dtype = ops.backend_of(device, dtype)[0], self._moment_dtype(dtype)
+                backend, moment_dtype = dispatch.backend_of(device, dtype)[0], self._moment_dtype(dtype)
             state = self.state[p]
             if not state:
                 if capturing:
@@ -344,7 +344,7 @@ class FusedAdamW(Optimizer):
         assert grad is not None
         if grad.layout != torch.strided:
             raise RuntimeError(f"grad: expected a dense tensor, got {grad.layout}: FusedAdamW has no sparse gradients")
-        if grad.dtype not in ops.COMPILED_DTYPES.get(backend, checks.FLOATING):
+        if grad.dtype not in dispatch.COMPILED_DTYPES.get(backend, checks.FLOATING):
             raise TypeError(f"grad: {grad.dtype} of a parameter of {p.dtype} is nothing that {backend} takes")
         for name, tensor in (("grad", grad), ("exp_avg", moment)):
             if tensor.shape != p.shape or tensor.device != p.device:
@@ -416,11 +416,11 @@ class FusedAdamW(Optimizer):
         step = states[0]["step"]
         hyperparameters = (beta1, beta2, group["eps"], group["weight_decay"], zero_grad)
         if not self._compact:
-            ops.resolve("adamw_", params[0])(*tensors, copies, step, lr, scale, *hyperparameters)
+            dispatch.resolve("adamw_", params[0])(*tensors, copies, step, lr, scale, *hyperparameters)
             return
         scales = [moments("exp_avg_scale"), moments("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
         seed = torch.full((), group["seed"], dtype=torch.int64, device=device)
-        ops.resolve("adamw_8bit_", params[0])(
+        dispatch.resolve("adamw_8bit_", params[0])(
             *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding
         )
 
@@ -440,7 +440,7 @@ def _norm(batches: list[Batch]) -> Tensor:
         grads = [grad for p in params if (grad := p.grad) is not None]
         if backend == "reference":  # PyTorch's norm widens a dtype and does not narrow one
             grads = [grad.float() if grad.dtype == torch.float64 else grad for grad in grads]
-        norms.append(ops.resolve("grad_norm", params[0])(grads))
+        norms.append(dispatch.resolve("grad_norm", params[0])(grads))
     return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, distinct, once_differentiable
 
 
@@ -23,7 +23,7 @@ class _Attention(Function):
         q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
         deterministic: bool,
     ) -> Any:  # fmt: skip
-        return ops.resolve("attention", q)(q, k, v, causal, scale, dropout_p, seed)
+        return dispatch.resolve("attention", q)(q, k, v, causal, scale, dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -39,7 +39,7 @@ class _Attention(Function):
         if dout is None:
             return ()
         q, k, v, out, lse, seed = ctx.saved_tensors
-        return ops.resolve("attention_backward", q)(
+        return dispatch.resolve("attention_backward", q)(
             dout, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.dropout_p, seed, ctx.deterministic
         )
 
@@ -50,7 +50,7 @@ class _AttentionQKV(Function):
         qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
         deterministic: bool,
     ) -> Any:  # fmt: skip
-        return ops.resolve("attention_qkv", qkv)(qkv, n_head, causal, scale, dropout_p, seed)
+        return dispatch.resolve("attention_qkv", qkv)(qkv, n_head, causal, scale, dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -66,7 +66,7 @@ class _AttentionQKV(Function):
         if dout is None:
             return ()
         qkv, out, lse, seed = ctx.saved_tensors
-        dqkv = ops.resolve("attention_qkv_backward", qkv)(
+        dqkv = dispatch.resolve("attention_qkv_backward", qkv)(
             dout, qkv, out, lse, ctx.n_head, ctx.causal, ctx.scale, ctx.dropout_p, seed, ctx.deterministic
         )
         return (dqkv,)

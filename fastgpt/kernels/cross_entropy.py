@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import checks, ops
+from fastgpt.kernels import checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 
 
 class _CrossEntropy(Function):
     @staticmethod
     def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> Any:
-        return ops.resolve("cross_entropy", logits)(logits, targets, ignore_index)
+        return dispatch.resolve("cross_entropy", logits)(logits, targets, ignore_index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -29,7 +29,7 @@ class _CrossEntropy(Function):
         if dlosses is None:
             return ()
         logits, targets, lse = ctx.saved_tensors
-        dlogits = ops.resolve("cross_entropy_backward", logits)(dlosses, logits, targets, lse, ctx.ignore_index)
+        dlogits = dispatch.resolve("cross_entropy_backward", logits)(dlosses, logits, targets, lse, ctx.ignore_index)
         return (dlogits,)
 
 

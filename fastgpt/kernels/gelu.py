@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.main_grad import for_autograd, main_grad_of
 
@@ -14,7 +14,7 @@ from fastgpt.kernels.main_grad import for_autograd, main_grad_of
 class _Gelu(Function):
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None) -> Any:
-        return ops.resolve("gelu", x)(x, bias, tanh)
+        return dispatch.resolve("gelu", x)(x, bias, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -25,7 +25,7 @@ class _Gelu(Function):
     @once_differentiable("gelu")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, bias = ctx.saved_tensors
-        dx, dbias = ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh, ctx.bias_main_grad)
+        dx, dbias = dispatch.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh, ctx.bias_main_grad)
         return dx, *for_autograd([dbias], [ctx.bias_main_grad])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, distinct, once_differentiable
 from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of
 
@@ -18,7 +18,7 @@ from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, ma
 class _LayerNorm(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *main_grads: Tensor | None) -> Any:
-        return ops.resolve("layer_norm", x)(x, weight, bias, eps)
+        return dispatch.resolve("layer_norm", x)(x, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -44,9 +44,9 @@ class _AddLayerNorm(Function):
         *main_grads: Tensor | None,
     ) -> Any:  # fmt: skip
         if residual is None:
-            y, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, eps)
+            y, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, bias, eps)
             return y, x.view_as(x), mean, rstd
-        return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
+        return dispatch.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -85,7 +85,7 @@ def backward(
         before: what was handed on with the summand whose gradient ``dx`` is, or ``None``.
     """
     sums = (*main_grads, None if before is None else before.main_grad)
-    dx, *gradients = ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
+    dx, *gradients = dispatch.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
     if before is not None:
         before.summed.append(dx)
     return dx, *for_autograd(gradients, main_grads)

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.main_grad import HandedOn, main_grad_of, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
-from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
+from fastgpt.kernels.torch_matmul import TILE_DEPTH, reads_past_rows
 
 
 class _Linear(Function):
@@ -56,7 +56,7 @@ class _Embedding(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        ops.resolve("embedding_backward_", rows)(ctx.main_grad, rows, index.reshape(-1))
+        dispatch.resolve("embedding_backward_", rows)(ctx.main_grad, rows, index.reshape(-1))
         return ()
 
 
@@ -75,7 +75,7 @@ class _AddPositions(Function):
     @once_differentiable("add_positions")
     def backward(ctx: Any, dy: Tensor) -> Any:
         rows = dy.reshape(-1, ctx.main_grad.numel())
-        ops.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)
+        dispatch.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)
         return (dy,)
 
 

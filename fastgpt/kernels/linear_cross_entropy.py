@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.main_grad import main_grad_of
@@ -60,10 +60,10 @@ def chunked(
         chunk, chunk_targets = x[start : start + rows], targets[start : start + rows]
         logits = matmul_into(buffer[: chunk.shape[0]], chunk, weight.T)
         if not with_gradient:
-            losses, _ = ops.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
+            losses, _ = dispatch.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
             total += losses.sum()
             continue
-        losses = ops.resolve("cross_entropy_", x)(logits, chunk_targets, scale, ignore_index)
+        losses = dispatch.resolve("cross_entropy_", x)(logits, chunk_targets, scale, ignore_index)
         total += losses.sum()
         if dx is not None:
             matmul_into(dx[start : start + rows], logits, weight)
@@ -89,8 +89,8 @@ def chunked_operator(
     )
 
 
-ops.implement("linear_cross_entropy", "CPU", chunked_operator)
-ops.implement("linear_cross_entropy", "CUDA", chunked_operator)
+dispatch.implement("linear_cross_entropy", "CPU", chunked_operator)
+dispatch.implement("linear_cross_entropy", "CUDA", chunked_operator)
 
 
 class _LinearCrossEntropy(Function):
@@ -99,7 +99,7 @@ class _LinearCrossEntropy(Function):
         x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
         needs_dweight: bool,
     ) -> Any:  # fmt: skip
-        operator = ops.resolve("linear_cross_entropy", x)
+        operator = dispatch.resolve("linear_cross_entropy", x)
         return operator(x, weight, targets, ignore_index, gradient_scale, needs_dx, needs_dweight)
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import ops
+from fastgpt.kernels import dispatch
 
 
 def main_grad_of(parameter: Tensor) -> Tensor | None:
@@ -65,7 +65,7 @@ class HandedOn:
         if len(summed) > 1 or dy.shape != summed[0].shape or dy.data_ptr() != summed[0].data_ptr():
             for dx in summed:
                 dy = dy - dx
-            ops.resolve("add_column_sums_", dy)(self.main_grad, dy.reshape(-1, dy.shape[-1]))
+            dispatch.resolve("add_column_sums_", dy)(self.main_grad, dy.reshape(-1, dy.shape[-1]))
         return True
 
 

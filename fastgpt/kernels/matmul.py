@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastgpt.kernels import ops, reference
+from fastgpt.kernels import dispatch, torch_matmul
 from fastgpt.kernels.dry_run import on_gpu
 
 # Below so many rows or columns a product is bound by reading the other operand, and packing it does not pay.
@@ -30,8 +30,8 @@ def matmul_into(
         accumulate: add to what ``out`` holds; excludes ``bias``.
         row_sums: ``(M,)``, dtype of ``a`` or fp32: ``a.sum(1)``, added where the product is.
     """
-    packable = min(out.shape) >= SMALLEST_PACKED and (a.dtype, out.dtype) in ops.EXTENSION.products
-    multiply = ops.resolve("matmul_", a) if packable else reference.matmul_
+    packable = min(out.shape) >= SMALLEST_PACKED and (a.dtype, out.dtype) in dispatch.EXTENSION.products
+    multiply = dispatch.resolve("matmul_", a) if packable else torch_matmul.matmul_
     multiply(out, a, b, bias, accumulate, row_sums)
     return out
 
@@ -75,5 +75,5 @@ def bias_gradient(dy: Tensor, main_grad: Tensor | None) -> Tensor | None:
     """The sum of ``dy`` ``(N, C)`` over its rows; or ``None``, and the sum added to ``main_grad``, ``(C,)`` fp32."""
     if main_grad is None:
         return dy.sum(0)
-    ops.resolve("add_column_sums_", dy)(main_grad, dy)
+    dispatch.resolve("add_column_sums_", dy)(main_grad, dy)
     return None

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastgpt.kernels.reference import MOMENT_BLOCK
+from fastgpt.kernels.moments_8bit import MOMENT_BLOCK
 
 # Elements. A parameter starts on a cache line, and no block of moments that share a scale belongs to two parameters;
 # the gap stays zero.

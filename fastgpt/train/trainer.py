@@ -22,7 +22,7 @@ from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import Dataset, open_dataset
 from fastgpt.errors import RequestError
-from fastgpt.kernels import ops
+from fastgpt.kernels import dispatch
 from fastgpt.model import GPT
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
 from fastgpt.train import checkpoint, run_folder, trackers
@@ -65,7 +65,7 @@ class Trainer:
         self.device = hardware.find_device(config.device)
         self.dtype = config.torch_dtype(hardware.training_dtype(self.device))
         try:
-            ops.backend_of(self.device, self.dtype)
+            dispatch.backend_of(self.device, self.dtype)
         except RuntimeError as error:
             raise RequestError(str(error)) from error
         trackers.check(config)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.kernels import attention, attention_qkv, use_backend
-from fastgpt.kernels.reference import dropout_factors
+from fastgpt.kernels.philox import dropout_factors
 from fastgpt.kernels.triton import attention as on_triton
 from fastgpt.kernels.triton import launch
 

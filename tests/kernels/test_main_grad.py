@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import add_layer_norm, linear, ops
+from fastgpt.kernels import add_layer_norm, dispatch, linear
 from fastgpt.kernels.main_grad import handed_on_with
 
 C = 33
@@ -90,11 +90,11 @@ def test_where_the_norm_has_summed_the_projection_does_not(device, monkeypatch):
     for parameter in (weight, bias):
         parameter.main_grad = torch.zeros(parameter.shape, device=device)
     asked = []
-    resolve = ops.resolve
-    monkeypatch.setattr(ops, "resolve", lambda name, tensor: asked.append(name) or resolve(name, tensor))
-    matmul = ops._references["matmul_"]
+    resolve = dispatch.resolve
+    monkeypatch.setattr(dispatch, "resolve", lambda name, tensor: asked.append(name) or resolve(name, tensor))
+    matmul = dispatch._references["matmul_"]
     sums = []
-    monkeypatch.setattr("fastgpt.kernels.reference.matmul_", lambda *args: sums.append(args[-1]) or matmul(*args))
+    monkeypatch.setattr("fastgpt.kernels.torch_matmul.matmul_", lambda *args: sums.append(args[-1]) or matmul(*args))
     direct(linear(x, weight, bias), *rest).backward()
     assert "add_column_sums_" not in asked
     assert all(row_sums is None for row_sums in sums)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt.kernels import ops, reference
+from fastgpt.kernels import philox as production
 
 # ---- float64 ----
 
@@ -100,7 +101,7 @@ def test_the_generator_of_these_tests_gives_the_published_words(counter, key, wo
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 0x123456789ABCDEF, 2**62 - 1])
 def test_random_words_are_philox_with_the_documented_counter(seed):
     heads, rows, columns = torch.tensor([0, 5]), torch.tensor([0, 1023]), torch.arange(9)
-    words = reference._philox(torch.tensor(seed), heads.view(2, 1, 1), rows.view(1, 2, 1), columns.view(1, 1, 9))
+    words = production.philox(torch.tensor(seed), heads.view(2, 1, 1), rows.view(1, 2, 1), columns.view(1, 1, 9))
     for i, head in enumerate(heads.tolist()):
         for j, row in enumerate(rows.tolist()):
             for column in columns.tolist():
@@ -109,7 +110,7 @@ def test_random_words_are_philox_with_the_documented_counter(seed):
 
 
 def test_a_weight_is_dropped_where_its_word_is_below_p():
-    factors = reference.dropout_factors(torch.tensor(7), 0.25, 2, 3, 5, 9)
+    factors = production.dropout_factors(torch.tensor(7), 0.25, 2, 3, 5, 9)
     assert factors.shape == (2, 3, 5, 9)
     for b, h, i, j in torch.cartesian_prod(*map(torch.arange, factors.shape)).tolist():
         word = philox((j // 4, i, b * 3 + h, 0), (7, 0))[j % 4]

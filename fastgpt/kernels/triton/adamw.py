@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import moments_8bit
 from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
 
 _DTYPES = {
@@ -27,9 +27,9 @@ _DTYPES = {
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
 }
-_MOMENT_BLOCK = tl.constexpr(reference.MOMENT_BLOCK)
-_SHIFT = tl.constexpr(reference.MOMENT_SHIFT)
-_LEAST_SCALE = tl.constexpr(reference.LEAST_MOMENT_SCALE)
+_MOMENT_BLOCK = tl.constexpr(moments_8bit.MOMENT_BLOCK)
+_SHIFT = tl.constexpr(moments_8bit.MOMENT_SHIFT)
+_LEAST_SCALE = tl.constexpr(moments_8bit.LEAST_MOMENT_SCALE)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _adamw_kernel(
         tl.store(grad + here, tl.zeros((CHUNK,), dtype=G), mask=inside)
 
 
-# ---- moments of 8 bits, bf16 rounded stochastically: reference.py explains the code and the random numbers ----
+# ---- moments of 8 bits, bf16 rounded stochastically: moments_8bit.py and philox.py explain them ----
 
 
 @triton.jit
@@ -312,8 +312,10 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _coefficients(step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float) -> Tensor:
-    """(3,) fp32 for the kernels, rounded once."""
-    return torch.stack(reference.adamw_coefficients(step, lr, beta1, beta2, weight_decay)).float()
+    """(3,) fp32: step size, square root of the second bias correction, decay factor; computed in fp64, rounded once."""
+    t, rate = step.double(), lr.double()
+    step_size, correction2 = rate / (1.0 - beta1**t), (1.0 - beta2**t).sqrt()
+    return torch.stack((step_size, correction2, 1.0 - rate * weight_decay)).float()
 
 
 def adamw_(

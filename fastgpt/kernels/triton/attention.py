@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import reference, slow_path
-from fastgpt.kernels.reference import empty_heads, split_heads
+from fastgpt.kernels.heads import empty_heads, split_heads
+from fastgpt.kernels.philox import dropout_threshold
 from fastgpt.kernels.triton import autotune
 from fastgpt.kernels.triton.launch import configuration, device_of, has_configuration, kernel, launch
 
@@ -450,7 +451,7 @@ def _order(q: Tensor) -> dict[str, bool]:
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
     """The threshold that a random word must reach, and what kept weights are multiplied by."""
-    return min(int(dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def _launch(
