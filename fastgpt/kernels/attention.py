@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, distinct, once_differentiable
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
 
 class _Attention(Function):
@@ -98,7 +99,7 @@ def attention(
     """``softmax(q k^T * scale) v`` as ``torch.nn.functional.scaled_dot_product_attention`` computes it.
 
     Args:
-        q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to 256.
+        q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to ``heads.MAX_HEAD_SIZE``, 256.
         k: ``(B, H, S, D)``, dtype and device of ``q``.
         v: shape of ``k``.
         causal: position t attends to positions up to t only; needs S = T.
@@ -119,8 +120,8 @@ def attention(
     checks.floating(q=q, k=k, v=v)
     q, k, v = autocast.in_autocast_dtype(q, k, v)
     checks.same("q", q=q, k=k, v=v)
-    if q.dim() != 4 or 0 in q.shape or q.shape[3] > 256:
-        raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= 256, got {tuple(q.shape)}")
+    if q.dim() != 4 or 0 in q.shape or q.shape[3] > MAX_HEAD_SIZE:
+        raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= {MAX_HEAD_SIZE}, got {tuple(q.shape)}")
     B, H, T, D = q.shape
     if k.dim() != 4 or k.shape[2] == 0:
         raise ValueError(f"k: expected (B, H, S, D) with S > 0, got {tuple(k.shape)}")

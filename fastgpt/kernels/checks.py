@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # torch.compile's symbols stand for numbers while it traces.
@@ -104,8 +106,10 @@ def number(name: str, value: Any) -> None:
 
 def heads(name: str, n_head: Any, width_name: str, width: int) -> None:
     """``n_head`` divides ``width`` into heads of a size that attention takes."""
-    if n_head < 1 or width % n_head or width // n_head > 256:
-        raise ValueError(f"{name}: {n_head} heads do not divide {width_name} = {width} into heads of at most 256")
+    if n_head < 1 or width % n_head or width // n_head > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name}: {n_head} heads do not divide {width_name} = {width} into heads of at most {MAX_HEAD_SIZE}"
+        )
 
 
 def boolean(name: str, value: Any) -> None:

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-# Elements of a head that every backend takes. The Triton kernels keep a head's whole row on chip, padded to a power of
-# two; at 512 the tiles of a block no longer fit an Ampere GPU's registers and shared memory. FlashAttention-2 has the
-# same limit. The C++ kernels have none of their own.
+# The largest head, in elements, that attention takes on every backend. The Triton kernels keep whole rows of a head on
+# chip, padded to a power of two. At 256 the backward already uses 96 of the 99 KiB of shared memory that a block may
+# have on sm_86, 89 and 120, so 512 would not fit. FlashAttention-2 has the same limit. The C++ kernels have none.
 MAX_HEAD_SIZE = 256
 
 

@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
 
     Args:
         embed_dim: width, C.
-        num_heads: number of heads, each of ``embed_dim / num_heads``, at most 256.
+        num_heads: number of heads, each of ``embed_dim / num_heads`` elements, at most ``heads.MAX_HEAD_SIZE``.
         dropout: probability of dropping an attention weight in training.
         bias: whether both products have one.
         device: of the parameters.
