@@ -87,7 +87,7 @@ def backward(
     sums = (*main_grads, None if before is None else before.main_grad)
     dx, *gradients = dispatch.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
     if before is not None:
-        before.summed.append(dx)
+        before.note(dx)
     return dx, *for_autograd(gradients, main_grads)
 
 

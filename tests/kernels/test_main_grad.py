@@ -85,6 +85,15 @@ def test_the_bias_gets_its_gradient_whatever_becomes_of_the_result(device, dtype
     rule.error("main_grad", (bias.main_grad - 1.0) / times, [peer], truth, dtype, rule.gradient)
 
 
+def test_a_gradient_that_a_hook_changes_in_place_is_refused():
+    x, weight, bias, *rest = parameters(torch.float32, None)
+    bias.main_grad = torch.zeros(C)
+    y = linear(x, weight, bias)
+    y.register_hook(lambda dy: dy.mul_(2.0))
+    with pytest.raises(RuntimeError, match=r"^linear: a hook changed the gradient of its result in place"):
+        direct(y, *rest).backward()
+
+
 def test_where_the_norm_has_summed_the_projection_does_not(device, monkeypatch):
     x, weight, bias, *rest = parameters(torch.float32, device)
     for parameter in (weight, bias):
