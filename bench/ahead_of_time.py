@@ -128,8 +128,8 @@ def _cross_entropy(rows: int, classes: int) -> None:
     OPS["cross_entropy_"](logits, targets, _empty(dtype=torch.float32), -1)
 
 
-def _adamw() -> None:
-    flat, copy = _empty(PARAMETERS, dtype=torch.float32), _empty(PARAMETERS)
+def _adamw(parameters: int = PARAMETERS) -> None:
+    flat, copy = _empty(parameters, dtype=torch.float32), _empty(parameters)
     scalar = _empty(dtype=torch.float32)
     norm = OPS["grad_norm"]([flat])
     OPS["adamw_"]([flat], [flat], [flat], [flat], [copy], scalar, scalar, norm, 0.9, 0.95, 1e-8, 0.1, True)
@@ -165,6 +165,7 @@ CASES: dict[str, Callable[[], None]] = {
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
     "adamw fp32": _adamw,
+    "adamw fp32 unaligned": lambda: _adamw(PARAMETERS + 1),
     "adamw_8bit 8-bit bf16": _adamw_8bit,
 }
 

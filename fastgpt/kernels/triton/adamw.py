@@ -321,13 +321,21 @@ def _kept(make: Any, *args: Any) -> Any:
     return make.__wrapped__(*args, stream) if capturing else make(*args, stream)
 
 
-def _tables(lists: list[list[Tensor]], chunk: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
-    """The four tables, and whether every tensor starts on 16 bytes and has a multiple of 16 elements."""
+def _tables(
+    lists: list[list[Tensor]], chunk: int, unaligned_chunk: int | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The four tables, and the constants ALIGNED and CHUNK that go with them.
+
+    ALIGNED: every tensor starts on 16 bytes and has a multiple of 16 elements. ``unaligned_chunk`` is CHUNK otherwise.
+    """
     sizes = tuple(t.numel() for t in lists[0])
     pointers = tuple(t.data_ptr() for tensors in lists for t in tensors)
     device = lists[0][0].device
+    aligned = all(number % 16 == 0 for number in pointers + sizes)
+    if not aligned and unaligned_chunk is not None:
+        chunk = unaligned_chunk
     tables = (_kept(_table, pointers, device), *_kept(_chunk_tables, sizes, chunk, device))
-    return tables, all(number % 16 == 0 for number in pointers + sizes)
+    return tables, {"ALIGNED": aligned, "CHUNK": chunk}
 
 
 def _by_dtypes(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
@@ -341,15 +349,14 @@ def _by_dtypes(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     config = configuration(device_of(grads[0]), "grad_norm", "any")
-    chunk = config["CHUNK"]
     sums = []
     for (part,) in _by_dtypes([g.contiguous() for g in grads]):
-        tables, aligned = _tables([part], chunk)
+        tables, constants = _tables([part], config["CHUNK"])
         n_chunks = tables[2].numel()
         sums.append(part[0].new_empty(n_chunks, dtype=torch.float32))
         launch(
             _squares_kernel, (n_chunks,), *tables, sums[-1],
-            dtype=_DTYPES[part[0].dtype], ALIGNED=aligned, **config,
+            dtype=_DTYPES[part[0].dtype], **config | constants,
         )  # fmt: skip
     norm = grads[0].new_zeros((), dtype=torch.float32)
     if sums:
@@ -373,13 +380,14 @@ def adamw_(
     config = configuration(device_of(params[0]), "adamw", "any")
     coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
     for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else [])):
-        tables, aligned = _tables(lists, config["CHUNK"])
+        # one element at a time, the addresses of a whole chunk and its values do not fit the registers
+        tables, constants = _tables(lists, config["CHUNK"], config["CHUNK"] // 2)
         launch(
             _adamw_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
-            HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, ALIGNED=aligned, **config,
+            HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, **config | constants,
         )  # fmt: skip
 
 
@@ -395,7 +403,7 @@ def adamw_8bit_(
     number = {id(param): i for i, param in enumerate(params)}
     optional = (tensors for tensors in (exp_avg_scales, exp_avg_sq_scales, copies) if tensors)
     for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *optional):
-        tables, aligned = _tables(lists, config["CHUNK"])
+        tables, constants = _tables(lists, config["CHUNK"])
         launch(
             _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, key,
@@ -404,5 +412,5 @@ def adamw_8bit_(
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,
             STOCHASTIC_M=stochastic_rounding and lists[2][0].dtype == torch.bfloat16, HAS_COPY=bool(copies),
-            HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, ALIGNED=aligned, **config,
+            HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, **config | constants,
         )  # fmt: skip
