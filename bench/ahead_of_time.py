@@ -259,7 +259,7 @@ def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
 
 def op_of(case: str) -> str:
     """The file of fastgpt/kernels/triton/ whose kernels a case launches."""
-    return case.partition(" ")[0].removesuffix("_compact")
+    return case.partition(" ")[0].removesuffix("_8bit")
 
 
 def digest(case: str, arch: int) -> str:

@@ -256,7 +256,7 @@ def test_missing_cpp_kernels_come_with_how_to_get_them(gpu, monkeypatch, tmp_pat
     (line,) = advice(monkeypatch, **absent)
     assert "install g++ or clang++, then reinstall fastgpt" in line
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    (line,) = advice(monkeypatch, library=None, reason="this CPU is DEFAULT, the build has _cpu_avx2.so")
+    (line,) = advice(monkeypatch, library=None, reason="this CPU has default, the build has _cpu_avx2.so")
     assert line.endswith("unset ATEN_CPU_CAPABILITY.")
 
 

@@ -1,9 +1,9 @@
-"""Scaled dot-product attention whose T x T weights are never materialised, forward or backward.
+"""Scaled dot-product attention that never materialises the T x T weights, forward or backward.
 
 Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 
-Dropout draws from Philox-4x32-10 with a seed taken from torch's generator, so ``torch.manual_seed`` governs
-it, the backward redraws the mask instead of storing it, and a seed means the same mask on every backend.
+Dropout draws from Philox-4x32-10 (philox.py) with a seed from torch's generator. So ``torch.manual_seed`` determines
+it, the backward redraws the mask instead of storing it, and a seed gives the same mask on every backend.
 """
 
 import math
@@ -74,12 +74,15 @@ class _AttentionQKV(Function):
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """A 0-dim int64 seed on ``device``; a tensor, because reading it back would stop a GPU's queue."""
+    """Return a 0-dim int64 seed on ``device``, or ``None`` without dropout.
+
+    It stays a tensor, because reading its value would wait for the GPU.
+    """
     return torch.randint(2**62, (), device=device) if dropout_p > 0.0 else None
 
 
 def scale_or_default(scale: float | None, D: int) -> float:
-    """``scale``, or ``1 / sqrt(D)`` if there is none."""
+    """Return ``scale``, or ``1 / sqrt(D)`` if it is ``None``."""
     if scale is None:
         return 1.0 / math.sqrt(D)
     checks.number("scale", scale)
@@ -96,7 +99,7 @@ def attention(
     dropout_p: float = 0.0,
     deterministic: bool = True,
 ) -> Tensor:
-    """``softmax(q k^T * scale) v`` as ``torch.nn.functional.scaled_dot_product_attention`` computes it.
+    """Return ``softmax(q k^T * scale) v``, like ``torch.nn.functional.scaled_dot_product_attention``.
 
     Args:
         q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to ``heads.MAX_HEAD_SIZE``, 256.
@@ -105,16 +108,16 @@ def attention(
         causal: position t attends to positions up to t only; needs S = T.
         scale: default ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
-        deterministic: the same inputs give the same gradients to the bit. False lets an NVIDIA GPU add up that of
-            q by atomics, in one pass instead of two, with 4 bytes an element in fp32 beside it; nothing
-            changes elsewhere.
+        deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
+            gradient of q with atomics, in one pass instead of two. This needs an fp32 buffer of the size of q. It
+            changes nothing on other devices.
 
     Returns:
         ``(B, H, T, D)`` in the dtype of ``q``, laid out in memory as ``(B, T, H, D)``, so that
         ``out.transpose(1, 2).reshape(B, T, H * D)`` copies nothing.
 
     Raises:
-        TypeError: a dtype is not a float or differs from that of ``q``, or an option has another type.
+        TypeError: a dtype is not floating-point or differs from that of ``q``, or an option has a wrong type.
         ValueError: a shape, a device, ``scale`` or ``dropout_p`` does not fit.
     """
     checks.floating(q=q, k=k, v=v)
@@ -160,15 +163,15 @@ def attention_qkv(
         causal: position t attends to positions up to t only.
         scale: default ``1 / sqrt(C / n_head)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
-        deterministic: the same inputs give the same gradients to the bit. False lets an NVIDIA GPU add up that of
-            q by atomics, in one pass instead of two, with 4 bytes an element in fp32 beside it; nothing
-            changes elsewhere.
+        deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
+            gradient of q with atomics, in one pass instead of two. This needs an fp32 buffer of the size of q. It
+            changes nothing on other devices.
 
     Returns:
         ``(B, T, C)``, contiguous, dtype of ``qkv``.
 
     Raises:
-        TypeError: ``qkv`` is no floating-point tensor, or ``n_head`` or an option has another type.
+        TypeError: ``qkv`` is not a floating-point tensor, or ``n_head`` or an option has a wrong type.
         ValueError: the shape, ``n_head``, ``scale`` or ``dropout_p`` does not fit.
     """
     checks.floating(qkv=qkv)

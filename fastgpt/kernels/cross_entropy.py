@@ -34,7 +34,7 @@ class _CrossEntropy(Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """The mean over counted rows of ``logsumexp(logits) - logits[target]``, in nats.
+    """Return the mean of ``logsumexp(logits) - logits[target]`` over the rows that count, in nats.
 
     Args:
         logits: ``(N, V)``, any strides, fp32, bf16 or fp16; sums are taken in fp32.

@@ -30,9 +30,9 @@ class _Gelu(Function):
 
 
 def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Tensor:
-    """``z * Phi(z)`` of ``z = x + bias``, Phi being the standard normal distribution function.
+    """Return ``z * Phi(z)`` of ``z = x + bias``, where Phi is the standard normal distribution function.
 
-    A linear layer's bias added here instead of there gets its gradient without a pass of its own.
+    If a linear layer's bias is added here instead of in the layer, its gradient needs no pass of its own.
 
     Args:
         x: any shape and strides, fp32, bf16 or fp16.
@@ -44,7 +44,7 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
 
     Raises:
         TypeError: a dtype is not a float or differs from that of ``x``.
-        ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
+        ValueError: ``approximate`` has another value, or a shape or device does not fit.
     """
     checks.floating(x=x)
     checks.floating_if_given(bias=bias)
