@@ -1,8 +1,8 @@
-"""Each operator in plain PyTorch: the oracle that kernels are held against, and the fallback of last resort.
+"""Each operator in plain PyTorch: the oracle that the kernels are tested against, and the fallback of last resort.
 
-Same signatures as the table in ops.py. Arithmetic is fp32 for half-precision inputs and in the inputs'
-own dtype otherwise, so float64 inputs give a float64 oracle. Written for clarity: attention builds its
-T x T weights, linear + cross-entropy its logits.
+Signatures, shapes and dtypes are those of the table in ops.py. Arithmetic is fp32 for half-precision inputs and in the
+inputs' own dtype otherwise, so float64 inputs give a float64 oracle. Written for clarity: attention builds its T x T
+weights, linear + cross-entropy its logits.
 """
 
 import math
@@ -20,12 +20,12 @@ from fastgpt.kernels.torch_matmul import with_zeros_behind
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype the arithmetic runs in."""
+    """``x`` in the dtype of the arithmetic."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _result(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype`` and contiguous; without a call that changes nothing, on which torch 2.11 loses gradients."""
+    """``x`` in ``dtype`` and contiguous. A call that changes nothing is avoided: torch 2.11 loses gradients on it."""
     x = x if x.dtype == dtype else x.to(dtype)
     return x if x.is_contiguous() else x.contiguous()
 
@@ -41,7 +41,7 @@ def add_column_sums_(sums: Tensor, x: Tensor) -> None:
 
 def embedding_backward_(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
     rows = dy.to(main_grad.dtype)
-    if on_gpu(rows):  # sorts, where index_add_ adds in whatever order its threads arrive
+    if on_gpu(rows):  # it sorts the indices; index_add_ would add in an order that varies from run to run
         main_grad.index_put_((index,), rows, accumulate=True)
     else:
         main_grad.index_add_(0, index, rows)
@@ -69,7 +69,7 @@ def add_layer_norm(
 
 
 def _delivered(gradient: Tensor, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor:
-    """``gradient`` in ``dtype``; or added to ``main_grad``, and an empty tensor in its place."""
+    """``gradient`` in ``dtype``; if there is a ``main_grad``, it is added there and an empty tensor is returned."""
     if main_grad is None:
         return _result(gradient, dtype)
     main_grad.add_(gradient)
@@ -127,7 +127,7 @@ def gelu_backward_recompute_(
 
 
 def _weights(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax weights and logsumexp of the scores."""
+    """Softmax weights (B, H, T, S), and logsumexp of the scores (B, H, T)."""
     scores = (_wide(q) @ _wide(k).transpose(-2, -1)) * scale
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -203,12 +203,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
 
 
 def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    """Gradient of sum(scales * losses), scales of shape (N,)."""
+    """Gradient of sum(scales * losses) for logits (N, V) and scales (N,)."""
     wide = _wide(logits)
     counted = (targets != ignore_index).unsqueeze(-1)
     at_target = targets.unsqueeze(-1).clamp(min=0) * counted
     softmax = (wide - lse.to(wide.dtype).unsqueeze(-1)).exp()
-    difference = softmax.scatter_add(1, at_target, -torch.ones_like(softmax[:, :1]))  # softmax less the one-hot target
+    difference = softmax.scatter_add(1, at_target, -torch.ones_like(softmax[:, :1]))  # softmax - onehot(target)
     return torch.where(counted, difference * scales.to(wide.dtype).unsqueeze(-1), 0.0).to(logits.dtype)
 
 
@@ -247,7 +247,7 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 def _adamw_coefficients(
     step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What depends on the step, fp64: step size, square root of the second bias correction, decay factor."""
+    """fp64 numbers that depend on the step: step size, square root of the second bias correction, decay factor."""
     t, rate = step.double(), lr.double()
     return rate / (1.0 - beta1**t), (1.0 - beta2**t).sqrt(), 1.0 - rate * weight_decay
 
@@ -256,7 +256,7 @@ def _adamw_update(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, coefficients: tuple[Tensor, Tensor, Tensor],
     grad_scale: Tensor | None, beta1: float, beta2: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The new parameter and moments, not rounded yet. Moments come wide."""
+    """The new parameter and moments, not rounded yet. The moments are given in the dtype of the arithmetic."""
     step_size, correction2, decay = (c.to(_wide(param).dtype) for c in coefficients)
     g = _wide(grad) if grad_scale is None else _wide(grad) * grad_scale
     m = exp_avg.lerp(g.to(exp_avg.dtype), 1.0 - beta1)
@@ -283,22 +283,22 @@ def adamw_(
             grad.zero_()
 
 
-# ---- AdamW that saves memory: moments of 8 bits, bf16 rounded stochastically ----
+# ---- AdamW with moments of 8 bits (moments_8bit.py), or with bf16 rounded stochastically ----
 
 
 def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
-    """fp32 as bf16: one of the two neighbours, chosen by ``random`` in [0, 2**16) so that the mean is ``x``."""
+    """Round fp32 to one of the two neighbours in bf16, chosen by ``random`` in [0, 2**16) so that the mean is ``x``."""
     bits = (x.view(torch.int32) + random) & ~0xFFFF  # the carry out of the lower half rounds up
     return torch.where(x.isnan(), x, bits.view(torch.float32)).bfloat16()
 
 
 def _blocks(flat: Tensor) -> Tensor:
-    """(n, 256), the last row filled up with zeros."""
+    """``flat`` as (n, 256), the last row padded with zeros."""
     return F.pad(flat, (0, -len(flat) % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
 
 
 def _random_halves(key: Tensor, tensor: int, purpose: int, first: int, n: int) -> tuple[Tensor, Tensor]:
-    """Two numbers in [0, 2**16), int32, for each of the elements ``first ... first + n`` of a tensor."""
+    """Two int32 numbers in [0, 2**16) for each of the elements [first, first + n) of a tensor; see philox.py."""
     place = torch.arange(first, first + n, device=key.device)
     words = philox(key, torch.full_like(place, purpose), torch.full_like(place, tensor), place)
     return (words >> 16).int(), (words & 0xFFFF).int()
@@ -310,12 +310,6 @@ def adamw_8bit_(
     grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
     zero_grad: bool, stochastic_rounding: bool,
 ) -> None:  # fmt: skip
-    """AdamW on coded moments where there are scales; where asked, all that is bf16 is rounded stochastically.
-
-    Philox's key is ``seed + step``, its counter (element // 4, number of the tensor, purpose, 0), purpose 0 for
-    the moments and 1 for the parameters; of word element % 4 the upper half is for exp_avg, the lower for
-    exp_avg_sq and for the parameter.
-    """
     coefficients = _adamw_coefficients(step, lr, beta1, beta2, weight_decay)
     key = seed + step.long()
     part = 2**20  # elements at a time, so that temporaries stay small
