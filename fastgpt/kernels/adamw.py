@@ -64,8 +64,8 @@ class FusedAdamW(Optimizer):
     group. It is taken from torch's generator when the group is added, and kept in the ``state_dict``; the same seed
     gives the same bits.
 
-    A step may be captured in a CUDA graph after a step outside a graph, and once more only after another such step. Numbers become constants of the graph; tensors,
-    which ``lr`` and ``grad_scale`` can be, are read at every replay.
+    A step may be captured in a CUDA graph after a step outside a graph; each further capture needs another such step.
+    Numbers become constants of the graph. Tensors, which ``lr`` and ``grad_scale`` can be, are read at every replay.
 
     Args:
         params: parameters or parameter groups, contiguous. Dtypes that the kernels of a device do not take, such as
