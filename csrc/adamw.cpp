@@ -18,7 +18,8 @@ constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kBlock = 256;
 static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0);
 
-// How far ahead memory is asked for, in elements: beyond the ends of pages, where the hardware's own prefetching stops.
+// How far ahead memory is prefetched, in elements: across the ends of pages, where the hardware's own prefetching
+// stops.
 constexpr int64_t kAhead = 256;
 
 // Copies larger than this, in elements, are written past the caches, which could not keep them until the next forward.

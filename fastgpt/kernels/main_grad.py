@@ -40,7 +40,7 @@ class HandedOn:
     """A bias whose gradient is summed by the layer norm that reads the projection's result.
 
     The gradient of the bias of ``y = x @ weight.T + bias`` is the sum of ``dy`` over its rows. To compute it, the
-    projection has to read ``dy`` once more. In a pre-norm transformer ``y`` goes into ``add_layer_norm(y, residual,
+    projection has to read ``dy`` again. In a pre-norm transformer ``y`` goes into ``add_layer_norm(y, residual,
     ...)``, whose backward computes ``dy`` and has it in registers: summed there, it costs nothing. The contract, for
     biases that carry a ``main_grad``:
 

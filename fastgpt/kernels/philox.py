@@ -21,9 +21,9 @@ def philox(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor) -> Tensor
 
     Args:
         seed: 0-dim int64, the key.
-        heads: int64, any shape that broadcasts with the others, as are ``rows`` and ``columns``.
-        rows: see ``heads``.
-        columns: see ``heads``.
+        heads: int64; its shape and those of ``rows`` and ``columns`` broadcast together.
+        rows: int64.
+        columns: int64.
     """
     key0, key1 = seed & MASK, (seed >> 32) & MASK
     c0, c1, c2 = torch.broadcast_tensors(columns // 4, rows, heads)

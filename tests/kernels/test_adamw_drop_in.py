@@ -477,7 +477,7 @@ def test_every_stream_has_tables_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
     make = lru_cache(lambda numbers, device, stream: object())
-    first, again, other = (host._kept(make, (1, 2), torch.device("cuda", 0)) for _ in range(3))
+    first, again, other = (host._cached(make, (1, 2), torch.device("cuda", 0)) for _ in range(3))
     assert first is again is not other
 
 

@@ -310,7 +310,7 @@ def _chunk_tables(
     return _numbers(sizes, device), tensors.int(), offsets
 
 
-def _kept(make: Any, *args: Any) -> Any:
+def _cached(make: Any, *args: Any) -> Any:
     """``make(*args, stream)`` for the current stream, from the cache if possible; the last of ``args`` is the device.
 
     A CUDA graph gets tables of its own, filled at every replay. A cached table could be dropped from the cache while
@@ -334,7 +334,7 @@ def _tables(
     aligned = all(number % 16 == 0 for number in pointers + sizes)
     if not aligned and unaligned_chunk is not None:
         chunk = unaligned_chunk
-    tables = (_kept(_table, pointers, device), *_kept(_chunk_tables, sizes, chunk, device))
+    tables = (_cached(_table, pointers, device), *_cached(_chunk_tables, sizes, chunk, device))
     return tables, {"ALIGNED": aligned, "CHUNK": chunk}
 
 
@@ -407,7 +407,7 @@ def adamw_8bit_(
         launch(
             _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, key,
-            _kept(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
+            _cached(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,

@@ -114,7 +114,7 @@ def _add_tile(base, tile, start, n_rows, D: tl.constexpr, BLOCK: tl.constexpr, B
 
 
 @triton.jit
-def _kept(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of a (BLOCK_M, BLOCK_N) tile dropout keeps, as booleans.
 
     Philox-4x32-10 with key = seed and counter = (column // 4, row, head, 0); word column % 4 must reach the threshold
@@ -195,7 +195,7 @@ def _attend(
         total = total * correction + tl.sum(weights, axis=1)  # before dropout, which is applied to normalised weights
         acc = acc * correction[:, None]
         if DROPOUT:
-            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
+            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
             weights = tl.where(kept, weights * keep, 0.0)
         values = _tile(v, start_n, v_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -203,6 +203,7 @@ def _attend(
     return acc, top, total
 
 
+# A threshold that 16 divides would otherwise be compiled for: another kernel for some values of p.
 @kernel(do_not_specialize=["threshold"])
 def _forward_kernel(
     q,  # (B, H, T, D)
@@ -263,7 +264,7 @@ def _accumulate_dq(
             weights = tl.where(_visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N), weights, 0.0)
         dweights = tl.dot(dout, values.T, input_precision=PRECISION)
         if DROPOUT:
-            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
+            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
             dweights = tl.where(kept, dweights * keep, 0.0)
         dscores = weights * (dweights - delta[:, None])
         acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision=PRECISION)
@@ -349,7 +350,7 @@ def _accumulate_dk_dv(
         dweights = tl.dot(v, grad.T, input_precision=PRECISION)
         used = weights
         if DROPOUT:
-            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N).T
+            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N).T
             used = tl.where(kept, weights * keep, 0.0)
             dweights = tl.where(kept, dweights * keep, 0.0)
         dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PRECISION)

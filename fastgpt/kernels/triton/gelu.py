@@ -44,8 +44,8 @@ def _value_and_derivative(x, TANH: tl.constexpr):
         slope = (x * x * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI  # d(2u)/dx
         # sigmoid' = sigmoid**2 * e; sigmoid * (1 - sigmoid) would cancel. Far out e is 0 or infinite (or its square
         # overflows, from 1e37 on) while the slope grows without bound, and the true product is 0.
-        bend = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
-        derivative = sigmoid + bend
+        x_times_slope = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
+        derivative = sigmoid + x_times_slope
     else:
         twice_phi = 1.0 + tl.erf(x * SQRT_HALF)
         value = x * (0.5 * twice_phi)
