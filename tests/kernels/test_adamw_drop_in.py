@@ -800,7 +800,7 @@ def test_a_parameter_given_twice_is_refused():
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda p, q: {p: p.bfloat16()}, r"has none for a parameter of shape \(3,\)"),
+        (lambda p, q: {p: p.bfloat16()}, r"has none for one of shape \(3,\)"),
         (lambda p, q: {t: t.bfloat16() for t in (p, q, one())}, r"has a key that is not a parameter"),
         (lambda p, q: {p: p.bfloat16(), q: q.tolist()}, "expected a Tensor, got list"),
         (lambda p, q: {p: p.bfloat16(), q: q.bfloat16().to("meta")}, "device meta differs"),
