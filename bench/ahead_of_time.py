@@ -37,7 +37,7 @@ from triton.runtime import driver
 from bench import bounds, sass
 from bench.bounds import GPUS, blocks_per_sm, bound
 from fastgpt import gpus, limits
-from fastgpt.kernels import reference
+from fastgpt.kernels import heads
 from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
@@ -128,8 +128,8 @@ def _cross_entropy(rows: int, classes: int) -> None:
     OPS["cross_entropy_"](logits, targets, _empty(dtype=torch.float32), -1)
 
 
-def _adamw() -> None:
-    flat, copy = _empty(PARAMETERS, dtype=torch.float32), _empty(PARAMETERS)
+def _adamw(parameters: int = PARAMETERS) -> None:
+    flat, copy = _empty(parameters, dtype=torch.float32), _empty(parameters)
     scalar = _empty(dtype=torch.float32)
     norm = OPS["grad_norm"]([flat])
     OPS["adamw_"]([flat], [flat], [flat], [flat], [copy], scalar, scalar, norm, 0.9, 0.95, 1e-8, 0.1, True)
@@ -165,6 +165,7 @@ CASES: dict[str, Callable[[], None]] = {
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
     "adamw fp32": _adamw,
+    "adamw fp32 unaligned": lambda: _adamw(PARAMETERS + 1),
     "adamw_8bit 8-bit bf16": _adamw_8bit,
 }
 
@@ -258,7 +259,7 @@ def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
 
 def op_of(case: str) -> str:
     """The file of fastgpt/kernels/triton/ whose kernels a case launches."""
-    return case.partition(" ")[0].removesuffix("_compact")
+    return case.partition(" ")[0].removesuffix("_8bit")
 
 
 def digest(case: str, arch: int) -> str:
@@ -267,7 +268,7 @@ def digest(case: str, arch: int) -> str:
     sources = [path for path in sorted(folder.glob("*.py")) if path.stem not in others]
     sources += [folder / "configs" / f"{name}.json" for name in ("any", f"sm_{arch}")]
     sources += [Path(str(module.__file__)) for module in (sys.modules[__name__], bounds, sass, gpus)]
-    layouts = [inspect.getsource(function) for function in (reference.empty_heads, reference.split_heads)]
+    layouts = [inspect.getsource(function) for function in (heads.empty_heads, heads.split_heads)]
     everything = [triton.__version__, *layouts, *(path.read_text() for path in sources)]
     return hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
 

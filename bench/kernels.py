@@ -36,7 +36,7 @@ from bench.timing import CPUTimer, CUDATimer, Timer, Unit, conditions, interleav
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 from fastgpt.hardware import find_device, measure_bandwidth, measure_gemm_peak
-from fastgpt.kernels.ops import backend_of
+from fastgpt.kernels.dispatch import backend_of
 
 Function = Callable[..., Any]
 

@@ -1,6 +1,6 @@
 // AdamW over a list of tensors, which may be one flat buffer, in one pass: gradient scale, decoupled weight
 // decay, moments, update, and optionally a low-precision copy of the new parameter and a zeroed gradient. Moments
-// may have 8 bits, and what is bf16 may be rounded stochastically; reference.py explains the codes.
+// may have 8 bits, and what is bf16 may be rounded stochastically; moments_8bit.py explains the codes.
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 #include <algorithm>
 
@@ -18,12 +18,14 @@ constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kBlock = 256;
 static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0);
 
-// How far ahead memory is asked for, in elements: beyond the ends of pages, where the hardware's own prefetching stops.
+// How far ahead memory is prefetched, in elements: across the ends of pages, where the hardware's own prefetching
+// stops.
 constexpr int64_t kAhead = 256;
 
 // Copies larger than this, in elements, are written past the caches, which could not keep them until the next forward.
 constexpr int64_t kKept = 4 << 20;
 
+// Elements [begin, end) of one tensor of a list.
 struct Chunk {
   size_t tensor;
   int64_t begin, end;
@@ -52,7 +54,7 @@ double sum_of_squares(const T* x, int64_t n) {
   return total;
 }
 
-// The L2 norm of all gradients taken as one vector.
+// grads: contiguous, any shapes. Returns the L2 norm of all of them taken as one vector, () fp32.
 Tensor grad_norm(const std::vector<Tensor>& grads) {
   const auto chunks = chunks_of(grads);
   std::vector<double> partials(chunks.size());
@@ -73,7 +75,7 @@ Tensor grad_norm(const std::vector<Tensor>& grads) {
 
 // ---- random numbers ----
 
-// Philox's words for a block of elements; reference.py tells what each word is for.
+// Philox's words for a block of elements, one each; fastgpt/kernels/philox.py says what their halves are for.
 struct Words {
   alignas(64) uint32_t words[kBlock];
 
@@ -87,7 +89,8 @@ struct Words {
 template <class T>
 constexpr bool is_bf16 = std::is_same_v<T, BFloat16>;
 
-// fp32 that bf16 can hold; a NaN stays one, though the carry would run through all its bits.
+// Rounds to an fp32 that bf16 can hold, up or down by random numbers in [0, 2**16): the carry out of the lower half
+// rounds up. A NaN is made quiet instead, because the carry could run through all its bits.
 FASTGPT_INLINE Vec round_stochastically(Vec x, IntVec random) {
   return x == x ? (Vec)(((UintVec)x + (UintVec)random) & 0xffff0000u) : (Vec)((UintVec)x | 0x00400000u);
 }
@@ -96,6 +99,7 @@ FASTGPT_INLINE Vec round_stochastically(Vec x, IntVec random) {
 
 // random(i) gives numbers in [0, 2**16) for the vector at i.
 
+// A moment of element type T, rounded stochastically if it is bf16 and that is required.
 template <class T>
 class PlainMoment {
  public:
@@ -119,12 +123,15 @@ class PlainMoment {
   bool stochastic_;
 };
 
-constexpr int kCodeShift = 20;  // bits of an fp32 below three bits of fraction
+constexpr int kCodeShift = 20;  // of the 23 bits of fraction of an fp32, three remain
 
-// Biased exponents: under the least the smallest of 255 codes would be no normal fp32, above the largest is infinity.
+// Biased exponents. Below the least the smallest of 255 codes would not be a normal fp32; above the largest is
+// infinity.
 constexpr int32_t kLeastScale = 33, kLargestScale = 254;
 
-template <int32_t kLargest>  // 127 for exp_avg, whose sign is the highest bit; 255 for exp_avg_sq, which has none
+// A moment of 8-bit codes; moments_8bit.py explains the arithmetic. kLargest, the largest code without a sign, is 127
+// for exp_avg, which has its sign in the highest bit, and 255 for exp_avg_sq, which has none.
+template <int32_t kLargest>
 class CodedMoment {
  public:
   CodedMoment(uint8_t* codes, float* scales) : codes_(codes), scales_(scales) {}
@@ -190,7 +197,7 @@ class CodedMoment {
 
 // ---- the update ----
 
-// Each computed in double and rounded once: 1 - beta2 taken in fp32 would be off by 1e-4 of itself.
+// Each is computed in double and rounded once: 1 - beta2 computed in fp32 would be off by 1e-4 of itself.
 struct Coefficients {
   float grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_correction2, eps;
 };
@@ -223,6 +230,10 @@ struct Options {
   uint64_t key;  // of the random numbers, if there are any
 };
 
+// One chunk, block by block:
+//   m += (g - m) (1 - beta1),  v = beta2 v + (1 - beta2) g^2,
+//   p = decay p - step_size m / (sqrt(v) / sqrt(correction2) + eps).
+// param, grad and copy are a whole tensor's elements; copy, bf16, may be null.
 template <class P, class G, class ExpAvg, class ExpAvgSq>
 void update(
     const Chunk& chunk, P* param, G* grad, ExpAvg exp_avg, ExpAvgSq exp_avg_sq, BFloat16* copy, bool past_caches,
@@ -233,8 +244,8 @@ void update(
   const auto for_exp_avg_sq = [&](int64_t i) { return for_moments.lower_halves(i); };
   for (int64_t first = chunk.begin; first < chunk.end; first += kBlock) {
     const int64_t n = std::min(kBlock, chunk.end - first);
-    if (exp_avg.needs_random()) for_moments.draw(options.key, first, chunk.tensor, 0);
-    if (stochastic) for_param.draw(options.key, first, chunk.tensor, 1);
+    if (exp_avg.needs_random()) for_moments.draw(options.key, first, chunk.tensor, 0);  // purpose 0: moments
+    if (stochastic) for_param.draw(options.key, first, chunk.tensor, 1);                // purpose 1: parameters
     exp_avg.open_block(first, n);
     exp_avg_sq.open_block(first, n);
     for_each_vector(n, [&](int64_t k, int64_t lanes) {
@@ -264,7 +275,7 @@ void update(
   }
 }
 
-// moments_of(T{}, i): both of tensor i, whose elements are of type T.
+// All chunks of all tensors. moments_of(T{}, i) returns both moments of tensor i, an array of elements of type T.
 template <class MomentsOf>
 void update_all(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& copies,
@@ -296,6 +307,8 @@ auto plain_moments(const std::vector<Tensor>& exp_avgs, const std::vector<Tensor
   };
 }
 
+// params, grads, exp_avgs, exp_avg_sqs: lists of contiguous tensors, one shape for each index; params and moments of
+// one dtype, grads of any. copies: bf16, or an empty list. step: () fp32. lr: () fp64. grad_scale: () fp32.
 void adamw_(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
     const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& copies, const Tensor& step, const Tensor& lr,
@@ -305,6 +318,8 @@ void adamw_(
   update_all(params, grads, copies, c, {zero_grad, false, 0}, plain_moments(exp_avgs, exp_avg_sqs, false));
 }
 
+// As adamw_. exp_avgs, exp_avg_sqs: uint8 codes if there are scales. exp_avg_scales, exp_avg_sq_scales: lists of
+// (ceil(numel / 256)) fp32, or empty lists. seed: () int64.
 void adamw_8bit_(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
     const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_scales,

@@ -1,14 +1,14 @@
-// AMX: tiles of 16 rows by 64 bytes, whose products of bf16 are summed in fp32. How operands are laid out for them, and
-// the product of two such.
+// AMX: tiles of 16 rows by 64 bytes; products of bf16 tiles are summed in fp32. This file has the layout of operands in
+// tiles, and the product of two packed operands.
 //
 // Operands of fp32 are split into three numbers of bf16 each, a = a0 + a1 + a2, which is exact (8 bits of each, 24 in
-// all). Six of the nine products are added up; the other three are below 2**-26 of the product, less than fp32's own
+// all). Six of the nine products are added; the other three are below 2**-26 of the product, less than fp32's own
 // rounding. Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 // computations", 2019. On a core with AMX six such products take a third of the time of one in AVX-512.
 //
-// Operands are packed first: into panels of 32 rows of A or columns of B ("lanes"), each panel a sequence of steps of
-// 32 along the depth, each step two tiles for each part of the split. What lies beyond an operand's edge is zero in
-// the packed copy and is never read.
+// Operands are packed first, into panels of 32 rows of A or columns of B ("lanes"). A panel is a sequence of steps of
+// 32 along the depth, and a step has two tiles for each part of the split. The packed copy is zero beyond an operand's
+// edge, and memory beyond the edge is never read.
 #pragma once
 
 #include "isa.h"
@@ -19,13 +19,14 @@
 namespace fastgpt {
 namespace amx {
 
+// The operand of ldtilecfg, as Intel's manual lays it out: all eight tiles have 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A thread's tiles, all of them whole, for as long as this lives.
+// Configures the thread's tiles, and releases them when it goes out of scope.
 class Tiles {
  public:
   FASTGPT_AMX Tiles() {
@@ -41,20 +42,22 @@ constexpr int64_t kTileLanes = 16, kLanesOfPanel = 32;
 constexpr int64_t kStep = 32;  // of depth: 16 pairs of bf16
 constexpr int64_t kTileBytes = 1024, kPairBytes = 2 * kTileBytes;
 
+// Numbers of bf16 that an element is split into.
 template <class T>
 constexpr int kParts = std::is_same_v<T, BFloat16> ? 1 : 3;
 
-// A block of 16 lanes by 32 of depth, as 16 vectors of 16 words. A word is a pair of bf16 along the depth. Which two
-// make a pair is the same for A and B and matters to nothing else: 2j and 2j + 1 of bf16 operands, as they lie in
-// memory, and j and j + 16 of fp32 ones, which need no shuffle.
+// A block of 16 lanes by 32 of depth, as 16 vectors of 16 words. A word is a pair of bf16 along the depth. Any pairing
+// works if it is the same for A and B. bf16 operands pair 2j and 2j + 1, as they lie in memory; fp32 operands pair j
+// and j + 16, which needs no shuffle.
 template <class T>
 using Block = __m512i[kParts<T>][16];
 
+// A mask of the first n of 16 words.
 FASTGPT_AMX FASTGPT_INLINE __mmask16 first_words(int64_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1);
 }
 
-// Rows become columns: of 4 x 4 words in each quarter, then of the quarters.
+// Transposes 16 x 16 words: first 4 x 4 words in each quarter of a vector, then the quarters.
 FASTGPT_AMX FASTGPT_INLINE void transpose(__m512i (&v)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -77,21 +80,23 @@ FASTGPT_AMX FASTGPT_INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Splits fp32 into three bf16, each in the upper half of a word. A number beyond 2**64 makes `large` true: where a
-// product overflows, those of the parts may be infinities of either sign, whose sum is no number.
+// Splits fp32 into three bf16, each in the upper half of a word. A number beyond 2**64 sets `large`: where a product of
+// two such overflows, the products of the parts can be infinities of either sign, and their sum a NaN. Such blocks are
+// multiplied without the split (multiply_plainly).
 FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& large) {
   const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
   const auto nearest = [&](__m512 v) {
     return _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(v), half), upper);
   };
   const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 beyond = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x5f800000));
+  const __mmask16 beyond = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x5f800000));  // 2**64
   __mmask16 finite = 0xffff;
   parts[0] = nearest(x);
   if (__builtin_expect(beyond != 0, 0)) {
     const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
     finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    parts[0] = _mm512_mask_and_epi32(parts[0], beyond, _mm512_castps_si512(x), upper);  // rounded, it may be infinite
+    parts[0] =
+        _mm512_mask_and_epi32(parts[0], beyond, _mm512_castps_si512(x), upper);  // cut: rounding could give infinity
     parts[0] = _mm512_mask_set1_epi32(parts[0], nan, 0x7fc00000);
     large |= (beyond & ~nan) != 0;
   }
@@ -100,11 +105,12 @@ FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& large
   parts[2] = nearest(_mm512_sub_ps(rest, _mm512_castsi512_ps(parts[1])));
 }
 
-FASTGPT_AMX FASTGPT_INLINE __m512i pair(__m512i lower, __m512i upper) {  // of the upper halves of words
+// Pairs the upper halves of the words of two vectors.
+FASTGPT_AMX FASTGPT_INLINE __m512i pair(__m512i lower, __m512i upper) {
   return _mm512_or_si512(_mm512_srli_epi32(lower, 16), upper);
 }
 
-// Lanes whose depth is contiguous: a vector holds a lane.
+// Reads a block whose lanes are contiguous along the depth and `stride` apart: a vector holds one lane.
 FASTGPT_AMX FASTGPT_INLINE void read_lanes(
     const BFloat16* from, int64_t stride, int64_t lanes, int64_t depth, Block<BFloat16>& block, bool&) {
   const __mmask32 there = static_cast<__mmask32>(depth >= kStep ? ~0u : (1u << depth) - 1);
@@ -121,7 +127,7 @@ FASTGPT_AMX FASTGPT_INLINE void read_lanes(
   }
 }
 
-// Lanes that lie side by side: a vector holds a pair of depths of all lanes.
+// Reads a block whose lanes lie side by side, with depths `stride` apart: a vector holds a pair of depths of all lanes.
 FASTGPT_AMX FASTGPT_INLINE void read_depths(
     const BFloat16* from, int64_t stride, int64_t lanes, int64_t depth, Block<BFloat16>& block, bool&) {
   const __mmask16 there = first_words(lanes);
@@ -141,8 +147,9 @@ FASTGPT_AMX FASTGPT_INLINE void read_depths(
   }
 }
 
-// Packs `lanes` by `depth` of `from`, whose rows are the lanes, in the order in which they lie in memory. A's tiles
-// have a row a lane, B's a row a pair of depths. Returns whether a large number was split.
+// Packs `lanes` by `depth` of `from`, whose rows are the lanes, walking in the order in which they lie in memory. A row
+// of A's tiles is a lane (kRowsAreLanes), a row of B's tiles a pair of depths. Returns whether a large number was
+// split.
 template <bool kRowsAreLanes, class T>
 FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char* out) {
   const bool lanes_lie_together = from.row == 1 && from.column != 1;
@@ -191,11 +198,11 @@ FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char*
 
 // ---- multiplying ----
 
-// 32 x 32 sums: four tiles of 16 x 16 that follow each other in memory, two rows of two.
+// 32 x 32 sums in fp32: four tiles of 16 x 16 that follow each other in memory, two rows of two.
 constexpr int64_t kSumsOfTile = kTileLanes * kTileLanes, kSumsOfPanels = 4 * kSumsOfTile;
 
-// Tiles 0 to 3 += a pair of A's tiles, in 4 and 5, times a pair of B's, in 6 and 7. B's pass through while A's are used
-// over and over: their loads leave the first-level cache to A.
+// Adds to tiles 0 to 3 a pair of A's tiles, in 4 and 5, times a pair of B's, in 6 and 7. A's are used again and again
+// while B's pass through, so B's are loaded with a hint that leaves the first-level cache to A.
 template <bool kLoadA, bool kLoadB>
 FASTGPT_AMX FASTGPT_INLINE void multiply_pair(const char* a, const char* b) {
   if constexpr (kLoadA) _tile_loadd(4, a, 64);
@@ -208,7 +215,7 @@ FASTGPT_AMX FASTGPT_INLINE void multiply_pair(const char* a, const char* b) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// A panel of A times a panel of B over so many steps; starts from zero or from what `sums` holds.
+// sums (32 x 32, as four tiles) = or += a panel of A times a panel of B over so many steps.
 template <class T>
 FASTGPT_AMX void multiply_panels(const char* a, const char* b, int64_t steps, bool accumulate, float* sums) {
   if (accumulate) {
@@ -225,7 +232,7 @@ FASTGPT_AMX void multiply_panels(const char* a, const char* b, int64_t steps, bo
   for (int64_t k = 0; k < steps; ++k, a += kParts<T> * kPairBytes, b += kParts<T> * kPairBytes) {
     if constexpr (kParts<T> == 1) {
       multiply_pair<true, true>(a, b);
-    } else {  // parts whose numbers add up to 2 at most, in an order in which each part of B is loaded once
+    } else {  // the products ai bj with i + j <= 2, the largest last, in an order that loads few tiles
       const char *a1 = a + kPairBytes, *a2 = a1 + kPairBytes, *b1 = b + kPairBytes, *b2 = b1 + kPairBytes;
       multiply_pair<true, true>(a, b2);
       multiply_pair<false, true>(a, b1);

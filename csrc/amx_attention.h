@@ -1,5 +1,5 @@
-// Attention of bf16 on AMX: every product of a block is one of tiles, and what is done to the scores between two
-// products is done in vectors, which write the weights as the tiles of the next.
+// Attention of bf16 on AMX: every product of a block is a product of tiles. Between two products the scores are
+// processed in vectors, which write the weights as the packed tiles of the next product.
 #pragma once
 
 #include <cmath>
@@ -13,12 +13,12 @@
 namespace fastgpt {
 namespace amx {
 
-// Queries, keys and the elements of a head come in panels of 32; `panels` of them hold n.
+// Queries, keys and the elements of a head come in panels of 32: the number of panels that hold n.
 constexpr int64_t panels(int64_t n) { return (n + kLanesOfPanel - 1) / kLanesOfPanel; }
 constexpr int64_t packed_bytes(int64_t lanes, int64_t depth) { return panels(lanes) * panels(depth) * kPairBytes; }
 static_assert(kStep == kLanesOfPanel);  // a panel of weights is a step of the next product
 
-// Memory that starts on a cache line: packed operands, or sums.
+// Memory that starts on a cache line, for packed operands or sums.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : lines_(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]) {}
@@ -33,11 +33,13 @@ class Buffer {
 };
 inline Buffer buffer_of_sums(int64_t n) { return Buffer(n * static_cast<int64_t>(sizeof(float))); }
 
-// The rows from `first` on as a matrix, and where row i of a panel's 32 x 32 sums lies: 16 of them, and 16 more behind.
+// The rows from `first` on as a matrix. And where row i of a panel lies in its 32 x 32 sums and in its pair of tiles:
+// 16 elements there, and the other 16 in the next tile.
 inline Matrix<BFloat16> matrix(Rows<const BFloat16> rows, int64_t first) { return {rows[first], rows.stride, 1}; }
 constexpr int64_t row_of_sums(int64_t i) { return i / kTileLanes * 2 * kSumsOfTile + i % kTileLanes * 16; }
 constexpr int64_t row_of_tiles(int64_t i) { return i / kTileLanes * kTileBytes + i % kTileLanes * 64; }
 
+// Stores 32 fp32 as a row of bf16 of a tile.
 FASTGPT_AMX FASTGPT_INLINE void store_row(char* to, Vec left, Vec right) {
   _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
 }
@@ -46,7 +48,8 @@ FASTGPT_AMX FASTGPT_INLINE void store_row(char* to, Vec left, Vec right) {
 
 constexpr int64_t kKeysAtATime = 256;  // of 32 queries: 32 KiB of scores
 
-// The panel of query rows that starts at `first`. `keys` and `values` hold the head: B of Q K^T and of P V.
+// Forward of the panel of 32 query rows that starts at `first`. `keys` and `values` hold the packed head: B of Q K^T
+// and of P V. lse: (n_query). The online softmax is that of vector_attention.h.
 FASTGPT_AMX inline void forward_panel(
     const Problem& p, int64_t head, Rows<const BFloat16> q, int64_t first, const char* keys, const char* values,
     Rows<BFloat16> out, float* lse) {
@@ -55,7 +58,7 @@ FASTGPT_AMX inline void forward_panel(
   alignas(64) float scores[kKeysAtATime / kLanesOfPanel * kSumsOfPanels], keep[kKeysAtATime];
   alignas(64) char weights[kKeysAtATime / kStep * kPairBytes];
   float row_max[kLanesOfPanel];
-  Vec row_sum[kLanesOfPanel] = {};  // across lanes at the end only
+  Vec row_sum[kLanesOfPanel] = {};  // a sum for each lane; the lanes are added at the end only
   std::fill_n(row_max, n, -INFINITY);
   std::fill_n(result.sums(), steps * kSumsOfPanels, 0.0f);
   pack<true>(matrix(q, first), n, p.head_dim, queries.packed());
@@ -135,13 +138,15 @@ FASTGPT_AMX inline void forward(const Problem& p, const Inputs<const BFloat16>& 
 //
 // With P the weights, Z the dropout factors and delta = rowsum(dout * out):
 //   dV = (P Z)^T dO,   dS = P (Z (dO V^T) - delta),   dQ = scale dS K,   dK = scale dS^T Q.
-// Scores are computed transposed, a panel's rows being keys: S^T = K Q^T. Then lse and delta are vectors, and the
-// weights come out as A of dV and dK. dQ is computed transposed too, dQ^T = K^T dS^T, of which they are B, once two
-// rows are woven into one.
+// Scores are computed transposed, with keys as a panel's rows: S^T = K Q^T. Then lse and delta are vectors along a row,
+// and the weights come out packed as A of dV and dK. dQ is computed transposed too: dQ^T = K^T dS^T, where dS^T is B. A
+// row of B's tiles is a pair of depths, so pairs of rows of dS^T are interleaved ("woven") into one.
 
+// A block of weights is 128 keys by 512 queries: 128 KiB of bf16 each for the weights, dS and its woven copy, which
+// stay in the second-level cache of 2 MiB.
 constexpr int64_t kKeysOfBlock = 128, kQueriesOfBlock = 512;
 
-// What a thread holds of a head, and of a block of its keys by its queries.
+// A thread's buffers: a whole head's queries and gradients, and one block of keys by queries.
 struct Backward {
   explicit Backward(const Problem& p)
       : queries(packed_bytes(p.n_query, p.head_dim)),
@@ -171,8 +176,9 @@ struct Backward {
   alignas(64) float keep[kKeysOfBlock * kLanesOfPanel];  // dropout's factors of a panel of queries
 };
 
-// From the scores of 32 keys by 32 queries and the gradients of their weights, both transposed, to panels of weights
-// and of gradients of the scores. `key` and `query` are the first; `masked` where not every query sees every key.
+// Turns the scores of 32 keys by 32 queries and the gradients of their weights, both transposed, into panels of weights
+// and of gradients of the scores. `key` and `query` are the first of each; `masked` is set if some query does not see
+// some key. lse, delta: 32 queries. keep: dropout's factors, 32 x 32, or null.
 FASTGPT_AMX inline void weigh(
     const Problem& p, int64_t key, int64_t query, bool masked, const float* scores, const float* dweights,
     const float* lse, const float* delta, const float* keep, char* weights, char* dscores, char* dscores_woven) {
@@ -208,7 +214,7 @@ FASTGPT_AMX inline void weigh(
   }
 }
 
-// One block of keys, from `key` on, against all queries that see any of them.
+// One block of keys, from `key` on, and all queries that see any of them: writes its dk and dv, adds to dQ^T.
 FASTGPT_AMX inline void backward_block(
     const Problem& p, int64_t head, Rows<const BFloat16> k, Rows<const BFloat16> v, Rows<BFloat16> dk,
     Rows<BFloat16> dv, int64_t key, Backward& own) {
@@ -221,7 +227,7 @@ FASTGPT_AMX inline void backward_block(
   std::fill_n(own.dkeys.sums(), key_panels * steps * kSumsOfPanels, 0.0f);
   std::fill_n(own.dvalues.sums(), key_panels * steps * kSumsOfPanels, 0.0f);
 
-  // All counts are of panels now; keys' from `key` on.
+  // From here on all counts are in panels, those of keys from `key` on.
   const int64_t offset = panels(key), queries_at_a_time = panels(kQueriesOfBlock);
   const auto first_query = [&](int64_t key_panel) { return p.causal ? offset + key_panel : 0; };
   for (int64_t start = first_query(0); start < query_panels; start += queries_at_a_time) {

@@ -1,4 +1,4 @@
-// The matrix product on AMX, for fp32 and bf16: blocks of B stay in the second-level cache, panels of A go by.
+// The matrix product on AMX, for fp32 and bf16: a block of B stays in the second-level cache while panels of A pass.
 #pragma once
 
 #include "amx.h"
@@ -8,7 +8,7 @@
 namespace fastgpt {
 namespace amx {
 
-// Adds up the lanes of packed panels of A.
+// Adds the sum of each packed lane of A to `sums`, (lanes): a product of pairs of bf16 with pairs of ones.
 template <class T>
 FASTGPT_AMX void add_row_sums(const char* packed, int64_t lanes, int64_t depth, float* sums) {
   const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
@@ -22,7 +22,7 @@ FASTGPT_AMX void add_row_sums(const char* packed, int64_t lanes, int64_t depth, 
     }
 }
 
-// The same from the operands themselves, for those with a large number: `rows` by `columns` over `depth`.
+// The 32 x 32 sums from the operands themselves, for those with a large number: `rows` by `columns` over `depth`.
 template <class T>
 void multiply_plainly(
     const Matrix<T>& a, const Matrix<T>& b, int64_t rows, int64_t columns, int64_t depth, float* sums) {
@@ -34,20 +34,21 @@ void multiply_plainly(
     }
 }
 
-// Where sums of 32 x 32 go, and what is added to them: what is there, the sums of earlier stretches, the bias.
+// Where 32 x 32 sums go in C, and what is added to them: what C holds, the sums of earlier stretches of depth, the
+// bias.
 template <class Out>
 struct Target {
   Out* to;
   int64_t ld;
   bool accumulate;
-  const float* earlier;  // rows as far apart as those of `to`; or null
+  const float* earlier;  // rows `ld` apart like those of `to`; or null
   const float* bias;     // or null
 
   Target at(int64_t i, int64_t j) const {
     return {to + i * ld + j, ld, accumulate, earlier ? earlier + i * ld + j : nullptr, bias ? bias + j : nullptr};
   }
 
-  // Asks for the memory early, so that it is there when the sums are.
+  // Prefetches C, so that it is in the cache when the sums are ready.
   FASTGPT_AMX FASTGPT_INLINE void fetch(int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i)
       for (size_t j = 0; j < kLanesOfPanel; j += 64 / sizeof(Out)) __builtin_prefetch(to + i * ld + j, 1);
@@ -89,18 +90,19 @@ struct Target {
   }
 };
 
-// A block of B is packed and stays in the second-level cache: 768 KiB, as reads were measured to slow down beyond 1 MiB
-// of 2 (Xeon with AMX, in a virtual machine). Panels of A are packed one after the other, and a stretch of one stays in
-// the first-level cache (32 KiB of 48) while B passes through. So A and C are gone through row by row, as prefetching
-// wants it. Writing C past the caches took a fifth off a product alone and made a training step slower: what reads C
-// next then finds it in memory only.
+// A block of B is packed and stays in the second-level cache: 384 pairs of tiles, 768 KiB. Reads were measured to slow
+// down beyond 1 MiB of its 2 (Xeon with AMX, in a virtual machine). Panels of A are packed one after the other, and a
+// stretch of one, 32 KiB, stays in the first-level cache of 48 while B passes through. So A and C are walked row by
+// row, as prefetching requires. Writing C past the caches made the product alone a fifth faster and a training step
+// slower, because the next reader of C then had to fetch it from memory.
 template <class T>
-constexpr int64_t kStretch = kParts<T> == 1 ? 16 : 4;  // steps
+constexpr int64_t kStretch = kParts<T> == 1 ? 16 : 4;  // steps of a panel of A that stay in the first-level cache
 template <class T>
-constexpr int64_t kDeepest = kStep * (kParts<T> == 1 ? 32 : 8);
-constexpr int64_t kMostPairs = 384, kMostPanels = 24;  // of B, in pairs of tiles and in panels
+constexpr int64_t kDeepest = kStep * (kParts<T> == 1 ? 32 : 8);  // depth of a block of B
+constexpr int64_t kMostPairs = 384, kMostPanels = 24;            // of a block of B, in pairs of tiles and in panels
 
-// Where lanes of A lie together its panels are narrower than a row in memory, and some are packed at a time.
+// Panels of A that are packed at a time if A's lanes lie side by side in memory: one panel of 32 lanes is narrower than
+// a row there, and several use whole cache lines.
 constexpr int64_t kGroup = 4;
 
 struct Scratch {
@@ -110,7 +112,7 @@ struct Scratch {
   static_assert(kDeepest<float> * kParts<float> <= kDeepest<BFloat16>);
 };
 
-// (M, depth) times (depth, N), where the latter can be packed as a whole.
+// The product of a, (M, depth), and b, (depth, N), which must fit a block: it is packed as a whole.
 template <class T, class Out>
 FASTGPT_AMX void multiply_block(
     const Matrix<T>& a, const Matrix<T>& b, int64_t M, int64_t N, int64_t depth, const Target<Out>& target,
@@ -124,7 +126,7 @@ FASTGPT_AMX void multiply_block(
     const bool large = pack<true>(a.at(first, 0), in_group, depth, scratch.a) || large_b;
     if (row_sums) add_row_sums<T>(scratch.a, in_group, depth, row_sums + first);
     for (int64_t i = 0; i < in_group; i += kLanesOfPanel)
-      for (int64_t step = 0; step == 0 || step < steps; step += stretch)  // once without depth too: C is then the bias
+      for (int64_t step = 0; step == 0 || step < steps; step += stretch)  // once if there is no depth: C is the bias
         for (int64_t j = 0; j < N; j += kLanesOfPanel) {
           const int64_t rows = std::min(kLanesOfPanel, in_group - i), columns = std::min(kLanesOfPanel, N - j);
           const Target<Out> here = target.at(first + i, j);
@@ -143,7 +145,7 @@ FASTGPT_AMX void multiply_block(
   }
 }
 
-// One thread's share.
+// One thread's share of the product: blocks of depth, and in each blocks of B's columns.
 template <class T, class Out>
 FASTGPT_AMX void multiply(const Product<T, Out>& p) {
   thread_local const std::unique_ptr<Scratch> scratch(new Scratch);

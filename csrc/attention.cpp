@@ -8,6 +8,7 @@
 namespace fastgpt {
 namespace {
 
+// AMX for bf16 where the CPU has it, vectors otherwise. lse: (n_heads, n_query).
 template <class T>
 void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* lse) {
 #if defined(FASTGPT_AMX)
@@ -39,6 +40,8 @@ Tensor empty_heads(const Tensor& like, int64_t T) {
   return empty_strided({B, H, T, D}, {T * H * D, D, H * D, 1}, like.scalar_type());
 }
 
+// q: (B, H, T, D). k, v: (B, H, S, D); S = T if causal. Any strides. seed: () int64, present if dropout_p > 0.
+// Returns out (B, H, T, D), laid out as (B, T, H, D), and lse (B, H, T) fp32.
 std::tuple<Tensor, Tensor> attention(
     const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, bool causal, double scale, double dropout_p,
     const std::optional<Tensor>& seed) {
@@ -54,6 +57,8 @@ std::tuple<Tensor, Tensor> attention(
   return {out, lse};
 }
 
+// dout, out: (B, H, T, D). lse: (B, H, T) fp32, contiguous. The others as in the forward. Returns dq, dk and dv in the
+// shapes of q, k and v, laid out as (B, T, H, D).
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
     const Tensor& lse, bool causal, double scale, double dropout_p, const std::optional<Tensor>& seed,
@@ -72,8 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv};
 }
 
-// The same on q, k and v packed side by side as (B, T, 3C), with the output and the gradient packed likewise.
+// ---- the same on q, k and v packed side by side ----
 
+// qkv: (B, T, 3C), any strides. Returns out (B, T, C) and lse (B, n_head, T) fp32.
 std::tuple<Tensor, Tensor> attention_qkv(
     const Tensor& qkv_in, int64_t n_head, bool causal, double scale, double dropout_p,
     const std::optional<Tensor>& seed) {
@@ -88,6 +94,7 @@ std::tuple<Tensor, Tensor> attention_qkv(
   return {out, lse};
 }
 
+// dout, out: (B, T, C). qkv: (B, T, 3C). lse: (B, n_head, T) fp32, contiguous. Returns the gradient of qkv, (B, T, 3C).
 Tensor attention_qkv_backward(
     const Tensor& dout_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& lse, int64_t n_head, bool causal,
     double scale, double dropout_p, const std::optional<Tensor>& seed, bool /*deterministic: always*/) {

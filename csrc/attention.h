@@ -1,4 +1,4 @@
-// What attention is asked for: the tensors' rows by head, the causal mask and dropout.
+// The description of an attention problem: the tensors' rows by head, the causal mask and dropout.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace fastgpt {
 
-// One (batch, head)'s rows of a tensor: `rows` of D contiguous elements, `stride` elements apart.
+// The rows of one head of one batch entry: each has D contiguous elements, and they lie `stride` elements apart.
 template <class T>
 struct Rows {
   T* base;
@@ -37,6 +37,7 @@ Heads<U> heads_of_packed(const Tensor& t, int64_t n_head, int64_t n, int64_t ind
   return {data<U>(t) + index * C, n_head, t.stride(0), C / n_head, t.stride(1)};
 }
 
+// q, k and v, or their gradients.
 template <class U>
 struct Inputs {
   Heads<U> q, k, v;
@@ -49,7 +50,7 @@ Inputs<U> inputs_of_packed(const Tensor& qkv, int64_t n_head) {
 }
 
 struct Dropout {
-  uint32_t threshold = 0;  // weights whose random word is below it are dropped: p * 2^32
+  uint32_t threshold = 0;  // a weight is dropped if its random word is below p * 2^32
   float keep_scale = 1.0f;
   uint64_t seed = 0;
 
@@ -61,7 +62,8 @@ struct Dropout {
   }
   explicit operator bool() const { return threshold != 0; }
 
-  // Factors 0 or 1 / (1 - p) of so many columns of a row; first_column a multiple of 4.
+  // out: the factors, 0 or 1 / (1 - p), of `columns` columns of a row; first_column is a multiple of 4, because one
+  // call of Philox gives the words of four columns.
   void factors(int64_t head, int64_t row, int64_t first_column, int64_t columns, float* out) const {
     uint32_t words[4 * kLanes];
     for (int64_t column = 0; column < columns; column += 4 * kLanes) {
@@ -73,12 +75,15 @@ struct Dropout {
 };
 
 struct Problem {
-  int64_t n_heads, n_query, n_key, head_dim, padded_dim;  // n_heads counts those of every batch entry
+  int64_t n_heads;         // B * H
+  int64_t n_query, n_key;  // T, S
+  int64_t head_dim;        // D
+  int64_t padded_dim;      // D rounded up to whole vectors
   bool causal;
   float scale;
   Dropout dropout;
 
-  // Keys [0, visible(row)) take part in a query row.
+  // The query in this row attends to the keys [0, visible(row)).
   int64_t visible(int64_t row) const { return causal ? std::min(row + 1, n_key) : n_key; }
 };
 

@@ -8,6 +8,7 @@
 namespace fastgpt {
 namespace {
 
+// The largest of V logits.
 template <class T>
 float row_max(const T* logits, int64_t V) {
   Vec running = broadcast(-INFINITY);
@@ -16,6 +17,7 @@ float row_max(const T* logits, int64_t V) {
   return max(running);
 }
 
+// The sum of exp(logit - shift) over V logits; shift is their maximum, so no term exceeds 1.
 template <class T>
 float sum_of_exp(const T* logits, float shift, int64_t V) {
   Vec total{};
@@ -24,22 +26,25 @@ float sum_of_exp(const T* logits, float shift, int64_t V) {
   return sum(total);
 }
 
-// The logits' own size is taken off first: of lse - at_target, a small loss would keep only the rounding.
+// The loss of a row from its maximum, the logarithm of its sum and the target's logit. top - at_target is exact where
+// the loss is small; lse - at_target would be left with the rounding of lse.
 template <class T>
 float loss_of(float top, float log_sum, T at_target) {
   return (top - static_cast<float>(at_target)) + log_sum;
 }
 
-// Gradient of `scale` times the loss: scale (softmax(logits) - onehot(target)). May run in place.
+// Gradient of `scale` times the loss: scale (softmax(logits) - onehot(target)), V elements. grad may be logits.
 template <class T>
 void gradient_row(const T* logits, int64_t target, float lse, float scale, int64_t V, T* grad) {
+  // read before the loop, which may overwrite it; softmax - 1 in fp32, before it is rounded
   const float at_target = std::exp(static_cast<float>(logits[target]) - lse) - 1.0f;
   for_each_vector(
       V, [&](int64_t i, int64_t n) { store(grad + i, exp_nonpositive(load(logits + i, n) - lse) * scale, n); });
   grad[target] = static_cast<T>(at_target * scale);
 }
 
-// Before the parallel loop, through whose interface no message passes.
+// Raises if a target is neither ignore_index nor in [0, V). Called before the parallel loop, because an error raised
+// inside it would lose its message.
 void check_targets(const Tensor& targets, int64_t ignore_index, int64_t V) {
   for (int64_t row = 0; row < targets.size(0); ++row) {
     const int64_t target = data<int64_t>(targets)[row];
@@ -49,7 +54,7 @@ void check_targets(const Tensor& targets, int64_t ignore_index, int64_t V) {
   }
 }
 
-// Loss and logsumexp of each row.
+// logits: (N, V), any strides. targets: (N) int64. Returns loss and logsumexp of each row, (N) fp32.
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_in, const Tensor& targets_in, int64_t ignore_index) {
   const Tensor logits = dense(logits_in), targets = dense(targets_in);
   const int64_t N = logits.size(0), V = logits.size(1);
@@ -74,6 +79,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_in, const Tensor& 
   return {losses, lse};
 }
 
+// dlosses: (N) fp32. logits: (N, V), any strides. targets: (N) int64. lse: (N) fp32. Returns the gradient, (N, V).
 Tensor cross_entropy_backward(
     const Tensor& dlosses_in, const Tensor& logits_in, const Tensor& targets_in, const Tensor& lse,
     int64_t ignore_index) {
@@ -96,7 +102,8 @@ Tensor cross_entropy_backward(
   return dlogits;
 }
 
-// Turns contiguous logits into the gradient of scale * sum(losses) in place; returns the losses.
+// logits: (N, V), contiguous, overwritten by the gradient of scale * sum(losses). targets: (N) int64. scale: () fp32.
+// Returns the losses, (N) fp32.
 Tensor cross_entropy_(Tensor logits, const Tensor& targets_in, const Tensor& scale, int64_t ignore_index) {
   const Tensor targets = dense(targets_in);
   const int64_t N = logits.size(0), V = logits.size(1);

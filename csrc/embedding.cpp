@@ -1,14 +1,16 @@
-// The gradient of an embedding: rows of dy added to the rows of a matrix that their tokens name.
+// The gradient of an embedding: row i of dy is added to row index[i] of a matrix.
 //
-// A thread has some columns for itself and goes through all rows, in their order: no two threads write to one place,
-// and every sum is taken in the same order whatever the number of threads.
+// A thread has some columns to itself and goes through all rows, in their order. So no two threads write to one place,
+// and every sum is taken in the same order for any number of threads.
 #include "tensor.h"
 
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kColumns = 64;  // a thread's columns are a multiple: whole cache lines, so that none is shared
+// A thread's columns are a multiple of these: 256 bytes of fp32, whole cache lines, so that two threads share none.
+constexpr int64_t kColumns = 64;
 
+// main_grad: (V, C) fp32, contiguous, added to. dy: (N, C), any strides. index: (N) int64 in [0, V).
 void embedding_backward_(Tensor main_grad, const Tensor& dy_in, const Tensor& index_in) {
   const Tensor dy = dense(dy_in), index = dense(index_in);
   STD_TORCH_CHECK(

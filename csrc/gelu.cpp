@@ -1,20 +1,22 @@
 // GELU, exact (erf) and its tanh approximation: y = x * Phi(x) and y = x * sigmoid(2u(x)) with
-// u(x) = sqrt(2/pi) (x + 0.044715 x^3), the latter the same function as 0.5 x (1 + tanh u).
+// u(x) = sqrt(2/pi) (x + 0.044715 x^3). The latter is the same function as 0.5 x (1 + tanh u), without a tanh.
 // Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 #include "tensor.h"
 
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements a thread takes at least
-constexpr float kTwoSqrt2OverPi = 1.59576912160573071f;
-constexpr float kCubic = 0.044715f;
+constexpr int64_t kGrain = 8192;  // elements that a task has at least: fewer cost less than handing them to a thread
+constexpr float kTwoSqrt2OverPi = 1.59576912160573071f;  // 2 sqrt(2/pi), the factor of 2u
+constexpr float kCubic = 0.044715f;                      // the approximation's coefficient, from the paper
 
-// At most 64, so that a sum over many rows is taken in two steps and its rounding errors stay small.
+// A constant for each width, so that sums are taken in the same order for any number of threads. At most 64, so that a
+// sum over many rows is taken in two steps and its rounding errors stay small.
 int64_t rows_per_task(int64_t columns) {
   return std::clamp<int64_t>(8 * kGrain / std::max<int64_t>(1, columns), 1, 64);
 }
 
+// GELU and its derivative.
 struct Gelu {
   Vec value, derivative;
 };
@@ -22,7 +24,7 @@ struct Gelu {
 struct Exact {
   static FASTGPT_INLINE Gelu at(Vec x) {
     const Normal n = normal(x);
-    return {x * n.cdf, n.cdf + x * n.pdf};
+    return {x * n.cdf, n.cdf + x * n.pdf};  // (x Phi)' = Phi + x phi
   }
 };
 
@@ -30,7 +32,7 @@ struct Tanh {
   static FASTGPT_INLINE Gelu at(Vec x) {
     const Sigmoid s = sigmoid(kTwoSqrt2OverPi * x * (1.0f + kCubic * x * x));
     const Vec slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);  // of the sigmoid's argument
-    // far out the sigmoid's slope is 0 while x times this one grows without bound: 0 * inf would be NaN
+    // for large |x| the sigmoid's derivative is 0 while x * slope overflows: 0 * inf would be NaN
     return {x * s.value, s.value + (s.derivative == Vec{} ? Vec{} : x * slope * s.derivative)};
   }
 };
@@ -44,7 +46,7 @@ void forward(const T* x, T* y, int64_t n) {
   });
 }
 
-// The value too, if there is a y.
+// x, dy, dx: n elements, contiguous; dx may be dy. The value goes to y, unless it is null.
 template <class T, class Kind>
 void backward(const T* dy, const T* x, T* dx, T* y, int64_t n) {
   torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
@@ -67,8 +69,9 @@ void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t co
   });
 }
 
-// Tasks take a fixed number of rows, each into a share of its own of the bias's gradient, and the shares are
-// added in order: the sum does not depend on the number of threads.
+// x, dy, dx, y: (rows, columns), contiguous; dx may be dy, and y null. bias: (columns). Its gradient is written to
+// dbias (columns), or added to main_grad (columns) fp32. Tasks take a fixed number of rows. Each sums into a share of
+// its own, and the shares are added in order: the result does not depend on the number of threads.
 template <class T, class Kind>
 void backward_with_bias(
     const T* dy, const T* x, const T* bias, T* dx, T* dbias, float* main_grad, T* y, int64_t rows, int64_t columns) {
@@ -96,6 +99,7 @@ void backward_with_bias(
   });
 }
 
+// x: (..., C), any strides and, without a bias, any shape. bias: (C). Returns GELU of x + bias, contiguous.
 Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh) {
   const Tensor x = dense(x_in);
   Tensor y = empty(sizes_of(x), x.scalar_type());
@@ -110,8 +114,8 @@ Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh)
   return y;
 }
 
-// Writes dx, which may be dy, and the value into y if there is one; returns the bias's gradient, if it is not added
-// to a main_grad.
+// dy, x, dx, *y: (..., C), contiguous. Writes dx, which may be dy, and the value to *y unless y is null. Returns the
+// bias's gradient (C), empty if there is no bias or if it is added to the main_grad, (C) fp32.
 Tensor backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias_in, bool tanh,
     const std::optional<Tensor>& main_grad_in, const Tensor& dx, const Tensor* y) {
@@ -132,6 +136,7 @@ Tensor backward(
   return dbias;
 }
 
+// dy, x: (..., C), any strides. bias: (C). bias_main_grad: (C) fp32. Returns dx (..., C) and dbias.
 std::tuple<Tensor, Tensor> gelu_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh,
     std::optional<Tensor> bias_main_grad) {
@@ -139,6 +144,7 @@ std::tuple<Tensor, Tensor> gelu_backward(
   return {dx, backward(dense(dy), dense(x), bias, tanh, bias_main_grad, dx, nullptr)};
 }
 
+// The same with dx written over dy, which must be contiguous. Returns GELU of x + bias, recomputed, and dbias.
 std::tuple<Tensor, Tensor> gelu_backward_recompute_(
     Tensor dy, const Tensor& x, const std::optional<Tensor>& bias, bool tanh, std::optional<Tensor> bias_main_grad) {
   STD_TORCH_CHECK(dy.is_contiguous(), "dy: expected to be contiguous");

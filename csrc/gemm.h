@@ -1,8 +1,9 @@
-// A small matrix product on operands that sit in cache, for the inside of attention.
+// A small matrix product on operands that sit in cache, for attention.
 //
 // C[M, N] (+)= A[M, K] B[K, N] in fp32. A has any two strides, so a transposed A costs nothing; B and C are
-// row-major with leading dimensions ldb and ldc; N is a multiple of kLanes. An output tile of kRows rows by up
-// to kVectors vectors is held in registers: 6 x 4 of AVX-512's 32, 6 x 2 of AVX2's 16.
+// row-major with leading dimensions ldb and ldc; N is a multiple of kLanes. An output tile of kRows rows by up to
+// kVectors vectors is held in registers: 6 x 4 of AVX-512's 32, 6 x 2 of AVX2's 16. The rest hold a row of B and an
+// element of A.
 #pragma once
 
 #include "simd.h"
@@ -23,6 +24,7 @@ struct Gemm {
   bool accumulate;
 };
 
+// The tile of kRows by kVectors * kLanes at (m, n).
 template <int kRows, int kVectors>
 FASTGPT_INLINE void gemm_tile(const Gemm& g, int64_t m, int64_t n) {
   Vec tile[kRows][kVectors];
@@ -41,11 +43,12 @@ FASTGPT_INLINE void gemm_tile(const Gemm& g, int64_t m, int64_t n) {
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
-      float* at = c + r * g.ldc + v * kLanes;  // added last, so that rounding grows with K and not with all blocks' K
+      float* at = c + r * g.ldc + v * kLanes;  // C is added last: errors grow with this K only
       store(at, g.accumulate ? load(at) + tile[r][v] : tile[r][v]);
     }
 }
 
+// kRows rows from m on; the last columns in narrower tiles.
 template <int kRows>
 FASTGPT_INLINE void gemm_rows(const Gemm& g, int64_t m) {
   int64_t n = 0;

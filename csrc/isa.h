@@ -1,8 +1,8 @@
 // AMX: whether this CPU has its tiles for bf16, and may use them.
 #pragma once
 
-// Needs a compiler that knows it (GCC 11, Clang 12), and Linux to ask for its registers. Every CPU with AMX has
-// AVX512_BF16, whose library alone holds the code.
+// Needs a compiler with AMX's intrinsics (GCC 11, Clang 12), and Linux, which grants the registers. Every CPU with AMX
+// has AVX512_BF16, so only the library for AVX512_BF16 holds this code.
 #if defined(__AVX512BF16__) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
 #include <cpuid.h>
 #include <cstdlib>
@@ -15,7 +15,7 @@
 
 namespace fastgpt {
 
-// ONEDNN_MAX_CPU_ISA holds PyTorch's products of bf16 to an instruction set, and ours with them. Linux hands out the
+// ONEDNN_MAX_CPU_ISA limits PyTorch's products of bf16 to an instruction set, and fastgpt's with them. Linux grants the
 // registers of tiles on request only (since 5.16), once for all threads of the process.
 inline bool has_amx() {
 #if defined(FASTGPT_AMX)

@@ -5,15 +5,18 @@
 namespace fastgpt {
 namespace {
 
+// Elements below which a task would cost less than handing it to a thread: 32 KiB of fp32, a first-level cache.
 constexpr int64_t kElementsPerTask = 8192;
 
-// Rows whose weight gradients are summed by one task. A constant, so that the order of summation and
-// with it every bit of the result is the same for any number of threads.
+// Rows whose weight gradients are summed by one task. A constant, so that the order of summation, and with it every bit
+// of the result, is the same for any number of threads. Short sums also keep rounding errors small.
 constexpr int64_t kRowsPerPartial = 64;
 
 int64_t row_grain(int64_t n_columns) { return 1 + kElementsPerTask / n_columns; }
 
-// One row: mean first, then the variance about it (two passes over a row that sits in L1).
+// One row of C elements: y = (x - mean) * rstd * weight + bias. The mean is taken first and the variance about it, in
+// two passes over a row that sits in the first-level cache: sum(x^2) - mean^2 in one pass would cancel. bias may be
+// null.
 template <class T>
 void normalise_row(
     const T* x, const float* weight, const float* bias, float eps, int64_t C, T* y, float* mean, float* rstd) {
@@ -35,6 +38,7 @@ void normalise_row(
   *rstd = r;
 }
 
+// (..., C) as rows by C.
 struct Shape {
   int64_t rows, columns;
 };
@@ -48,6 +52,7 @@ std::vector<int64_t> leading_sizes(const Tensor& x) {
   return sizes;
 }
 
+// x: (..., C), any strides. weight, bias: (C). Returns y (..., C), and mean and rstd (...) fp32.
 std::tuple<Tensor, Tensor, Tensor> layer_norm(
     const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, double eps) {
   const Tensor x = dense(x_in);
@@ -67,6 +72,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(
   return {y, mean, rstd};
 }
 
+// x, residual: (..., C), any strides. weight, bias: (C). Returns y and the sum (..., C), and mean and rstd (...) fp32.
+// The norm is of the sum as it is rounded to the dtype of x.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     const Tensor& x_in, const Tensor& residual_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
     double eps) {
@@ -93,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
 
 // With xhat = (x - mean) rstd and g = dy weight:
 //   dx = rstd (g - mean(g) - xhat mean(g xhat)) + dsum,  dweight = sum dy xhat,  dbias = sum dy,
-// dsum being what flows straight into the residual sum, if there is one. dx_sums, if there are any, get dx added.
+// where dsum is the gradient that flows directly into the residual sum; it may be null. dy, dsum, x and dx are one row
+// of C elements. dweight, dbias and dx_sums, (C) fp32, are added to; dx_sums, the sum of dx, may be null.
 template <class T>
 void backward_row(
     const T* dy, const T* dsum, const T* x, const float* weight, float mean, float rstd, int64_t C, T* dx,
@@ -117,6 +125,8 @@ void backward_row(
   });
 }
 
+// dy, dsum, x: (..., C), any strides. weight: (C). mean, rstd: (...) fp32. weight_main_grad, bias_main_grad, dx_sums:
+// (C) fp32, added to. Returns dx (..., C), dweight and dbias (C); those that were added to a main_grad are empty.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& dy_in, const std::optional<Tensor>& dsum_in, const Tensor& x_in, const Tensor& weight_in,
     const Tensor& mean, const Tensor& rstd, bool needs_dbias, std::optional<Tensor> weight_main_grad_in,
@@ -133,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
   Tensor dbias = empty({needs_dbias && !bias_main_grad ? C : 0}, weight_in.scalar_type());
 
   const int64_t n_partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
-  const int64_t of_partial = (dx_sums ? 3 : 2) * C;
+  const int64_t of_partial = (dx_sums ? 3 : 2) * C;  // dweight, dbias and the sums of dx, side by side
   std::vector<float> partials(n_partials * of_partial);
   dispatch(x.scalar_type(), [&, C = C, rows = rows](auto element) {
     using T = decltype(element);
@@ -147,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
       }
     });
   });
+  // the partial sums are added in order, column by column
   dispatch(weight_in.scalar_type(), [&, C = C](auto element) {
     using W = decltype(element);
     for_each_vector(C, [&](int64_t i, int64_t n) {

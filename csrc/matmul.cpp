@@ -1,27 +1,27 @@
-// C = A B + bias, or C += A B. Each row of A can be summed on the way, or added likewise: where A is a transposed
-// gradient, that is the bias's.
+// C = A B + bias, or C += A B. The rows of A can be summed in the same pass: where A is the transposed gradient of a
+// linear layer's result, these sums are the bias's gradient.
 //
-// Which product runs where, and why not PyTorch's:
-// - AMX (amx_product.h): everything. oneDNN's products of bf16 reach a third of what the tiles can do, read past
-//   the ends of rows that are no multiple of 32 long, and end in bf16: to add one to an fp32 gradient takes a
-//   temporary and two more passes. MKL's of fp32 do not use the tiles.
-// - AVX-512 on AMD's CPUs (vector_product.h): operands of fp32, for which MKL stops at AVX2, half the arithmetic
-//   that Zen 4 and 5 offer, and those of bf16 that are added to fp32.
+// Which product runs where, and why PyTorch's does not:
+// - AMX (amx_product.h): everything. oneDNN's products of bf16 reach a third of the tiles' rate and read past the ends
+//   of rows whose length is not a multiple of 32. Their result is bf16: to add it to an fp32 gradient takes a temporary
+//   and two more passes. MKL's products of fp32 do not use the tiles.
+// - AVX-512 on AMD's CPUs (vector_product.h): operands of fp32, for which MKL stops at AVX2, half of what Zen 4 and 5
+//   can do; and operands of bf16 whose product is added to fp32.
 #include "amx_product.h"
 #include "vector_product.h"
 
 namespace fastgpt {
 namespace {
 
-// Splits C among threads as a grid, in multiples of a tile: every share packs its own operands, so the squarer the
-// shares the better.
+// Splits C among threads as a grid, in multiples of a tile. Every share packs its own operands, a number of elements
+// that grows with its rows plus its columns, so the grid that makes shares most nearly square is best.
 template <class T, class Out, class Multiply>
 void in_parallel(const Product<T, Out>& p, int64_t tile_rows, int64_t tile_columns, const Multiply& multiply) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t down = 1, least = INT64_MAX;
   for (int64_t d = 1; d <= threads; ++d) {
     if (threads % d) continue;
-    const int64_t packed = p.M / d + p.N / (threads / d);
+    const int64_t packed = p.M / d + p.N / (threads / d);  // rows and columns that a share packs
     if (packed < least) least = packed, down = d;
   }
   const int64_t across = threads / down;
@@ -35,7 +35,8 @@ void in_parallel(const Product<T, Out>& p, int64_t tile_rows, int64_t tile_colum
   });
 }
 
-// Beyond so much depth the sums of a result of bf16 are kept in fp32 beside it.
+// A result of bf16 with a deeper sum needs its partial sums in fp32 beside it: rounded to bf16 after each stretch of
+// depth they would lose precision.
 #if defined(FASTGPT_AMX)
 constexpr int64_t kDeepestUnrounded = amx::kDeepest<BFloat16>;
 #else
@@ -54,6 +55,8 @@ void multiply(const Product<T, Out>& p) {
   }
 }
 
+// out: (M, N), rows contiguous, dtype of a or fp32. a: (M, K), b: (K, N), any strides, one dtype. bias: (N).
+// row_sums: (M), dtype of a or fp32: the sums of the rows of a, added if accumulate is set.
 void matmul_(
     Tensor out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool accumulate,
     std::optional<Tensor> row_sums) {
@@ -98,7 +101,8 @@ void matmul_(
     });
 }
 
-// Whether matmul_ is faster on this CPU than PyTorch's product, with operands and a result of bf16 or fp32.
+// Whether matmul_ is faster on this CPU than PyTorch's product, with operands and a result of bf16 or fp32. On AMD's
+// CPUs PyTorch's product of bf16 with a result of bf16 uses AVX512_BF16 as well, and is left alone.
 bool matmul_beats_torch(bool bf16, bool bf16_result) {
 #if defined(__AVX512F__)
   if (has_amx()) return true;

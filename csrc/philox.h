@@ -1,7 +1,7 @@
 // Philox-4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 // 2011. Dropout draws one 32-bit number per attention weight from it, the same on every backend:
 // key = seed; counter = (column / 4, row, batch * n_head + head, 0); output word column % 4.
-// AdamW draws from it too; its rows are tensors, and its columns their elements.
+// AdamW draws from it too; its rows are tensors, its columns their elements. fastgpt/kernels/philox.py has the details.
 #pragma once
 
 #if defined(__AVX2__)
@@ -12,8 +12,9 @@
 
 namespace fastgpt {
 
-// The upper halves of the products. On x86 the even lanes and then the odd ones, because GCC makes a product of
-// 64-bit lanes, whose upper halves it does not know to be zero, of up to three of these instructions.
+// The upper 32 bits of the 64-bit products of the lanes with b. On x86 the even lanes are multiplied and then the odd
+// ones (vpmuludq): from a product of 64-bit lanes GCC makes up to three such instructions, because it does not know
+// that their upper halves are zero.
 FASTGPT_INLINE UintVec multiply_high(UintVec a, uint32_t b) {
 #if defined(__AVX2__)
   typedef uint64_t PairVec __attribute__((vector_size(sizeof(UintVec))));
@@ -37,17 +38,18 @@ FASTGPT_INLINE void philox(uint64_t seed, int64_t first_column, uint32_t row, ui
   UintVec c1 = UintVec{} + row, c2 = UintVec{} + head, c3{};
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
+    // the multipliers of the paper
     const UintVec high0 = multiply_high(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
     const UintVec high1 = multiply_high(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
     c0 = high1 ^ c1 ^ key0;
     c2 = high0 ^ c3 ^ key1;
     c1 = low1;
     c3 = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += 0x9E3779B9u;  // the golden ratio
+    key1 += 0xBB67AE85u;  // sqrt(3) - 1
   }
   const UintVec counter[4] = {c0, c1, c2, c3};
-  uint32_t lanes[4][kLanes];  // GCC interleaves arrays by shuffles, vectors lane by lane
+  uint32_t lanes[4][kLanes];  // through arrays, which GCC interleaves by shuffles; vectors it takes apart lane by lane
   std::memcpy(lanes, counter, sizeof(lanes));
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < 4; ++i) words[4 * lane + i] = lanes[i][lane];

@@ -1,4 +1,4 @@
-// What a matrix product is asked for: C = A B + bias, or C += A B, with any strides of A and B.
+// The description of a matrix product, C = A B + bias or C += A B, with any strides of A and B.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 
 namespace fastgpt {
 
+// A view of a matrix of elements T.
 template <class T>
 struct Matrix {
   const T* base;
@@ -29,7 +30,8 @@ struct Product {
   float* sums;      // (M, N), rows ldc apart, for the partial sums of a C that is narrower than fp32; or null
   float* row_sums;  // (M): each row of A is added to it; or null
 
-  // The rows from i and the columns from j on, at most so many of them. The cells of column 0 sum the rows of A.
+  // The part of C of at most `rows` rows from i on and `columns` columns from j on. Only the cells with j = 0 sum the
+  // rows of A, so that each row is summed once.
   Product cell(int64_t i, int64_t j, int64_t rows, int64_t columns) const {
     return {
         std::min(rows, M - i),
@@ -46,8 +48,8 @@ struct Product {
   }
 };
 
-// Stretches of K that are summed one after the other, all alike but the last: at most `deepest` each, a multiple of
-// `step`. They depend on K alone, so that the same sums are rounded alike on any number of threads.
+// The length of the stretches of K that are summed one after the other: a multiple of `step`, at most `deepest`, and
+// equal for all stretches but the last. It depends on K alone, so the bits are the same on any number of threads.
 inline int64_t even_stretch(int64_t K, int64_t deepest, int64_t step) {
   const int64_t stretches = std::max<int64_t>(1, (K + deepest - 1) / deepest);
   return std::max(step, round_up((K + stretches - 1) / stretches, step));

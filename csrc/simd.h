@@ -1,8 +1,8 @@
 // Vectors of floats as wide as the instruction set this file is compiled for, and the maths on them.
 //
-// Written in the vector extensions that GCC and Clang share, so one source serves AVX-512, AVX2 and NEON:
-// setup.py compiles csrc/ once per instruction set, and fastgpt/kernels/cpp.py loads the library that
-// the CPU at hand can run. Arithmetic is fp32 whatever the tensors hold.
+// Written in the vector extensions that GCC and Clang share, so one source serves AVX-512, AVX2 and NEON: setup.py
+// compiles csrc/ once per instruction set, and fastgpt/kernels/cpp.py loads the library that this CPU can run.
+// Arithmetic is fp32 whatever the tensors hold.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #else
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what GCC 12's own header leaves undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header leaves vectors undefined on purpose
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -56,7 +56,7 @@ FASTGPT_INLINE IntVec lane_index() {
 FASTGPT_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
 FASTGPT_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
-#if defined(__AVX512F__)  // of the other form GCC may make a comparison and a choice
+#if defined(__AVX512F__)  // one instruction; from the other form GCC may make a comparison and a blend
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 #else
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -74,19 +74,20 @@ FASTGPT_INLINE Vec keep_first(Vec value, int64_t n, float fill = 0.0f) {
 // ---- memory: fp32, bf16 and 32-bit words, whole vectors or the first n lanes (missing lanes read as zero) ----
 
 FASTGPT_INLINE Vec widen(HalfwordVec bits) {
-#if defined(__AVX512F__)  // GCC would widen two halves and join them
+#if defined(__AVX512F__)  // one instruction; GCC would widen two halves and join them
   return as_float((IntVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
 #else
   return as_float(__builtin_convertvector(bits, IntVec) << 16);
 #endif
 }
 
-// Round to nearest, ties to even; a NaN stays one. AVX512_BF16's instruction makes zero of what is no normal number.
+// Round to nearest, ties to even; a NaN stays a NaN. AVX512_BF16's instruction flushes subnormal numbers to zero.
 FASTGPT_INLINE HalfwordVec narrow(Vec value) {
 #if defined(__AVX512BF16__)
   return (HalfwordVec)_mm512_cvtneps_pbh((__m512)value);
 #else
   const IntVec bits = as_int(value);
+  // 0x7fff is just below half a unit of the upper half; the lowest bit that is kept makes ties go to even
   const UintVec rounded = (UintVec)bits + 0x7fff + (((UintVec)bits >> 16) & 1);
   const UintVec quiet_nan = UintVec{} + 0x7fc00000u;
   return __builtin_convertvector((value == value ? rounded : quiet_nan) >> 16, HalfwordVec);
@@ -115,7 +116,7 @@ FASTGPT_INLINE void store(BFloat16* p, Vec value) {
   std::memcpy(p, &bits, sizeof(HalfwordVec));
 }
 
-// Of values that bf16 can hold, those that are no normal numbers too.
+// Stores the first n of values that bf16 holds exactly. Unlike narrow(), it keeps subnormal numbers.
 FASTGPT_INLINE void store_exactly(BFloat16* p, Vec value, int64_t n) {
   const HalfwordVec bits = __builtin_convertvector((UintVec)value >> 16, HalfwordVec);
   std::memcpy(p, &bits, std::min<int64_t>(n, kLanes) * sizeof(BFloat16));
@@ -136,7 +137,7 @@ FASTGPT_INLINE void store(T* p, Vec value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// Stores past the caches, where whole and aligned vectors can be; fence() before another thread reads.
+// Stores n values past the caches where the vector is whole and aligned. Call fence() before another thread reads them.
 FASTGPT_INLINE void stream(BFloat16* p, Vec value, int64_t n) {
 #if defined(__AVX2__)
   const HalfwordVec bits = narrow(value);
@@ -157,7 +158,7 @@ FASTGPT_INLINE void fence() {
 #endif
 }
 
-// out[j * out_stride + i] = in[i * in_stride + j] of four rows and columns of four bytes each.
+// out[j * out_stride + i] = in[i * in_stride + j] for 4 x 4 elements of four bytes; strides in elements.
 FASTGPT_INLINE void transpose_4x4(const void* in, int64_t in_stride, void* out, int64_t out_stride) {
   const auto* from = static_cast<const char*>(in);
   auto* to = static_cast<char*>(out);
@@ -172,8 +173,8 @@ FASTGPT_INLINE void transpose_4x4(const void* in, int64_t in_stride, void* out, 
 #endif
 }
 
-// body(offset, lanes) over [0, n) a vector at a time. In the main loop `lanes` is the constant kLanes,
-// so that load and store above fold to the whole-vector forms.
+// Calls body(offset, lanes) over [0, n), a vector at a time. In the main loop `lanes` is the constant kLanes, so that
+// load and store above fold to their whole-vector forms.
 template <class Body>
 FASTGPT_INLINE void for_each_vector(int64_t n, Body&& body) {
   int64_t i = 0;
@@ -183,6 +184,7 @@ FASTGPT_INLINE void for_each_vector(int64_t n, Body&& body) {
 
 // ---- reductions across lanes ----
 
+// Four lanes at a time, in a fixed order: the same sum from the same lanes on every compiler.
 typedef float Quad __attribute__((vector_size(16)));
 struct Quads {
   Quad at[kLanes / 4];
@@ -213,20 +215,22 @@ FASTGPT_INLINE int32_t max(IntVec value) {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// A float rounded to an integer, and 2 to it; a product with the latter keeps a NaN one, whatever its bits.
+// x rounded to an integer, and 2 to the power of it. For a NaN the power has arbitrary bits, but a product with the NaN
+// is a NaN.
 struct Rounded {
   Vec value;
   Vec power;
 };
 FASTGPT_INLINE Rounded round(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2**23: added to, no fraction bits remain
-  const Vec shifted = x + magic;
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2**23: in a sum with it no bits of fraction remain
+  const Vec shifted = x + magic;  // its lowest bits are the integer, so a shift by 23 makes an exponent of it
   return {shifted - magic, as_float((as_int(shifted) << 23) + 0x3f800000)};
 }
 
-// e**x for x <= 0 (or hardly above), within 2 ulp; 0 below -87.33; NaN for NaN.
-// e**x = 2**n e**r with r = x - n ln 2, so that no rounding of x log2(e) enters the result; ln 2 = 0.693359375 -
-// 2.12194440e-4, the first part exact in nine bits (Cody and Waite, 1980); e**r by its Taylor series to degree 7.
+// e**x for x <= 0 (or slightly above), within 2 ulp; 0 below -87.33, where the result would be subnormal; NaN for NaN.
+// e**x = 2**n e**r with r = x - n ln 2, so that no rounding of x log2(e) enters the result. ln 2 is taken as
+// 0.693359375 - 2.12194440e-4: the first part has nine bits, so its product with n is exact (Cody and Waite, 1980).
+// e**r is its Taylor series to degree 7, since |r| <= ln(2) / 2.
 FASTGPT_INLINE Vec exp_nonpositive(Vec x) {
   const Rounded n = round(x * kLog2e);
   const Vec r = (x - n.value * 0.693359375f) + n.value * 2.12194440e-4f;
@@ -241,7 +245,8 @@ FASTGPT_INLINE Vec exp_nonpositive(Vec x) {
   return x < broadcast(-87.3365448f) ? Vec{} : p * n.power;
 }
 
-// s(x) = 1 / (1 + e**-x) and s' = s (1 - s), both from e**-|x|, so that neither cancels.
+// s(x) = 1 / (1 + e**-x) and s' = s (1 - s), both from e = e**-|x|: s = 1 / (1 + e) or e / (1 + e), s' = e / (1 +
+// e)**2. Neither subtracts, so neither cancels.
 struct Sigmoid {
   Vec value, derivative;
 };
@@ -251,9 +256,9 @@ FASTGPT_INLINE Sigmoid sigmoid(Vec x) {
   return {(x > Vec{} ? broadcast(1.0f) : e) * inverse, e * inverse * inverse};
 }
 
-// Phi(x), the standard normal distribution function, and its density, sharing one exponential.
-// Abramowitz and Stegun 7.1.26, whose own error is below 7.5e-8 in Phi; rounding included, 4e-7. No cancellation
-// in the left tail.
+// Phi(x), the standard normal distribution function, and its density phi, from one exponential. Abramowitz and Stegun
+// 7.1.26 for erf: 1 - erf(z) = (a1 t + ... + a5 t^5) e**-z^2 with t = 1 / (1 + 0.3275911 z), z = |x| / sqrt(2). Its
+// error in Phi is below 7.5e-8; with rounding, 4e-7. The left tail is computed as such and does not cancel.
 struct Normal {
   Vec cdf, pdf;
 };
@@ -270,6 +275,7 @@ FASTGPT_INLINE Normal normal(Vec x) {
   return {x < Vec{} ? tail : 1.0f - tail, 0.398942280401432678f * gauss};
 }
 
+// Correctly rounded; the compiler makes one instruction of the loop.
 FASTGPT_INLINE Vec sqrt(Vec x) {
   Vec root;
   for (int i = 0; i < kLanes; ++i) root[i] = std::sqrt(x[i]);

@@ -21,7 +21,7 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   const auto error = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
-  // PyTorch's words for it, which the stable ABI does not hand on
+  // the stable ABI returns a code only; this is how PyTorch words the error
   STD_TORCH_CHECK(error == 0, "can't allocate memory for a tensor");
   return Tensor(handle);
 }
@@ -41,6 +41,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
+// `t` itself if it is contiguous, otherwise a copy.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class T>
@@ -48,7 +49,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// body(T{}) with the C++ type of `dtype`; the kernels hold fp32 and bf16.
+// Calls body(T{}) with the C++ type of `dtype`. The kernels are compiled for fp32 and bf16.
 template <class Body>
 void dispatch(ScalarType dtype, Body&& body) {
   if (dtype == ScalarType::Float) return body(float{});
@@ -56,7 +57,7 @@ void dispatch(ScalarType dtype, Body&& body) {
   STD_TORCH_CHECK(false, "fastgpt's C++ kernels take float32 and bfloat16");
 }
 
-// Where a gradient is added up in fp32, if there is such a place.
+// The elements of a main_grad, n contiguous fp32, or null if there is none.
 inline float* main_grad_of(const std::optional<Tensor>& t, int64_t n, const char* name) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(
@@ -65,7 +66,7 @@ inline float* main_grad_of(const std::optional<Tensor>& t, int64_t n, const char
   return data<float>(*t);
 }
 
-// Adds sums to `main_grad` if there is one, unrounded, and otherwise writes them to `out`.
+// Adds n sums to `main_grad` unless it is null, unrounded; otherwise writes them to `out`.
 template <class T>
 FASTGPT_INLINE void deliver(Vec sums, float* main_grad, T* out, int64_t n) {
   if (main_grad)
@@ -74,7 +75,7 @@ FASTGPT_INLINE void deliver(Vec sums, float* main_grad, T* out, int64_t n) {
     store(out, sums, n);
 }
 
-// The elements of `t` as fp32, for small tensors that are read many times; empty if there is none.
+// The elements of `t` as fp32, for small tensors that are read once a row; empty if there is no `t`.
 inline std::vector<float> to_floats(const std::optional<Tensor>& t) {
   if (!t) return {};
   const Tensor source = dense(*t);

@@ -9,8 +9,10 @@
 namespace fastgpt {
 namespace vectors {
 
-constexpr int64_t kQueryBlock = 48;  // rows of a block; a multiple of the GEMM's tile height
-constexpr int64_t kKeyBlock = 64;    // columns of a block; a multiple of every vector width
+// A block of scores is 48 queries by 64 keys, 12 KiB of fp32: with the packed keys and values of D = 64 it stays in the
+// first two cache levels.
+constexpr int64_t kQueryBlock = 48;  // a multiple of the GEMM's tile height, 6
+constexpr int64_t kKeyBlock = 64;    // a multiple of every vector width
 
 // Copies rows [first, first + n) to fp32 with the padding zeroed: out[i * padded_dim + d].
 template <class T>
@@ -36,6 +38,7 @@ void pack_transposed(Rows<T> rows, int64_t first, int64_t n, const Problem& p, f
       out[d * kKeyBlock + i] = i < n ? static_cast<float>(rows[first + i][d]) : 0.0f;
 }
 
+// Copies n packed rows, (n, padded_dim) fp32, to the rows from `first` on.
 template <class T>
 void unpack(const float* from, int64_t first, int64_t n, const Problem& p, Rows<T> rows) {
   for (int64_t i = 0; i < n; ++i)
@@ -47,8 +50,9 @@ void unpack(const float* from, int64_t first, int64_t n, const Problem& p, Rows<
 using Scratch = std::unique_ptr<float[]>;
 inline Scratch scratch(int64_t n) { return Scratch(new float[n]); }
 
-// Forward of query rows [first, first + n) of one head.
-// `keys_transposed` and `values` hold the head's packed blocks; scores are in units of log 2.
+// Forward of query rows [first, first + n) of one head. `keys_transposed` and `values` hold the head's packed blocks,
+// as pack_transposed and pack write them. lse: (n_query). Online softmax: when a row's maximum grows, its sum and its
+// result so far are multiplied by exp(old - new maximum).
 template <class T>
 void forward_block(
     const Problem& p, int64_t head, Rows<const T> q, int64_t first, int64_t n, const float* keys_transposed,
@@ -56,10 +60,10 @@ void forward_block(
   const Scratch queries = scratch(kQueryBlock * p.padded_dim), result = scratch(kQueryBlock * p.padded_dim);
   float weights[kQueryBlock * kKeyBlock], keep[kKeyBlock];
   float row_max[kQueryBlock];
-  Vec row_sum[kQueryBlock] = {};  // across lanes at the end only
+  Vec row_sum[kQueryBlock] = {};  // a sum for each lane; the lanes are added at the end only
   std::fill_n(row_max, n, -INFINITY);
   std::fill_n(result.get(), n * p.padded_dim, 0.0f);
-  pack(q, first, n, p, p.scale, queries.get());
+  pack(q, first, n, p, p.scale, queries.get());  // the scale once here, not for every score
 
   const int64_t keys_in_use = p.visible(first + n - 1);
   for (int64_t key = 0; key < keys_in_use; key += kKeyBlock) {
@@ -84,7 +88,7 @@ void forward_block(
       const float shrink = row_max[i] == new_max ? 1.0f : std::exp(row_max[i] - new_max);
       row_sum[i] = row_sum[i] * shrink + total;
       row_max[i] = new_max;
-      if (shrink != 1.0f)
+      if (shrink != 1.0f)  // most blocks do not raise the maximum
         for_each_vector(p.padded_dim, [&](int64_t d, int64_t) {
           float* at = result.get() + i * p.padded_dim + d;
           store(at, load(at) * shrink);
@@ -110,6 +114,7 @@ void forward_block(
   unpack(result.get(), first, n, p, out);
 }
 
+// Tasks are blocks of queries. A thread packs a head's keys and values once for all its consecutive tasks of that head.
 template <class T>
 void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* lse) {
   const int64_t n_query_blocks = (p.n_query + kQueryBlock - 1) / kQueryBlock;
@@ -136,6 +141,7 @@ void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* ls
 
 // Backward of one head. With P the weights, Z the dropout factors and delta = rowsum(dout * out):
 //   dV = (P Z)^T dO,   dS = P (Z (dO V^T) - delta),   dQ = scale dS K,   dK = scale dS^T Q.
+// The queries are packed with the scale in them, so dK needs no other; dQ gets its scale at the end.
 template <class T>
 void backward_head(
     const Problem& p, int64_t head, Rows<const T> dout, Rows<const T> q, Rows<const T> k, Rows<const T> v,
@@ -201,6 +207,7 @@ void backward_head(
   unpack(dqueries.get(), 0, p.n_query, p, dq);
 }
 
+// Tasks are whole heads: a head's dQ is summed over all its keys, by one thread in a fixed order.
 template <class T>
 void backward(
     const Problem& p, Heads<const T> dout, const Inputs<const T>& x, Heads<const T> out, const float* lse,

@@ -16,13 +16,14 @@ constexpr int64_t kRows = kLanes == 16 ? 12 : 4;
 constexpr int64_t kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
 
-// Packed blocks, in words of four bytes: kDepth x kColumns of B stay in the first-level cache, kRowBlock x kDepth
-// of A in the second. A deeper block would be a little faster and its longer sums less exact.
+// Packed blocks, in words of four bytes: kDepth x kColumns of B stay in the first-level cache (24 KiB with AVX-512),
+// kRowBlock x kDepth of A in the second (144 KiB). A deeper block would be a little faster, and its longer sums less
+// exact.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kRowBlock = 16 * kRows;
 constexpr int64_t kColumnBlock = 48 * kColumns;
 
-// What packed operands are made of: an fp32 element, or two of bf16 that follow each other along the depth.
+// The word of packed operands: one element of fp32, or two of bf16 that follow each other along the depth.
 using Pair = uint32_t;
 template <class Word>
 constexpr int64_t kElements = std::is_same_v<Word, Pair> ? 2 : 1;
@@ -39,12 +40,13 @@ FASTGPT_INLINE Pair pair(BFloat16 first, BFloat16 second) { return first.x | sta
 FASTGPT_INLINE float first_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair), BFloat16::from_bits()); }
 FASTGPT_INLINE float second_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair >> 16), BFloat16::from_bits()); }
 
-// Rows of `from` in panels of kWidth, each stored word by word along the columns; what is missing is zero.
+// Packs rows of `from` in panels of kWidth, each stored word by word along the columns: out[(panel, k, i)] is word k of
+// row i of the panel. Rows and columns that are missing are zero.
 template <int64_t kWidth, class Word, class T>
 void pack(const Matrix<T>& from, int64_t rows, int64_t columns, Word* out) {
   static_assert(kWidth % 4 == 0);
   constexpr int64_t n = kElements<Word>;
-  constexpr bool kSameBytes = sizeof(Word) == n * sizeof(T);  // words lie in memory already
+  constexpr bool kSameBytes = sizeof(Word) == n * sizeof(T);  // a word is what lies in memory: no conversion
   const int64_t words = (columns + n - 1) / n, whole_words = columns / n;
   for (int64_t first = 0; first < rows; first += kWidth, out += kWidth * words) {
     const Matrix<T> panel = from.at(first, 0);
@@ -76,7 +78,7 @@ void pack(const Matrix<T>& from, int64_t rows, int64_t columns, Word* out) {
   }
 }
 
-// Adds up each row of packed panels.
+// Adds the sum of each packed row to `sums`, (rows).
 template <class Word>
 void add_row_sums(const Word* packed, int64_t rows, int64_t words, float* sums) {
   for (int64_t first = 0; first < rows; first += kRows) {
@@ -92,7 +94,7 @@ void add_row_sums(const Word* packed, int64_t rows, int64_t words, float* sums) 
   }
 }
 
-// Where a tile goes: added to what C holds, or to the bias if there is one.
+// Where a tile goes in C, and what is added to it: what C holds if `accumulate`, otherwise the bias unless it is null.
 struct Target {
   float* c;
   int64_t ldc;
@@ -117,7 +119,7 @@ struct Target {
   }
 };
 
-// One tile over one stretch of depth, summed from zero and only then added: short sums keep the rounding error small.
+// One tile over one stretch of depth, summed from zero and then added: short sums keep rounding errors small.
 inline void multiply_tile(const float* a, const float* b, int64_t words, const Target& target) {
   target.fetch();
   Vec tile[kRows][kVectors] = {};
@@ -146,7 +148,7 @@ inline void multiply_tile(const Pair* a, const Pair* b, int64_t words, const Tar
 }
 #endif
 
-// A tile that hangs over the edge of C goes through a buffer of its own.
+// A tile that reaches beyond the edge of C goes through a buffer of its own.
 template <class Word>
 void multiply_edge(const Word* a, const Word* b, int64_t words, const Target& target, int64_t rows, int64_t columns) {
   float tile[kRows * kColumns] = {}, bias[kColumns] = {};
@@ -157,7 +159,8 @@ void multiply_edge(const Word* a, const Word* b, int64_t words, const Target& ta
   for (int64_t r = 0; r < rows; ++r) std::copy_n(tile + r * kColumns, columns, target.c + r * target.ldc);
 }
 
-// One thread's share.
+// One thread's share of the product. The loops are those of Goto and van de Geijn: a block of B is packed once, blocks
+// of A pass over it, and a tile of C is loaded and stored once for each stretch of depth.
 template <class T, class Word = PackedWord<T>>
 void multiply(const Product<T, float>& p) {
   thread_local const std::unique_ptr<Word[]> packed_a(new Word[kRowBlock * kDepth]);

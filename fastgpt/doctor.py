@@ -23,7 +23,7 @@ from rich.table import Table
 from fastgpt import __version__, hardware, limits
 from fastgpt.cli import Parser, did_you_mean, run
 from fastgpt.errors import RequestError
-from fastgpt.kernels import backends, ops
+from fastgpt.kernels import backends, dispatch
 from fastgpt.limits import Bound
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
         "torch": torch.__version__,
         "Triton": _triton(gpu),
         "C++ compiler": _compiler() or "none found",
-        "C++ kernels": ops.EXTENSION.reason if ops.EXTENSION.library else f"none: {ops.EXTENSION.reason}",
+        "C++ kernels": ("" if dispatch.EXTENSION.library else "none: ") + dispatch.EXTENSION.reason,
     }
     devices = {
         "CPU": f"{hardware.device_name(CPU)}, {torch.backends.cpu.get_cpu_capability()}",
@@ -116,13 +116,13 @@ def _device(name: str) -> tuple[torch.device, list[str]]:
 def _backend_problems(device: torch.device | None) -> list[str]:
     """Why ``FASTGPT_BACKEND`` cannot be had, on ``device`` if there is one."""
     name = os.environ.get("FASTGPT_BACKEND", "auto")
-    if name not in ops.BACKENDS:
-        known = ", ".join(ops.BACKENDS)
-        return [f"FASTGPT_BACKEND={name} is no backend{did_you_mean(name, ops.BACKENDS)} (there are {known})"]
+    if name not in dispatch.BACKENDS:
+        known = ", ".join(dispatch.BACKENDS)
+        return [f"FASTGPT_BACKEND={name} is no backend{did_you_mean(name, dispatch.BACKENDS)} (there are {known})"]
     if device is None:
         return []
     try:
-        ops.backend_of(device, hardware.training_dtype(device))
+        dispatch.backend_of(device, hardware.training_dtype(device))
     except RuntimeError as error:
         return [f"{error}; unset FASTGPT_BACKEND, and fastgpt takes the best there is"]
     return []
@@ -230,8 +230,8 @@ def _advice(gpu: torch.device | None, seen_by_driver: list[str], threads: Bound)
 
 
 def _about_cpp() -> str:
-    reason = ops.EXTENSION.reason
-    if ops.EXTENSION.library is not None or reason.startswith("FASTGPT_BACKEND"):
+    reason = dispatch.EXTENSION.reason
+    if dispatch.EXTENSION.library is not None or reason.startswith("FASTGPT_BACKEND"):
         return ""
     if "ATEN_CPU_CAPABILITY" in os.environ:
         return f"The C++ kernels are not used ({reason}): unset ATEN_CPU_CAPABILITY."

@@ -17,7 +17,7 @@ import torch
 from fastgpt import limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import BF16_SINCE, GPU, GPUS
-from fastgpt.kernels import ops
+from fastgpt.kernels import dispatch
 from fastgpt.kernels.matmul import matmul_into
 from fastgpt.limits import Bound
 
@@ -268,7 +268,7 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
         while size > 256 and 64 * _product_seconds(device, dtype, size // 4) > 2 * seconds:
             size //= 2
     pytorchs = measure_gemm_peak(device, dtype, size, seconds)
-    if device.type != "cpu" or ops.EXTENSION.library is None:
+    if device.type != "cpu" or dispatch.EXTENSION.library is None:
         return pytorchs
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.zeros(size, size)

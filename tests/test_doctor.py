@@ -16,7 +16,7 @@ from rich.console import Console
 from fastgpt import doctor, hardware, limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS
-from fastgpt.kernels import ops
+from fastgpt.kernels import dispatch, ops
 from fastgpt.kernels.cpp import Extension
 from fastgpt.limits import Bound
 
@@ -234,7 +234,7 @@ def test_a_gpu_is_measured_too(gpu, capsys):
 
 def advice(monkeypatch, **extension):
     if extension:
-        monkeypatch.setattr(ops, "EXTENSION", Extension(**extension))
+        monkeypatch.setattr(dispatch, "EXTENSION", Extension(**extension))
     return doctor.examine(quick=True)["advice"]
 
 
@@ -256,7 +256,7 @@ def test_missing_cpp_kernels_come_with_how_to_get_them(gpu, monkeypatch, tmp_pat
     (line,) = advice(monkeypatch, **absent)
     assert "install g++ or clang++, then reinstall fastgpt" in line
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    (line,) = advice(monkeypatch, library=None, reason="this CPU is DEFAULT, the build has _cpu_avx2.so")
+    (line,) = advice(monkeypatch, library=None, reason="this CPU has default, the build has _cpu_avx2.so")
     assert line.endswith("unset ATEN_CPU_CAPABILITY.")
 
 
@@ -355,10 +355,10 @@ def test_a_problem_stands_in_the_json_too(capsys, monkeypatch):
 def test_the_cpus_backend_cannot_run_on_the_gpu_that_auto_takes(gpu, monkeypatch):
     gpu(ADA)
     monkeypatch.setenv("FASTGPT_BACKEND", "cpp")
-    with ops.use_backend("cpp"):
+    with dispatch.use_backend("cpp"):
         (problem,) = doctor.examine(quick=True)["problems"]
         assert problem.startswith("backend 'cpp' cannot run torch.bfloat16 on cuda")
-        if ops.EXTENSION.library is not None:
+        if dispatch.EXTENSION.library is not None:
             assert doctor.examine("cpu", quick=True)["problems"] == []
 
 

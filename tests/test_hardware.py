@@ -10,7 +10,7 @@ import torch
 from fastgpt import hardware, limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS
-from fastgpt.kernels import ops
+from fastgpt.kernels import dispatch
 from fastgpt.model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -297,7 +297,7 @@ def test_a_gpu_trains_in_bf16_if_it_has_it_and_else_in_fp16(monkeypatch, capabil
     assert hardware.training_dtype(torch.device("cuda")) == expected
 
 
-@pytest.mark.skipif(ops.EXTENSION.library is None, reason="for a machine with the C++ kernels")
+@pytest.mark.skipif(dispatch.EXTENSION.library is None, reason="for a machine with the C++ kernels")
 def test_the_ceiling_of_products_is_ours_where_ours_is_faster(monkeypatch):
     monkeypatch.setitem(hardware.LARGE, "cpu", 64)
     monkeypatch.setattr(hardware, "median_seconds", lambda run, device, seconds: 1.0)

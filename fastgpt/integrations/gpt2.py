@@ -19,6 +19,7 @@ from fastgpt.integrations.swap import (
     require,
     require_kind,
 )
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
 OLDEST_TRANSFORMERS = (4, 57)
 
@@ -229,7 +230,11 @@ def patch_gpt2(model: Model) -> Model:
             require_kind(block.get_submodule(part), f"{name}.{part}", Conv1D)
             plan[block.get_submodule(part)] = _Conv1D
         head_size = block.attn.head_dim
-        require(head_size <= 256, f"{name}.attn", f"heads of {head_size}, and no more than 256 are supported")
+        require(
+            head_size <= MAX_HEAD_SIZE,
+            f"{name}.attn",
+            f"heads of {head_size}, and no more than {MAX_HEAD_SIZE} are supported",
+        )
         if _gelu_form(block.mlp.act) is None:
             refuse(f"{name}.mlp.act", f"{type(block.mlp.act).__name__} is not a GELU that fastgpt has")
         norms |= {f"{name}.ln_1": block.ln_1, f"{name}.ln_2": block.ln_2}

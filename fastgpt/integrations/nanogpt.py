@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgpt import kernels
 from fastgpt.integrations import probe
 from fastgpt.integrations.swap import Model, is_patched, loss_is_fusable, replaceable, require, require_kind
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
 EPS = 1e-5  # of nanoGPT's LayerNorm, which has it in its code
 
@@ -145,5 +146,5 @@ def _require_attention(attn: Any, name: str, width: int) -> None:
         isinstance(n_head, int) and n_head > 0 and width % n_head == 0, name, f"n_head = {n_head} for width {width}"
     )
     head_size = width // n_head
-    require(head_size <= 256, name, f"heads of {head_size}, and no more than 256 are supported")
+    require(head_size <= MAX_HEAD_SIZE, name, f"heads of {head_size}, and no more than {MAX_HEAD_SIZE} are supported")
     require(isinstance(dropout, int | float), name, "has no dropout, a number, as nanoGPT's has")

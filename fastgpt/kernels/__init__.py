@@ -9,6 +9,7 @@ Imports nothing else of fastgpt, and works without a GPU, without Triton and wit
 from fastgpt.kernels.adamw import FusedAdamW
 from fastgpt.kernels.attention import attention, attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
+from fastgpt.kernels.dispatch import backends, use_backend
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
@@ -23,7 +24,6 @@ from fastgpt.kernels.modules import (
     Linear,
     LinearCrossEntropyLoss,
 )
-from fastgpt.kernels.ops import backends, use_backend
 
 __all__ = [
     "GELU",

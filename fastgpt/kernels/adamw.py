@@ -1,7 +1,7 @@
-"""AdamW whose norm, clip, update and low-precision copy run in the fewest passes over memory.
+"""AdamW with gradient clipping, update and low-precision copy in two passes over memory.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019. Moments of 8 bits after Dettmers et al.,
-"8-bit Optimizers via Block-wise Quantization", 2021; the code itself is another (see reference.py).
+"8-bit Optimizers via Block-wise Quantization", 2021; the codes differ (see moments_8bit.py).
 """
 
 import inspect
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import checks, ops
-from fastgpt.kernels.reference import MOMENT_BLOCK
+from fastgpt.kernels import checks, dispatch
+from fastgpt.kernels.moments_8bit import MOMENT_BLOCK
 
-# Bytes a parameter, of the parameter itself and the optimizer's state, and with gradients of the same dtype:
+# Bytes for each parameter: the parameter and the optimizer's state; and these with gradients of the same dtype.
 #
 #   fp32                                          12     16
 #   fp32, state_bits=8                             6.03  10.03
@@ -24,10 +24,10 @@ from fastgpt.kernels.reference import MOMENT_BLOCK
 #   bf16, stochastic_rounding                      6      8
 #   bf16, stochastic_rounding, state_bits=8        4.03   6.03
 
-# Options of torch.optim.AdamW that would be other maths, and the one value that each has here.
+# Options of torch.optim.AdamW that change the maths, and the only value of each that is supported.
 FIXED_OPTIONS = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
 
-CAPTURED_TOO_EARLY = "step: before a CUDA graph captures it, it must run once without, on the same parameters"
+CAPTURED_TOO_EARLY = "step: before each capture in a CUDA graph, run a step outside a graph on the same parameters"
 
 
 class Batch(NamedTuple):
@@ -35,10 +35,10 @@ class Batch(NamedTuple):
 
     Attributes:
         group: the parameter group.
-        steps: how many they have taken; one that joined late has another bias correction.
+        steps: the number of steps that they have taken; the bias correction depends on it.
         place: their device, and the backend that takes their dtype.
-        params: each has a gradient.
-        states: each one's.
+        params: the parameters; each has a gradient.
+        states: the state of each parameter.
     """
 
     group: dict[str, Any]
@@ -49,50 +49,50 @@ class Batch(NamedTuple):
 
 
 class FusedAdamW(Optimizer):
-    """``torch.optim.AdamW`` in one kernel, with gradient clipping inside.
+    """``torch.optim.AdamW`` in one kernel, including gradient clipping.
 
-    Same maths and same ``state_dict`` layout as ``torch.optim.AdamW``, so either loads the other's, and what is
-    written for the one works with the other: parameter groups, learning rate schedulers, ``torch.amp.GradScaler``
-    (which skips a step whose gradients are not finite; clipping sees them unscaled), closures, hooks, ``deepcopy``
-    and ``pickle``, which keep every option and go on to the same bits. Left out are ``amsgrad``, ``maximize`` and
-    ``differentiable``, which are refused wherever they are asked for: here, in a parameter group, in a
-    ``state_dict``. So is the ``state_dict`` of a plain Adam (``decoupled_weight_decay=False``). ``foreach``,
-    ``fused`` and ``capturable`` choose among PyTorch's kernels and mean nothing here; groups carry them along.
+    The maths and the ``state_dict`` layout are those of ``torch.optim.AdamW``, so either loads the other's, and code
+    for one works with the other: parameter groups, learning rate schedulers, ``torch.amp.GradScaler`` (it skips a step
+    with gradients that are not finite; clipping sees unscaled gradients), closures, hooks, ``deepcopy`` and ``pickle``
+    (they keep every option, and training continues to the same bits). ``amsgrad``, ``maximize`` and ``differentiable``
+    are not supported: they are an error as an argument, in a parameter group and in a ``state_dict``. So is the
+    ``state_dict`` of a plain Adam (``decoupled_weight_decay=False``). ``foreach``, ``fused`` and ``capturable`` choose
+    among PyTorch's kernels and have no effect here; groups keep them.
 
     A parameter may be one flat buffer that holds a whole model: the cost is one pass either way. ``state_bits`` and
     ``stochastic_rounding`` save memory, alone or together. Both draw random numbers from a seed of each parameter
-    group, which is taken from torch's generator when the group is added and kept in the ``state_dict``; the same
-    seed gives the same bits.
+    group. It is taken from torch's generator when the group is added, and kept in the ``state_dict``; the same seed
+    gives the same bits.
 
-    A step may be captured in a CUDA graph, after one has run without. Numbers become part of the graph; tensors,
-    as ``lr`` and ``grad_scale`` can be, are read at every replay.
+    A step may be captured in a CUDA graph after a step outside a graph; each further capture needs another such step.
+    Numbers become constants of the graph. Tensors, which ``lr`` and ``grad_scale`` can be, are read at every replay.
 
     Args:
-        params: parameters or parameter groups, contiguous. fp16 and float64 run on plain PyTorch where the kernels
-            of their device do not take them, fp16 on a CPU for one.
-        lr: learning rate, a number or a tensor of one element; schedulers fill such a tensor in place.
+        params: parameters or parameter groups, contiguous. Dtypes that the kernels of a device do not take, such as
+            float64 and, on a CPU, fp16, run on plain PyTorch.
+        lr: learning rate, a number or a tensor of one element; a scheduler writes to such a tensor in place.
         betas: decay rates of the two moments.
         eps: added to the denominator.
-        weight_decay: decoupled from the gradient; per parameter group if given there.
-        max_grad_norm: gradients of all groups, taken as one vector, are scaled down to at most this L2
-            norm; ``None`` for no clipping. The norm before clipping is left in ``grad_norm``.
+        weight_decay: decoupled from the gradient; a parameter group may have its own.
+        max_grad_norm: the gradients of all groups, taken as one vector, are scaled down to at most this L2 norm;
+            ``None`` for no clipping. The norm before clipping is stored in ``grad_norm``.
         copies: maps every parameter to a bf16 tensor of its shape that receives each new value.
-        state_bits: 32 keeps the moments in the parameter's dtype, 8 bytes a parameter in fp32; those of fp16
-            parameters in fp32, because squares of usual gradients are zero in fp16. 8 keeps one byte for each and
-            one fp32 scale for 256 consecutive elements, 2.03 bytes a parameter; the state then has uint8
-            ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``exp_avg_scale`` and ``exp_avg_sq_scale``
-            of shape (ceil(numel / 256),).
-        stochastic_rounding: bf16 parameters, and their moments if these are bf16, are rounded up or down at
-            random so that the mean is right. Steps smaller than half the distance of two bf16 numbers then count,
-            which rounding to the nearest loses; so there need be no fp32 master copy, 4 bytes a parameter.
-        amsgrad: not here; ``True`` is refused.
-        maximize: not here; ``True`` is refused.
+        state_bits: 32 keeps the moments in the parameter's dtype, which takes 8 bytes a parameter in fp32. The moments
+            of fp16 parameters are fp32, because squares of typical gradients underflow in fp16. 8 keeps one byte for
+            each moment and one fp32 scale for 256 consecutive elements, 2.03 bytes a parameter. The state then has
+            uint8 ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``exp_avg_scale`` and
+            ``exp_avg_sq_scale`` of shape (ceil(numel / 256),).
+        stochastic_rounding: bf16 parameters, and their moments if these are bf16, are rounded up or down at random so
+            that the mean is correct. Rounding to the nearest would lose steps smaller than half the distance of two
+            bf16 numbers. This makes an fp32 master copy, 4 bytes a parameter, unnecessary.
+        amsgrad: not supported; ``True`` is an error.
+        maximize: not supported; ``True`` is an error.
 
     Raises:
-        TypeError: an argument is of the wrong type, or a parameter of a dtype other than the above.
-        ValueError: a hyperparameter is out of range, here or in a group, or an option that is not here is asked for;
-            there is no parameter, or one is not contiguous or given twice, or not bf16 under
-            ``stochastic_rounding``; ``copies`` lacks a parameter or has a tensor of none.
+        TypeError: an argument has a wrong type, or a parameter a dtype other than the above.
+        ValueError: a hyperparameter is out of range, here or in a group; an option is not supported; there is no
+            parameter; a parameter is not contiguous, given twice, or not bf16 under ``stochastic_rounding``; ``copies``
+            lacks a parameter, or has a tensor for something that is not a parameter.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class FusedAdamW(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_hyperparameters({**defaults, "amsgrad": amsgrad, "maximize": maximize})
-        if max_grad_norm is not None and max_grad_norm != math.inf:  # which measures and never clips
+        if max_grad_norm is not None and max_grad_norm != math.inf:  # infinity measures the norm and never clips
             checks.number("max_grad_norm", max_grad_norm)
             if max_grad_norm <= 0.0:
-                raise ValueError(f"max_grad_norm: expected more than 0, or None, got {max_grad_norm}")
+                raise ValueError(f"max_grad_norm: expected a number above 0, or None, got {max_grad_norm}")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits: expected 8 or 32, got {state_bits}")
         if not isinstance(copies, Mapping | None):
@@ -125,13 +125,13 @@ class FusedAdamW(Optimizer):
         self.state_bits = state_bits
         self.stochastic_rounding = stochastic_rounding
         self.grad_norm: Tensor | None = None
-        # Each parameter's ``step``, its version then, and its value, so that no step waits to read it from a GPU.
+        # Each parameter's state["step"], its version, and its value then, so that no step has to read it from a GPU.
         self._steps: dict[Tensor, tuple[Tensor, int, int]] = {}
-        self._captured = False  # a CUDA graph has a step of ours, and counts on without ``_steps``
+        self._captured = False  # a CUDA graph has captured a step; its replays change state["step"] and not _steps
         super().__init__(params, defaults)
         strangers = self.copies.keys() - {p for group in self.param_groups for p in group["params"]}
         if strangers:
-            raise ValueError(f"copies: has a tensor for what is no parameter, of shape {tuple(strangers.pop().shape)}")
+            raise ValueError(f"copies: has a key that is not a parameter, of shape {tuple(strangers.pop().shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_grad_norm", "copies", "state_bits", "stochastic_rounding", "grad_norm")
@@ -143,32 +143,32 @@ class FusedAdamW(Optimizer):
         self.__dict__.setdefault("_captured", False)
 
     @property
-    def _compact(self) -> bool:
-        """Whether an option that saves memory is on."""
+    def _needs_adamw_8bit(self) -> bool:
+        """Whether a step needs the operator ``adamw_8bit_``, for 8-bit moments or stochastic rounding."""
         return self.state_bits == 8 or self.stochastic_rounding
 
     def _moment_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What the moments of a parameter of ``dtype`` are kept in."""
+        """The dtype of the moments of a parameter of ``dtype``."""
         if self.state_bits == 8:
             return torch.uint8
         return torch.float32 if dtype == torch.float16 else dtype
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; ``__init__`` does it for every group that it is given.
+        """Add a group of parameters; ``__init__`` calls this for each of its groups.
 
         Raises:
             TypeError: as in ``__init__``.
-            ValueError: as in ``__init__``; under ``copies`` these must have the new parameters already.
+            ValueError: as in ``__init__``; ``copies``, if given, must contain the new parameters already.
         """
-        # without its decorator, which keeps Dynamo out by importing it: a second, and 140 MiB
+        # without its decorator, which disables Dynamo and imports it to do so: a second, and 140 MiB
         inspect.unwrap(Optimizer.add_param_group)(self, param_group)
-        group = self.param_groups.pop()  # back once it has been found right
+        group = self.param_groups.pop()  # appended again below, once it is checked
         _check_hyperparameters(group)
         for param in group["params"]:
             self._check_parameter(param)
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError("params: a parameter is given twice")
-        if self._compact:
+        if self._needs_adamw_8bit:
             group.setdefault("seed", int(torch.randint(2**62, (), device="cpu")))
         self.param_groups.append(group)
 
@@ -183,7 +183,7 @@ class FusedAdamW(Optimizer):
             return
         copy = self.copies.get(param)
         if copy is None:
-            raise ValueError(f"copies: has none for a parameter of shape {shape}")
+            raise ValueError(f"copies: expected a tensor for every parameter, has none for one of shape {shape}")
         if not isinstance(copy, Tensor):
             raise TypeError(f"copies: expected a Tensor, got {type(copy).__name__}")
         if copy.dtype != torch.bfloat16 or copy.shape != shape or not copy.is_contiguous():
@@ -192,14 +192,14 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"copies: device {copy.device} differs from the parameter's {param.device}")
 
     def use_state(self, param: Tensor, moments: dict[str, Tensor]) -> None:
-        """Keep the moments of a parameter that has taken no step in memory that is there already.
+        """Use existing tensors as the moments of a parameter that has taken no step.
 
         Args:
             param: a parameter of this optimizer.
-            moments: zeros, by the names and of the shapes and dtypes that the state has otherwise.
+            moments: zeros, with the names, shapes and dtypes of the state that the optimizer would allocate.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: a name, shape or dtype differs.
         """
         step = torch.zeros((), dtype=torch.float32, device=param.device)
         for name, expected in self._new_state(torch.empty_like(param, device="meta")).items():
@@ -212,16 +212,17 @@ class FusedAdamW(Optimizer):
     # ---- loading ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from ``state_dict``, ours or that of ``torch.optim.AdamW``.
+        """Load a ``state_dict`` of ``FusedAdamW`` or of ``torch.optim.AdamW``.
 
         Raises:
-            TypeError: a hyperparameter is of the wrong type.
+            TypeError: a hyperparameter has a wrong type.
             ValueError: its moments have another number of bits than this optimizer's, or other shapes than the
-                parameters; or it asks for an option that is not here. Nothing has been changed then.
+                parameters; or it has an option that is not supported. The optimizer is then unchanged.
         """
         seeds = [group.get("seed") for group in self.param_groups]
         loaded: dict[str, Any] = {}
-        # Hooks of ours: the first runs after the caller's, which may give another state_dict, the second before them.
+        # The pre-hook runs after the caller's pre-hooks, which may return another state_dict; the post-hook runs before
+        # the caller's post-hooks.
         check = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._checked(final)))
         restore = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded, seeds), prepend=True)
         try:
@@ -235,7 +236,7 @@ class FusedAdamW(Optimizer):
         for group in groups:
             _check_hyperparameters(group)
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
-            return state_dict  # PyTorch says so
+            return state_dict  # PyTorch raises the error
         for p, state in _states_by_parameter(own, state_dict):
             bits = 8 if "exp_avg_scale" in state else 32
             if bits != self.state_bits:
@@ -250,10 +251,10 @@ class FusedAdamW(Optimizer):
         return state_dict
 
     def _restore(self, state_dict: dict[str, Any], seeds: list[int | None]) -> None:
-        """Undo PyTorch's cast of all that is loaded to the dtype of its parameter."""
+        """Undo PyTorch's cast of every loaded tensor to the dtype of its parameter."""
         for group, seed in zip(self.param_groups, seeds, strict=True):
             if seed is not None:
-                group.setdefault("seed", seed)  # what comes from a plain AdamW has none
+                group.setdefault("seed", seed)  # a state_dict of torch.optim.AdamW has none
         for p, state in _states_by_parameter(self.param_groups, state_dict):
             own = self.state[p]
             own["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device).reshape(())
@@ -278,16 +279,17 @@ class FusedAdamW(Optimizer):
             closure: recomputes the loss and is called first, as in every optimizer.
             grad_scale: gradients are multiplied by it before anything else, for example by
                 1 / gradient_accumulation_steps; a number or a tensor of one element.
-            zero_grad: also sets the gradients to zero, in the same pass; not for a step that ``GradScaler`` may
-                skip, which would leave them infinite.
+            zero_grad: also set the gradients to zero, in the same pass. Do not use it with ``GradScaler``: a step that
+                it skips would leave the gradients infinite.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
 
         Raises:
-            TypeError: a gradient is of a dtype that its parameter's kernels do not take, or ``grad_scale`` no number.
-            RuntimeError: a gradient is sparse; it or the state does not fit the parameter, as when a model is cast
-                or moved after its first step; or a CUDA graph is captured before any step has run.
+            TypeError: the kernels of a parameter do not take the dtype of its gradient, or ``grad_scale`` is not a
+                number.
+            RuntimeError: a gradient is sparse; a gradient or state does not fit its parameter, for example because the
+                model was cast or moved after its first step; or a CUDA graph captures a step too early.
         """
         loss = None
         if closure is not None:
@@ -299,14 +301,14 @@ class FusedAdamW(Optimizer):
         scale = self._scale(batches, grad_scale)
         for batch in batches:
             self._step_batch(batch, scale, zero_grad)
-            if not capturing:  # captured, it has not happened yet
+            if not capturing:  # a captured step has not run yet
                 for p, state in zip(batch.params, batch.states, strict=True):
                     step = state["step"]
                     self._steps[p] = step, step._version, batch.steps + 1
         return loss
 
     def _batches(self, group: dict[str, Any], capturing: bool) -> list[Batch]:
-        """The parameters of a group that have a gradient, checked, by what one call of a kernel takes."""
+        """The parameters of a group that have a gradient, checked, divided into what one call of a kernel takes."""
         batches: dict[tuple[int, torch.device, str], Batch] = {}
         kind: tuple[torch.device, torch.dtype] | None = None
         for p in group["params"]:
@@ -316,7 +318,7 @@ class FusedAdamW(Optimizer):
             device, dtype = p.device, p.dtype
             if kind != (device, dtype):
                 kind = device, dtype
-                backend, moment_dtype = ops.backend_of(device, dtype)[0], self._moment_dtype(dtype)
+                backend, moment_dtype = dispatch.backend_of(device, dtype)[0], self._moment_dtype(dtype)
             state = self.state[p]
             if not state:
                 if capturing:
@@ -339,13 +341,15 @@ class FusedAdamW(Optimizer):
         return list(batches.values())
 
     def _admit(self, p: Tensor, moment: Tensor, backend: str) -> None:
-        """Lay the gradient of ``p`` out as the kernels read it, and refuse what they cannot take."""
+        """Make the gradient of ``p`` contiguous, as the kernels read it; raise if they cannot take it."""
         grad = p.grad
         assert grad is not None
         if grad.layout != torch.strided:
-            raise RuntimeError(f"grad: expected a dense tensor, got {grad.layout}: FusedAdamW has no sparse gradients")
-        if grad.dtype not in ops.COMPILED_DTYPES.get(backend, checks.FLOATING):
-            raise TypeError(f"grad: {grad.dtype} of a parameter of {p.dtype} is nothing that {backend} takes")
+            raise RuntimeError(
+                f"grad: expected a dense tensor, got {grad.layout}; FusedAdamW does not support sparse gradients"
+            )
+        if grad.dtype not in dispatch.COMPILED_DTYPES.get(backend, checks.FLOATING):
+            raise TypeError(f"grad: backend '{backend}' does not take {grad.dtype} for a parameter of {p.dtype}")
         for name, tensor in (("grad", grad), ("exp_avg", moment)):
             if tensor.shape != p.shape or tensor.device != p.device:
                 raise RuntimeError(
@@ -353,31 +357,31 @@ class FusedAdamW(Optimizer):
                     f"{tuple(p.shape)} on {p.device}"
                 )
         if moment.dtype != self._moment_dtype(p.dtype):
-            raise RuntimeError(f"exp_avg: {moment.dtype} does not fit its parameter, which has become {p.dtype}")
+            raise RuntimeError(f"exp_avg: {moment.dtype} does not fit its parameter, whose dtype is now {p.dtype}")
         if not p.is_contiguous():
-            raise RuntimeError(f"params: a parameter of shape {tuple(p.shape)} is contiguous no longer")
+            raise RuntimeError(f"params: a parameter of shape {tuple(p.shape)} is no longer contiguous")
         if not grad.is_contiguous() or grad.is_neg():
             p.grad = grad.resolve_neg().contiguous()
 
     def forget_graphs(self) -> None:
-        """Call this once no CUDA graph with a step of this optimizer is replayed any more.
+        """Call this when no CUDA graph with a step of this optimizer will be replayed any more.
 
-        Until then each step outside a graph asks the GPU how many steps there have been, and waits for it.
+        Until then each step outside a graph reads the number of steps from the GPU, and waits for it.
         """
         self._captured = False
         self._steps.clear()
 
     def _count(self, p: Tensor, step: Tensor, capturing: bool) -> int:
-        """How many steps ``p`` has taken; a GPU is asked only where that cannot be known here."""
+        """The number of steps that ``p`` has taken, read from the GPU only if it is not known on the host."""
         known = self._steps.get(p)
         if known is not None and known[0] is step and known[1] == step._version and (capturing or not self._captured):
             return known[2]
         if capturing:
             raise RuntimeError(CAPTURED_TOO_EARLY)
-        return int(step)  # loaded, written to from outside, or counted on by a graph
+        return int(step)  # loaded, changed by other code, or changed by a graph's replays
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
-        """Zeros; the order of the keys is that of ``torch.optim.AdamW``."""
+        """The state before the first step, zeros; the keys have the order of ``torch.optim.AdamW``."""
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
         dtype = self._moment_dtype(p.dtype)
         for name in ("exp_avg", "exp_avg_sq"):
@@ -388,7 +392,7 @@ class FusedAdamW(Optimizer):
         return state
 
     def _scale(self, batches: list[Batch], grad_scale: float | Tensor) -> Tensor | None:
-        """What every gradient is multiplied by, as a 0-dim tensor; clipping included."""
+        """The factor of every gradient, including clipping, as a 0-dim fp32 tensor; ``None`` for 1."""
         if not isinstance(grad_scale, Tensor):
             checks.number("grad_scale", grad_scale)
         if not batches or (self.max_grad_norm is None and not isinstance(grad_scale, Tensor) and grad_scale == 1.0):
@@ -401,6 +405,7 @@ class FusedAdamW(Optimizer):
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * scale
 
     def _step_batch(self, batch: Batch, scale: Tensor | None, zero_grad: bool) -> None:
+        """Update the parameters of a batch."""
         group, _, (device, _), params, states = batch
 
         def moments(name: str) -> list[Tensor]:
@@ -415,37 +420,41 @@ class FusedAdamW(Optimizer):
             scale = scale.to(device)
         step = states[0]["step"]
         hyperparameters = (beta1, beta2, group["eps"], group["weight_decay"], zero_grad)
-        if not self._compact:
-            ops.resolve("adamw_", params[0])(*tensors, copies, step, lr, scale, *hyperparameters)
+        if not self._needs_adamw_8bit:
+            dispatch.resolve("adamw_", params[0])(*tensors, copies, step, lr, scale, *hyperparameters)
             return
         scales = [moments("exp_avg_scale"), moments("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
         seed = torch.full((), group["seed"], dtype=torch.int64, device=device)
-        ops.resolve("adamw_8bit_", params[0])(
+        dispatch.resolve("adamw_8bit_", params[0])(
             *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding
         )
 
 
 def _capturing() -> bool:
-    """Whether what runs now is not done, but becomes part of a CUDA graph."""
+    """Whether a CUDA graph is being captured, so that kernels are recorded and not run."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _norm(batches: list[Batch]) -> Tensor:
-    """The L2 norm of all gradients taken as one vector, on the first one's device."""
+    """The L2 norm of all gradients taken as one vector, on the device of the first."""
     parts: dict[tuple[torch.device, str], list[Tensor]] = {}
     for batch in batches:
         parts.setdefault(batch.place, []).extend(batch.params)
     norms = []
     for (_, backend), params in parts.items():
         grads = [grad for p in params if (grad := p.grad) is not None]
-        if backend == "reference":  # PyTorch's norm widens a dtype and does not narrow one
+        if backend == "reference":  # vector_norm(dtype=float32) does not accept float64
             grads = [grad.float() if grad.dtype == torch.float64 else grad for grad in grads]
-        norms.append(ops.resolve("grad_norm", params[0])(grads))
+        norms.append(dispatch.resolve("grad_norm", params[0])(grads))
     return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 
 def _on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a 0-dim tensor, written by a kernel that carries it; a tensor as one, copied only from elsewhere."""
+    """A number or a tensor of one element as a 0-dim tensor on ``device``.
+
+    A number is written by a kernel that has it as an argument, without a copy from the host. A tensor is copied only if
+    it is on another device or of another dtype.
+    """
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     if value.numel() != 1:
@@ -456,7 +465,7 @@ def _on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: tor
 
 
 def _states_by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
-    """The parameters of ``groups`` that have a state in ``state_dict``, with it."""
+    """The parameters of ``groups`` that have a state in ``state_dict``, each with its state."""
     return [
         (p, state_dict["state"][index])
         for group, saved in zip(groups, state_dict["param_groups"], strict=True)
@@ -466,13 +475,13 @@ def _states_by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any
 
 
 def _check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Those of a parameter group, given or loaded."""
+    """Check the hyperparameters of a parameter group, given or loaded."""
     for name, only in FIXED_OPTIONS.items():
         if bool(group.get(name, only)) != only:
-            raise ValueError(f"{name}: FusedAdamW has only {only}, got {group[name]}")
+            raise ValueError(f"{name}: FusedAdamW supports only {only}, got {group[name]}")
     for name in ("lr", "betas", "eps", "weight_decay"):
         if name not in group:
-            raise ValueError(f"{name}: a parameter group has none")
+            raise ValueError(f"{name}: missing in a parameter group")
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:

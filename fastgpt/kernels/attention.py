@@ -1,9 +1,9 @@
-"""Scaled dot-product attention whose T x T weights are never materialised, forward or backward.
+"""Scaled dot-product attention that never materialises the T x T weights, forward or backward.
 
 Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 
-Dropout draws from Philox-4x32-10 with a seed taken from torch's generator, so ``torch.manual_seed`` governs
-it, the backward redraws the mask instead of storing it, and a seed means the same mask on every backend.
+Dropout draws from Philox-4x32-10 (philox.py) with a seed from torch's generator. So ``torch.manual_seed`` determines
+it, the backward redraws the mask instead of storing it, and a seed gives the same mask on every backend.
 """
 
 import math
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, distinct, once_differentiable
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
 
 class _Attention(Function):
@@ -23,7 +24,7 @@ class _Attention(Function):
         q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
         deterministic: bool,
     ) -> Any:  # fmt: skip
-        return ops.resolve("attention", q)(q, k, v, causal, scale, dropout_p, seed)
+        return dispatch.resolve("attention", q)(q, k, v, causal, scale, dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -39,7 +40,7 @@ class _Attention(Function):
         if dout is None:
             return ()
         q, k, v, out, lse, seed = ctx.saved_tensors
-        return ops.resolve("attention_backward", q)(
+        return dispatch.resolve("attention_backward", q)(
             dout, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.dropout_p, seed, ctx.deterministic
         )
 
@@ -50,7 +51,7 @@ class _AttentionQKV(Function):
         qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
         deterministic: bool,
     ) -> Any:  # fmt: skip
-        return ops.resolve("attention_qkv", qkv)(qkv, n_head, causal, scale, dropout_p, seed)
+        return dispatch.resolve("attention_qkv", qkv)(qkv, n_head, causal, scale, dropout_p, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -66,19 +67,22 @@ class _AttentionQKV(Function):
         if dout is None:
             return ()
         qkv, out, lse, seed = ctx.saved_tensors
-        dqkv = ops.resolve("attention_qkv_backward", qkv)(
+        dqkv = dispatch.resolve("attention_qkv_backward", qkv)(
             dout, qkv, out, lse, ctx.n_head, ctx.causal, ctx.scale, ctx.dropout_p, seed, ctx.deterministic
         )
         return (dqkv,)
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """A 0-dim int64 seed on ``device``; a tensor, because reading it back would stop a GPU's queue."""
+    """Return a 0-dim int64 seed on ``device``, or ``None`` without dropout.
+
+    It stays a tensor, because reading its value would wait for the GPU.
+    """
     return torch.randint(2**62, (), device=device) if dropout_p > 0.0 else None
 
 
 def scale_or_default(scale: float | None, D: int) -> float:
-    """``scale``, or ``1 / sqrt(D)`` if there is none."""
+    """Return ``scale``, or ``1 / sqrt(D)`` if it is ``None``."""
     if scale is None:
         return 1.0 / math.sqrt(D)
     checks.number("scale", scale)
@@ -95,32 +99,32 @@ def attention(
     dropout_p: float = 0.0,
     deterministic: bool = True,
 ) -> Tensor:
-    """``softmax(q k^T * scale) v`` as ``torch.nn.functional.scaled_dot_product_attention`` computes it.
+    """Return ``softmax(q k^T * scale) v``, like ``torch.nn.functional.scaled_dot_product_attention``.
 
     Args:
-        q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to 256.
+        q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to ``heads.MAX_HEAD_SIZE``, 256.
         k: ``(B, H, S, D)``, dtype and device of ``q``.
         v: shape of ``k``.
         causal: position t attends to positions up to t only; needs S = T.
         scale: default ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
-        deterministic: the same inputs give the same gradients to the bit. False lets an NVIDIA GPU add up that of
-            q by atomics, in one pass instead of two, with 4 bytes an element in fp32 beside it; nothing
-            changes elsewhere.
+        deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
+            gradient of q with atomics, in one pass instead of two. This needs an fp32 buffer of the size of q. It
+            changes nothing on other devices.
 
     Returns:
         ``(B, H, T, D)`` in the dtype of ``q``, laid out in memory as ``(B, T, H, D)``, so that
         ``out.transpose(1, 2).reshape(B, T, H * D)`` copies nothing.
 
     Raises:
-        TypeError: a dtype is not a float or differs from that of ``q``, or an option has another type.
+        TypeError: a dtype is not floating-point or differs from that of ``q``, or an option has a wrong type.
         ValueError: a shape, a device, ``scale`` or ``dropout_p`` does not fit.
     """
     checks.floating(q=q, k=k, v=v)
     q, k, v = autocast.in_autocast_dtype(q, k, v)
     checks.same("q", q=q, k=k, v=v)
-    if q.dim() != 4 or 0 in q.shape or q.shape[3] > 256:
-        raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= 256, got {tuple(q.shape)}")
+    if q.dim() != 4 or 0 in q.shape or q.shape[3] > MAX_HEAD_SIZE:
+        raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= {MAX_HEAD_SIZE}, got {tuple(q.shape)}")
     B, H, T, D = q.shape
     if k.dim() != 4 or k.shape[2] == 0:
         raise ValueError(f"k: expected (B, H, S, D) with S > 0, got {tuple(k.shape)}")
@@ -159,15 +163,15 @@ def attention_qkv(
         causal: position t attends to positions up to t only.
         scale: default ``1 / sqrt(C / n_head)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
-        deterministic: the same inputs give the same gradients to the bit. False lets an NVIDIA GPU add up that of
-            q by atomics, in one pass instead of two, with 4 bytes an element in fp32 beside it; nothing
-            changes elsewhere.
+        deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
+            gradient of q with atomics, in one pass instead of two. This needs an fp32 buffer of the size of q. It
+            changes nothing on other devices.
 
     Returns:
         ``(B, T, C)``, contiguous, dtype of ``qkv``.
 
     Raises:
-        TypeError: ``qkv`` is no floating-point tensor, or ``n_head`` or an option has another type.
+        TypeError: ``qkv`` is not a floating-point tensor, or ``n_head`` or an option has a wrong type.
         ValueError: the shape, ``n_head``, ``scale`` or ``dropout_p`` does not fit.
     """
     checks.floating(qkv=qkv)

@@ -1,8 +1,7 @@
-"""What ``torch.autocast`` means for fastgpt's functions, as PyTorch has it for its own on a GPU.
+"""``torch.autocast`` for fastgpt's functions, with the rules that PyTorch has for its own functions on a GPU.
 
-Products (attention, linear, linear + cross-entropy) take their inputs in autocast's dtype, norms take them in fp32,
-GELU and cross-entropy take them as they come. Outside of autocast nothing is ever cast: dtypes that differ are a
-``TypeError``.
+Products (attention, linear, linear + cross-entropy) cast their inputs to autocast's dtype and norms cast them to fp32.
+GELU and cross-entropy cast nothing. Outside autocast nothing is ever cast: different dtypes are a ``TypeError``.
 """
 
 from collections.abc import Callable
@@ -13,27 +12,27 @@ from torch import Tensor
 
 
 def enabled(device_type: str) -> bool:
-    """Whether autocast is on for such devices."""
+    """Whether autocast is on for this type of device."""
     try:
         return torch.is_autocast_enabled(device_type)
-    except RuntimeError:  # some, as meta, know none
+    except RuntimeError:  # a device without autocast, such as meta
         return False
 
 
 def in_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Checked tensors as a matrix product takes them: under autocast in its dtype."""
+    """Return checked tensors as a matrix product takes them: under autocast, in autocast's dtype."""
     if not enabled(first.device.type):
         return first, *others
     return _cast(torch.get_autocast_dtype(first.device.type), first, *others)
 
 
 def in_float32(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Checked tensors as a norm takes them: under autocast in fp32."""
+    """Return checked tensors as a norm takes them: under autocast, in fp32."""
     return _cast(torch.float32, first, *others) if enabled(first.device.type) else (first, *others)
 
 
 def outside(device_type: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, inside of which autocast is off: an operator computes in the dtypes that it was given."""
+    """Return ``function`` with autocast off inside: an operator computes in the dtypes of its arguments."""
 
     def run(*args: Any) -> Any:
         with torch.autocast(device_type, enabled=False):
@@ -43,4 +42,5 @@ def outside(device_type: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast all but float64, as PyTorch's autocast does."""
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

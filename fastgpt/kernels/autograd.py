@@ -1,4 +1,4 @@
-"""What the autograd functions of every op share: gradients only for those who ask, and no second derivative."""
+"""What the autograd functions of all ops share: only the required gradients, and no second derivative."""
 
 import functools
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from torch.autograd import Function
 
 
 def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the ``backward`` of an autograd function that has no second derivative.
+    """Decorate the ``backward`` of an autograd function that has no second derivative.
 
-    ``backward`` returns the gradients of the function's first inputs; those that nobody asked for are dropped, and
-    the inputs after them get none. Under ``create_graph`` the gradients refuse to be differentiated again.
-    ``torch.autograd.function.once_differentiable`` does so only if the incoming gradient has a graph of its own, and
-    not if ``torch.autograd.grad`` is told which inputs it is for: it then gives wrong results without a word.
+    ``backward`` returns the gradients of the function's first inputs. Gradients that are not required are dropped, and
+    the remaining inputs get ``None``. Under ``create_graph`` the gradients raise an error when differentiated again.
+    ``torch.autograd.function.once_differentiable`` raises only if the incoming gradient has a graph of its own, and not
+    if ``torch.autograd.grad`` is given its inputs: the second derivative is then wrong, without an error.
 
     Args:
-        op: the public function's name, for the error.
+        op: the public function's name, for the error message.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,16 +38,19 @@ def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply(*args)`` without matching the arguments to its signature, which takes longer than a small op."""
+    """Return ``function.apply(*args)``, without binding the arguments to its signature.
+
+    ``Function.apply`` binds them only for functorch, and that takes longer than a small op.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 def distinct(tensor: Tensor, *others: Tensor) -> Tensor:
-    """``tensor``, or a view of it while tracing if it is also one of ``others``.
+    """Return ``tensor``, or while tracing a view of it if it is also one of ``others``.
 
-    Dynamo does not trace an autograd function that is given one tensor twice.
+    Dynamo cannot trace an autograd function that gets one tensor twice.
     """
     if torch.compiler.is_compiling() and any(tensor is other for other in others):
         return tensor.view_as(tensor)
@@ -57,7 +60,7 @@ def distinct(tensor: Tensor, *others: Tensor) -> Tensor:
 def _refusing(
     op: str, gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """``gradients``, connected to what they were computed from by a function that raises when differentiated."""
+    """Connect ``gradients`` to their ``sources`` by a function that raises when differentiated."""
     present = [g for g in gradients if g is not None]
     connected = iter(apply(_NoSecondDerivative, op, len(present), *present, *(s for s in sources if s is not None)))
     return tuple(None if g is None else next(connected) for g in gradients)

@@ -1,4 +1,4 @@
-"""What public functions check of their arguments; each failure is one line that names the argument."""
+"""Checks of the arguments of public functions. Each error is one line that begins with the argument's name."""
 
 import sys
 from numbers import Integral, Real
@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# torch.compile's symbols stand for numbers while it traces.
+# While torch.compile traces, its symbols stand for numbers.
 INTEGERS: Any = (Integral, torch.SymInt)
 NUMBERS: Any = (Real, torch.SymInt, torch.SymFloat)
 
 
 def floating(**tensors: Tensor) -> None:
-    """Each is a dense floating-point tensor of a dtype that fastgpt knows. To be called before autocast casts."""
+    """Check that each is a dense tensor of a dtype in ``FLOATING``. Call it before autocast casts."""
     for name, tensor in tensors.items():
         _dense(name, tensor)
         if tensor.dtype not in FLOATING:
@@ -23,12 +25,12 @@ def floating(**tensors: Tensor) -> None:
 
 
 def floating_if_given(**tensors: Tensor | None) -> None:
-    """:func:`floating`, of those that are not ``None``."""
+    """Check with :func:`floating` those that are not ``None``."""
     floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def same(first: str, **tensors: Tensor | None) -> None:
-    """Every tensor given has the dtype and device of the one named ``first``."""
+    """Check that every tensor has the dtype and device of the one named ``first``."""
     model = tensors[first]
     assert model is not None
     for name, tensor in tensors.items():
@@ -38,7 +40,7 @@ def same(first: str, **tensors: Tensor | None) -> None:
 
 
 def on_one_device(first: str, **tensors: Tensor | None) -> None:
-    """Every tensor given has the device of the one named ``first``."""
+    """Check that every tensor has the device of the one named ``first``."""
     model = tensors[first]
     assert model is not None
     for name, tensor in tensors.items():
@@ -47,20 +49,20 @@ def on_one_device(first: str, **tensors: Tensor | None) -> None:
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """``tensor`` has exactly the shape ``expected``."""
+    """Check that ``tensor`` has the shape ``expected``."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
 def targets(tensor: Tensor, n_rows: int, device: torch.device, ignore_index: int) -> None:
-    """``tensor`` is an int64 vector of ``n_rows`` class indices on ``device``."""
+    """Check that ``tensor`` is an int64 vector of ``n_rows`` class indices on ``device``."""
     indices("targets", tensor, device)
     shape("targets", tensor, (n_rows,))
     integer("ignore_index", ignore_index)
 
 
 def indices(name: str, tensor: Tensor, device: torch.device) -> None:
-    """``tensor`` holds int64 on ``device``."""
+    """Check that ``tensor`` is int64 and on ``device``."""
     _dense(name, tensor)
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {tensor.dtype}")
@@ -69,7 +71,7 @@ def indices(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """``tensor`` is one number of ``dtype`` on ``device``."""
+    """Check that ``tensor`` is 0-dim, of ``dtype`` and on ``device``."""
     _dense(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
@@ -79,7 +81,7 @@ def scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) 
 
 
 def integer(name: str, value: Any) -> None:
-    """``value`` is a whole number that fits in 64 bits."""
+    """Check that ``value`` is an integer of at most 64 bits."""
     if isinstance(value, bool) or not isinstance(value, INTEGERS):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -87,48 +89,51 @@ def integer(name: str, value: Any) -> None:
 
 
 def size(name: str, value: Any) -> None:
-    """``value`` is a whole number of at least 1."""
+    """Check that ``value`` is an integer of at least 1."""
     integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def number(name: str, value: Any) -> None:
-    """``value`` is a finite number."""
+    """Check that ``value`` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be beyond
-        got = "an int that no float can hold" if isinstance(value, int) else value
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may exceed it
+        got = "an int too large for a float" if isinstance(value, int) else value
         raise ValueError(f"{name}: expected a finite number, got {got}")
 
 
 def heads(name: str, n_head: Any, width_name: str, width: int) -> None:
-    """``n_head`` divides ``width`` into heads of a size that attention takes."""
-    if n_head < 1 or width % n_head or width // n_head > 256:
-        raise ValueError(f"{name}: {n_head} heads do not divide {width_name} = {width} into heads of at most 256")
+    """Check that ``n_head`` divides ``width`` into heads of a size that attention takes."""
+    if n_head < 1 or width % n_head or width // n_head > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name}: {n_head} heads do not divide {width_name} = {width} into heads of at most {MAX_HEAD_SIZE}"
+        )
 
 
 def boolean(name: str, value: Any) -> None:
-    """``value`` is ``True`` or ``False``."""
+    """Check that ``value`` is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def epsilon(value: Any) -> None:
-    """``value`` may be added to a variance."""
+    """Check that ``value`` can be added to a variance."""
     number("eps", value)
     if value < 0.0:
         raise ValueError(f"eps: expected at least 0, got {value}")
 
 
 def probability(name: str, value: Any) -> None:
-    """``value`` lies in [0, 1)."""
+    """Check that ``value`` is in [0, 1)."""
     number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
 
 
 def _dense(name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is a strided tensor: not sparse, not nested."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:

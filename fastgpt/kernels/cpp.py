@@ -1,6 +1,6 @@
-"""Loads csrc/, compiled once per instruction set, in the form that this CPU can run.
+"""Loads the C++ kernels (csrc/), which are compiled once per instruction set, for the widest one of this CPU.
 
-Loading a library registers its kernels with the dispatcher under ``fastgpt::``. Nothing else touches it.
+Loading a library registers its kernels with PyTorch's dispatcher under ``fastgpt::``. Nothing else uses the library.
 """
 
 import os
@@ -11,24 +11,33 @@ import torch
 
 from fastgpt.kernels import slow_path
 
-# Narrowest first.
+# The instruction sets of setup.py, the narrowest first.
 _LIBRARIES = ("default", "avx2", "avx512", "avx512_bf16")
 
-# Values of ONEDNN_MAX_CPU_ISA, which holds PyTorch's products of bf16 to an instruction set, that leave no AVX512_BF16.
+# Values of ONEDNN_MAX_CPU_ISA, which limits PyTorch's products of bf16 to an instruction set, without AVX512_BF16.
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 @dataclass(frozen=True)
 class Extension:
-    """The loaded library, or ``None``, and the reason in a few words."""
+    """The outcome of :func:`load`.
+
+    Attributes:
+        library: the loaded library, or ``None``.
+        reason: its instruction set, or why none is loaded, in a few words.
+        products: dtypes of operands and result for which the library's matrix product is faster than PyTorch's.
+    """
 
     library: Path | None
     reason: str
-    products: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()  # operands, result: faster than PyTorch's
+    products: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
 
 
 def _widest() -> str:
-    """Of ``_LIBRARIES``, by PyTorch's own answers, so that what narrows PyTorch narrows fastgpt with it."""
+    """The widest of ``_LIBRARIES`` that this CPU runs.
+
+    PyTorch is asked, so that a setting that limits PyTorch's instruction set limits fastgpt's too.
+    """
     capability = torch.backends.cpu.get_cpu_capability().lower()
     if (
         capability == "avx512"
@@ -40,7 +49,7 @@ def _widest() -> str:
 
 
 def load() -> Extension:
-    """Load the widest library this CPU can run; where there is none, warn once and say why."""
+    """Load the widest library that this CPU can run. If there is none, warn once and give the reason."""
     widest = _widest()
     here = Path(__file__).parent
     names = _LIBRARIES[: _LIBRARIES.index(widest) + 1]
@@ -48,7 +57,7 @@ def load() -> Extension:
     if not built:
         others = sorted(path.name for path in here.glob("_cpu_*so"))
         reason = (
-            f"this CPU is {widest}, the build has {', '.join(others)}" if others else "the C++ kernels are not built"
+            f"this CPU has {widest}, the build has {', '.join(others)}" if others else "the C++ kernels are not built"
         )
         return _without(reason)
     try:

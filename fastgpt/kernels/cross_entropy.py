@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import checks, ops
+from fastgpt.kernels import checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 
 
 class _CrossEntropy(Function):
     @staticmethod
     def forward(logits: Tensor, targets: Tensor, ignore_index: int) -> Any:
-        return ops.resolve("cross_entropy", logits)(logits, targets, ignore_index)
+        return dispatch.resolve("cross_entropy", logits)(logits, targets, ignore_index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -29,12 +29,12 @@ class _CrossEntropy(Function):
         if dlosses is None:
             return ()
         logits, targets, lse = ctx.saved_tensors
-        dlogits = ops.resolve("cross_entropy_backward", logits)(dlosses, logits, targets, lse, ctx.ignore_index)
+        dlogits = dispatch.resolve("cross_entropy_backward", logits)(dlosses, logits, targets, lse, ctx.ignore_index)
         return (dlogits,)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """The mean over counted rows of ``logsumexp(logits) - logits[target]``, in nats.
+    """Return the mean of ``logsumexp(logits) - logits[target]`` over the rows that count, in nats.
 
     Args:
         logits: ``(N, V)``, any strides, fp32, bf16 or fp16; sums are taken in fp32.

@@ -1,9 +1,9 @@
-"""Dry runs: a step on tensors without data, which stand for those of a CPU or a GPU.
+"""Dry runs: a step on tensors without data, which stand for tensors on a CPU or a GPU.
 
-Inside ``with dry_run("cuda"):``, code that is given meta tensors takes the path that it takes on a GPU, and every
-operator gives the shape of its result without computing it. So it can be counted what a training step allocates and
-calls, before anything runs and on a machine without a GPU. Code that reads a value from the device raises an error,
-because there is no value.
+Inside ``with dry_run("cuda"):``, code that gets meta tensors takes the path that it takes on a GPU, and every operator
+returns the shape of its result without computing it. This counts what a training step allocates and calls before
+anything runs, on a machine without a GPU. Code that reads a value from the device raises an error, because there is no
+value.
 """
 
 from collections.abc import Iterator
@@ -31,5 +31,5 @@ def stands_for(device_type: str) -> str:
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is on a GPU, or stands for one that is."""
+    """Whether ``tensor`` is on a GPU, or stands for a tensor on a GPU."""
     return stands_for(tensor.device.type) == "cuda"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.main_grad import for_autograd, main_grad_of
 
@@ -14,7 +14,7 @@ from fastgpt.kernels.main_grad import for_autograd, main_grad_of
 class _Gelu(Function):
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None) -> Any:
-        return ops.resolve("gelu", x)(x, bias, tanh)
+        return dispatch.resolve("gelu", x)(x, bias, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -25,14 +25,14 @@ class _Gelu(Function):
     @once_differentiable("gelu")
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, bias = ctx.saved_tensors
-        dx, dbias = ops.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh, ctx.bias_main_grad)
+        dx, dbias = dispatch.resolve("gelu_backward", x)(dy, x, bias, ctx.tanh, ctx.bias_main_grad)
         return dx, *for_autograd([dbias], [ctx.bias_main_grad])
 
 
 def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Tensor:
-    """``z * Phi(z)`` of ``z = x + bias``, Phi being the standard normal distribution function.
+    """Return ``z * Phi(z)`` of ``z = x + bias``, where Phi is the standard normal distribution function.
 
-    A linear layer's bias added here instead of there gets its gradient without a pass of its own.
+    If a linear layer's bias is added here instead of in the layer, its gradient needs no pass of its own.
 
     Args:
         x: any shape and strides, fp32, bf16 or fp16.
@@ -44,7 +44,7 @@ def gelu(x: Tensor, approximate: str = "tanh", bias: Tensor | None = None) -> Te
 
     Raises:
         TypeError: a dtype is not a float or differs from that of ``x``.
-        ValueError: ``approximate`` is neither of the two, or a shape or device does not fit.
+        ValueError: ``approximate`` has another value, or a shape or device does not fit.
     """
     checks.floating(x=x)
     checks.floating_if_given(bias=bias)

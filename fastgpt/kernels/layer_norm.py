@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, distinct, once_differentiable
 from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of
 
@@ -18,7 +18,7 @@ from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, ma
 class _LayerNorm(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *main_grads: Tensor | None) -> Any:
-        return ops.resolve("layer_norm", x)(x, weight, bias, eps)
+        return dispatch.resolve("layer_norm", x)(x, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -44,9 +44,9 @@ class _AddLayerNorm(Function):
         *main_grads: Tensor | None,
     ) -> Any:  # fmt: skip
         if residual is None:
-            y, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, eps)
+            y, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, bias, eps)
             return y, x.view_as(x), mean, rstd
-        return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
+        return dispatch.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -71,23 +71,23 @@ def backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     main_grads: Sequence[Tensor | None], needs_dbias: bool, before: HandedOn | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of ``x``, the weight and the bias; ``None`` for one that has gone into its ``main_grad``.
+    """Return the gradients of ``x``, the weight and the bias; ``None`` for one that was added to its ``main_grad``.
 
     Args:
-        dy: of the norm's result.
-        dsum: of what was normalised, besides.
-        x: what was normalised.
-        weight: the norm's.
-        mean: of each row.
-        rstd: reciprocal standard deviation of each row.
-        main_grads: the weight's and the bias's, or ``None``.
+        dy: ``(..., C)``, the gradient of the norm's result.
+        dsum: ``(..., C)``, a further gradient of ``x``, or ``None``.
+        x: ``(..., C)``, the normalised tensor.
+        weight: ``(C,)``.
+        mean: ``(...)`` fp32, of each row.
+        rstd: ``(...)`` fp32, the reciprocal standard deviation of each row.
+        main_grads: those of the weight and the bias, ``(C,)`` fp32 or ``None``.
         needs_dbias: whether there is a bias that needs its gradient.
-        before: what was handed on with the summand whose gradient ``dx`` is, or ``None``.
+        before: what the summand of ``x`` carries whose gradient ``dx`` is (see ``main_grad.py``), or ``None``.
     """
     sums = (*main_grads, None if before is None else before.main_grad)
-    dx, *gradients = ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
+    dx, *gradients = dispatch.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *sums)
     if before is not None:
-        before.summed.append(dx)
+        before.note(dx)
     return dx, *for_autograd(gradients, main_grads)
 
 
@@ -104,7 +104,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalise the last dimension of ``x`` to mean 0 and variance 1, then scale and shift it.
 
-    Statistics are taken in fp32. Two tensors of one float per row are kept for the backward.
+    Statistics are computed in fp32. Two floats a row are kept for the backward.
 
     Args:
         x: ``(..., C)``, any strides, fp32, bf16 or fp16.
@@ -121,7 +121,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     """
     checks.floating(x=x, weight=weight)
     checks.floating_if_given(bias=bias)
-    main_grads = main_grads_of(weight, bias)  # of the parameters themselves, not of what autocast makes of them
+    main_grads = main_grads_of(weight, bias)  # of the parameters themselves, before autocast casts them
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
     return apply(_LayerNorm, x, weight, bias, eps, *main_grads)[0]
@@ -130,10 +130,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm(x + residual)`` and the sum itself, in one pass over memory.
+    """Return ``layer_norm(x + residual)`` and the sum itself, in one pass over memory.
 
-    The backward adds the gradient that reaches the sum directly into the one it returns, so the residual
-    stream of a pre-norm transformer costs no pass of its own.
+    The backward adds the gradient that reaches the sum to the gradient that it returns, so the residual stream of a
+    pre-norm transformer needs no pass of its own.
 
     Args:
         x: ``(..., C)``, any strides, fp32, bf16 or fp16.
@@ -164,9 +164,10 @@ def add_layer_norm(
 def layer_norm_and_input(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm(x)`` and ``x`` once more, where a residual stream begins: its gradient is added as in a sum's.
+    """Return ``layer_norm(x)`` and ``x`` itself, for the beginning of a residual stream.
 
-    Internal, and so without checks of its own. Arguments and errors are those of :func:`layer_norm`.
+    The backward adds both gradients in one pass, as in :func:`add_layer_norm`. Internal, without checks; the arguments
+    are those of :func:`layer_norm`.
     """
     if torch.compiler.is_compiling() or autocast.enabled(x.device.type):
         return layer_norm(x, weight, bias, eps), x

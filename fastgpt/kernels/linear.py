@@ -1,4 +1,4 @@
-"""Linear layer and embedding that may accumulate their gradients in place (see ``main_grad.py``)."""
+"""Linear layer and embedding, which accumulate gradients in place for a parameter with a ``main_grad``."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.main_grad import HandedOn, main_grad_of, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
-from fastgpt.kernels.reference import TILE_DEPTH, reads_past_rows
+from fastgpt.kernels.torch_matmul import TILE_DEPTH, reads_past_rows
 
 
 class _Linear(Function):
@@ -56,7 +56,7 @@ class _Embedding(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        ops.resolve("embedding_backward_", rows)(ctx.main_grad, rows, index.reshape(-1))
+        dispatch.resolve("embedding_backward_", rows)(ctx.main_grad, rows, index.reshape(-1))
         return ()
 
 
@@ -75,12 +75,12 @@ class _AddPositions(Function):
     @once_differentiable("add_positions")
     def backward(ctx: Any, dy: Tensor) -> Any:
         rows = dy.reshape(-1, ctx.main_grad.numel())
-        ops.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)
+        dispatch.resolve("add_column_sums_", rows)(ctx.main_grad.view(-1), rows)
         return (dy,)
 
 
-def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` on whole tiles where it would read past the rows of ``x``, or its backward past those of ``dy``."""
+def _pytorch_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, on whole tiles if it would read past the rows of ``x``, or its backward past the rows of ``dy``."""
     if not (reads_past_rows(x) or reads_past_rows(weight.T)):
         return F.linear(x, weight, bias)
     (C_out, C_in), tile = weight.shape, TILE_DEPTH
@@ -90,7 +90,7 @@ def _pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: ``F.linear``, gradients added into the ``main_grad`` of a parameter that has one.
+    """Return ``x @ weight.T + bias`` like ``F.linear``; gradients are added to a parameter's ``main_grad``, if any.
 
     Args:
         x: ``(..., C_in)``, any strides.
@@ -116,16 +116,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         checks.shape("bias", bias, (weight.shape[0],))
     if autocast.enabled(x.device.type) and torch.float64 not in (t.dtype for t in (x, weight, bias) if t is not None):
         checks.on_one_device("x", x=x, weight=weight, bias=bias)
-        return _pytorchs(*autocast.in_autocast_dtype(x, weight, bias))
+        return _pytorch_linear(*autocast.in_autocast_dtype(x, weight, bias))
     checks.same("x", x=x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():
-        return _pytorchs(x, weight, bias)
+        return _pytorch_linear(x, weight, bias)
     handed_on = to_hand_on(bias)
     return tied(apply(_Linear, x, weight, bias, handed_on, *main_grads_of(weight, bias)), handed_on)
 
 
 def embedding(index: Tensor, weight: Tensor) -> Tensor:
-    """``weight[index]``: ``F.embedding``, its gradient added into ``weight.main_grad`` if there is one.
+    """Return ``weight[index]`` like ``F.embedding``; the gradient is added to ``weight.main_grad``, if any.
 
     Args:
         index: int64 of any shape, values in ``[0, V)``.
@@ -135,7 +135,7 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
         ``(*index.shape, C)``.
 
     Raises:
-        TypeError: ``index`` is not int64, or ``weight`` not of floats.
+        TypeError: ``index`` is not int64, or ``weight`` is not a floating-point tensor.
         ValueError: ``weight`` is not a matrix, or on another device than ``index``.
         IndexError: a value lies outside ``[0, V)`` (on a CPU).
     """
@@ -151,7 +151,7 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_positions(x: Tensor, weight: Tensor, start: int) -> Tensor:
-    """``x + weight[start : start + T]``, the gradient of ``weight`` added into its ``main_grad`` if there is one.
+    """Return ``x + weight[start : start + T]``; the gradient of ``weight`` is added to its ``main_grad``, if any.
 
     Args:
         x: ``(..., T, C)``.

@@ -1,8 +1,8 @@
-"""The output layer and its loss in one, chunk by chunk: the ``(tokens, vocab)`` logits never exist whole.
+"""The output layer and its loss in one function, chunk by chunk: the ``(tokens, vocab)`` logits never exist as a whole.
 
-A chunk's logits are turned into their gradient in place while they are at hand, so the products that the
-backward needs are done in the forward pass and nothing is recomputed. The idea is Liger-Kernel's
-``fused_linear_cross_entropy`` (Hsu et al., 2024).
+A chunk's logits are turned into their gradient in place. The products of the backward are then done in the forward
+pass, while the chunk exists, and nothing is recomputed. The idea is Liger-Kernel's ``fused_linear_cross_entropy`` (Hsu
+et al., 2024).
 """
 
 from typing import Any
@@ -11,23 +11,26 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgpt.kernels import autocast, checks, ops
+from fastgpt.kernels import autocast, checks, dispatch
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
-# Bytes of logits alive at a time on a CPU. Each chunk reads the weight twice and adds to its gradient once; with
-# 160 rows of fp32 instead of 330 a step of GPT-2's vocabulary takes a tenth longer.
+# Bytes of logits that exist at a time on a CPU: 330 rows of fp32 at GPT-2's vocabulary. Each chunk reads the weight
+# twice and adds to its gradient once; with 160 rows a step takes a tenth longer.
 CHUNK_BYTES = 64 << 20
 
-# On a GPU each chunk reads and writes the fp32 weight gradient once: at GPT-2's widths that takes, on an RTX
-# 4070, a ninth of the time of the product that it comes with, and halving the rows would double it.
+# Rows of logits that exist at a time on a GPU. Each chunk reads and writes the fp32 weight gradient once. At GPT-2's
+# widths on an RTX 4070 this takes a ninth of the time of the product that does it, and half the rows would double it.
 CHUNK_ROWS_GPU = 4096
 
 
 def chunk_rows(x: Tensor, n_classes: int) -> int:
-    """How many rows of ``x`` have their logits in memory at a time: as even a division as steps of 16 rows allow."""
+    """Return how many rows of ``x`` have their logits in memory at a time.
+
+    The division into chunks is as even as multiples of 16 rows, a product's tile, allow.
+    """
     most = CHUNK_ROWS_GPU if on_gpu(x) else max(16, CHUNK_BYTES // (n_classes * x.element_size()) // 16 * 16)
     chunks = max(1, -(-x.shape[0] // most))
     rows = -(-x.shape[0] // chunks)
@@ -38,7 +41,7 @@ def chunked(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, dx: Tensor | None,
     dweight: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The mean loss; writes the gradient of ``x`` into ``dx`` and adds that of ``weight`` to ``dweight``.
+    """Return the mean loss; write the gradient of ``x`` to ``dx``, and add that of ``weight`` to ``dweight``.
 
     Args:
         x: ``(N, C)``.
@@ -60,10 +63,10 @@ def chunked(
         chunk, chunk_targets = x[start : start + rows], targets[start : start + rows]
         logits = matmul_into(buffer[: chunk.shape[0]], chunk, weight.T)
         if not with_gradient:
-            losses, _ = ops.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
+            losses, _ = dispatch.resolve("cross_entropy", x)(logits, chunk_targets, ignore_index)
             total += losses.sum()
             continue
-        losses = ops.resolve("cross_entropy_", x)(logits, chunk_targets, scale, ignore_index)
+        losses = dispatch.resolve("cross_entropy_", x)(logits, chunk_targets, scale, ignore_index)
         total += losses.sum()
         if dx is not None:
             matmul_into(dx[start : start + rows], logits, weight)
@@ -78,7 +81,7 @@ def chunked_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`chunked` with the signature of the operator ``linear_cross_entropy``."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
-    # a GPU's product adds to fp32 as fast; on a CPU it would need a temporary of the weight's size
+    # A GPU's product adds to fp32 as fast as to bf16. On a CPU it would need a temporary of the weight's size.
     dtype = torch.float32 if on_gpu(weight) else weight.dtype
     dweight = weight.new_zeros(weight.shape, dtype=dtype) if needs_dweight else None
     loss = chunked(x, weight, targets, ignore_index, gradient_scale, dx, dweight)
@@ -89,8 +92,8 @@ def chunked_operator(
     )
 
 
-ops.implement("linear_cross_entropy", "CPU", chunked_operator)
-ops.implement("linear_cross_entropy", "CUDA", chunked_operator)
+dispatch.implement("linear_cross_entropy", "CPU", chunked_operator)
+dispatch.implement("linear_cross_entropy", "CUDA", chunked_operator)
 
 
 class _LinearCrossEntropy(Function):
@@ -99,7 +102,7 @@ class _LinearCrossEntropy(Function):
         x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
         needs_dweight: bool,
     ) -> Any:  # fmt: skip
-        operator = ops.resolve("linear_cross_entropy", x)
+        operator = dispatch.resolve("linear_cross_entropy", x)
         return operator(x, weight, targets, ignore_index, gradient_scale, needs_dx, needs_dweight)
 
     @staticmethod
@@ -118,7 +121,7 @@ class _LinearCrossEntropy(Function):
 
 
 class _LinearCrossEntropyInPlace(Function):
-    """The weight gradient goes into ``main_grad`` in the forward, for an upstream gradient of exactly 1."""
+    """The forward adds the weight's gradient to ``main_grad``, for an upstream gradient of exactly 1."""
 
     @staticmethod
     def forward(
@@ -134,11 +137,11 @@ class _LinearCrossEntropyInPlace(Function):
     @once_differentiable("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> Any:
         rule = "linear_cross_entropy: with weight.main_grad the loss must be the root of backward()"
-        if on_gpu(dloss):  # checked there, for nothing here may wait for the value
+        if on_gpu(dloss):  # checked on the GPU: reading the value here would wait for it
             torch._assert_async(dloss == 1.0, rule)
         elif dloss.device.type == "cpu" and dloss.item() != 1.0:
             raise RuntimeError(
-                f"{rule}; its gradient came in as {dloss.item()}, and the weight's has been added as if for 1"
+                f"{rule}; the loss got a gradient of {dloss.item()}, but weight.main_grad was computed for 1"
             )
         return ctx.saved_tensors
 
@@ -146,23 +149,22 @@ class _LinearCrossEntropyInPlace(Function):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, *, gradient_scale: Tensor | None = None
 ) -> Tensor:
-    """``cross_entropy(x @ weight.T, targets)`` without ever holding all logits.
+    """Return ``cross_entropy(x @ weight.T, targets)`` without ever holding all logits.
 
-    Peak memory beyond inputs and gradients: one chunk of logits, 64 MiB on a CPU,
-    4096 rows on a GPU. Gradients are computed in this
-    call, for the inputs that require them, and handed out by ``backward``.
+    Peak memory beyond inputs and gradients is one chunk of logits: 64 MiB on a CPU, 4096 rows on a GPU. Gradients are
+    computed in this call, for the inputs that require them; ``backward`` multiplies them by the loss's gradient.
 
-    If ``weight`` carries a ``main_grad`` (see ``main_grad.py``), its gradient is added there in this call,
-    as if for an upstream gradient of 1: call ``backward()`` on the loss itself, and fold any scale (of
-    gradient accumulation, say) into the optimizer.
+    If ``weight`` carries a ``main_grad`` (see ``main_grad.py``), its gradient is added there in this call, for an
+    upstream gradient of 1. Call ``backward()`` on the loss itself, and apply any scale, for example that of gradient
+    accumulation, in the optimizer.
 
     Args:
         x: ``(N, C)``, any strides, fp32, bf16 or fp16.
         weight: ``(V, C)``, dtype and device of ``x``.
         targets: ``(N,)`` int64 in ``[0, V)``, or ``ignore_index`` for a row that does not count.
         ignore_index: marks rows without a target.
-        gradient_scale: 0-dim fp32 tensor that both gradients are multiplied by, for loss scaling: those of the
-            logits are rounded to fp16 in this call, so a scale applied to the loss would come too late.
+        gradient_scale: 0-dim fp32 tensor that both gradients are multiplied by, for loss scaling. The gradients of
+            the logits are rounded to fp16 in this call, so a scale applied to the loss would come too late.
 
     Returns:
         0-dim fp32 tensor: the mean loss in nats; NaN if no row counts, as in PyTorch.
@@ -173,7 +175,7 @@ def linear_cross_entropy(
         RuntimeError: a target lies outside ``[0, V)`` (on a CPU; on a GPU the loss is NaN).
     """
     checks.floating(x=x, weight=weight)
-    main_grad = main_grad_of(weight)  # of the parameter itself, not of what autocast makes of it
+    main_grad = main_grad_of(weight)  # of the parameter itself, before autocast casts it
     x, weight = autocast.in_autocast_dtype(x, weight)
     checks.same("x", x=x, weight=weight)
     if x.dim() != 2 or x.shape[1] == 0:

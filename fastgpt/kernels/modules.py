@@ -1,6 +1,6 @@
-"""The functions as modules, with the names, defaults and ``state_dict`` of ``torch.nn``'s: either loads the other's.
+"""The functions as modules with the names, defaults and ``state_dict`` of ``torch.nn``: either loads the other's.
 
-Where torch.nn offers more than the kernels do (class weights, say), the argument is refused when the module is made.
+An argument of torch.nn that the kernels do not support, such as class weights, is an error in the constructor.
 ``ignore_index`` is -100 as in torch.nn; the functions default to -1.
 """
 
@@ -20,7 +20,7 @@ from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` on :func:`linear`: its weight gradient may accumulate in place."""
+    """``nn.Linear`` on :func:`linear`; gradients are added to a parameter's ``main_grad``, if any."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
@@ -28,10 +28,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` on :func:`embedding`: its gradient may accumulate in place.
+    """``nn.Embedding`` on :func:`embedding`; the gradient is added to the weight's ``main_grad``, if any.
 
     Raises:
-        ValueError: ``padding_idx``, ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is asked for.
+        ValueError: ``padding_idx``, ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is set.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,15 +65,15 @@ class LayerNorm(nn.LayerNorm):
 
 
 class AddLayerNorm(LayerNorm):
-    """:class:`LayerNorm` with the residual add before it fused in, on :func:`add_layer_norm`."""
+    """:class:`LayerNorm` fused with the residual add before it, on :func:`add_layer_norm`."""
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Two of ``(..., C)`` to the norm of their sum, and the sum."""
+        """Two ``(..., C)`` to the norm of their sum, and the sum."""
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class GELU(nn.GELU):
-    """``nn.GELU`` on :func:`gelu`; like it, exact unless ``approximate="tanh"``, which is GPT-2's."""
+    """``nn.GELU`` on :func:`gelu`: exact by default; ``approximate="tanh"`` is GPT-2's form."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
@@ -81,22 +81,22 @@ class GELU(nn.GELU):
 
 
 class CausalSelfAttention(nn.Module):
-    """Self-attention under a causal mask, with the parameters of ``nn.MultiheadAttention``.
+    """Self-attention with a causal mask and the parameters of ``nn.MultiheadAttention``.
 
-    One product for the queries, keys and values of all heads, :func:`attention_qkv` on it as it lies, one product
-    for the output.
+    One product computes the queries, keys and values of all heads, :func:`attention_qkv` reads them in place, and one
+    product computes the output.
 
     Args:
         embed_dim: width, C.
-        num_heads: number of heads, each of ``embed_dim / num_heads``, at most 256.
+        num_heads: number of heads, each of ``embed_dim / num_heads`` elements, at most ``heads.MAX_HEAD_SIZE``.
         dropout: probability of dropping an attention weight in training.
-        bias: whether both products have one.
+        bias: whether both products have a bias.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        TypeError: an argument has another type.
-        ValueError: ``num_heads`` does not divide ``embed_dim`` so, or ``dropout`` is not in [0, 1).
+        TypeError: an argument has a wrong type.
+        ValueError: ``num_heads`` does not divide ``embed_dim`` into such heads, or ``dropout`` is not in [0, 1).
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class CausalSelfAttention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def extra_repr(self) -> str:
-        """What it was made with."""
+        """The constructor's arguments, for ``repr``."""
         return (
             f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "
             f"bias={self.in_proj_bias is not None}"
@@ -143,7 +143,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """``nn.CrossEntropyLoss`` of ``(N, V)`` logits and class indices, on :func:`cross_entropy`.
 
     Raises:
-        ValueError: ``weight``, ``label_smoothing`` or a ``reduction`` other than the mean is asked for.
+        ValueError: ``weight``, ``label_smoothing`` or a ``reduction`` other than the mean is set.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -158,10 +158,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """An output layer and its mean loss in one, on :func:`linear_cross_entropy`: no logits in memory.
+    """An output layer and its mean loss in one module, on :func:`linear_cross_entropy`: no logits in memory.
 
-    Its ``state_dict`` is that of ``torch.nn.LinearCrossEntropyLoss``, ``linear.weight``. To tie it to a token
-    embedding: ``loss.linear.weight = embedding.weight``. For logits, to sample from, call ``loss.linear``.
+    Its ``state_dict`` is that of ``torch.nn.LinearCrossEntropyLoss``: ``linear.weight``. To tie the weight to a token
+    embedding, set ``loss.linear.weight = embedding.weight``. To get logits, call ``loss.linear``.
 
     Args:
         in_features: width, C.
@@ -192,7 +192,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.linear = Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        """What the layer inside does not show."""
+        """The argument that the inner layer does not show, for ``repr``."""
         return f"ignore_index={self.ignore_index}"
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
         Raises:
             TypeError: a dtype does not fit.
-            ValueError: ``target`` has not the shape of ``input`` without its last dimension, or that is not C.
+            ValueError: the last dimension of ``input`` is not C, or ``target`` does not have the shape of the others.
         """
         checks.floating(input=input)
         if input.shape[-1:] != (self.linear.in_features,):
@@ -211,6 +211,6 @@ class LinearCrossEntropyLoss(nn.Module):
         return linear_cross_entropy(rows, self.linear.weight, target.reshape(-1), self.ignore_index)
 
 
-def _refuse(argument: str, asked_for: bool) -> None:
-    if asked_for:
-        raise ValueError(f"{argument}: not supported by fastgpt's kernels; torch.nn has it")
+def _refuse(argument: str, is_set: bool) -> None:
+    if is_set:
+        raise ValueError(f"{argument}: fastgpt's kernels do not support it; use torch.nn")

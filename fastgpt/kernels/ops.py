@@ -1,114 +1,326 @@
-"""The seam: every operator's schema and fake, once, and the choice of the backend that runs it.
+"""The table of operators: schema, shapes, dtypes and fake of each, one entry an operator.
 
-An operator is declared here in the dispatcher's namespace ``fastgpt::`` and implemented by up to three
-backends: ``cpp`` (csrc/, CPU), ``triton`` (NVIDIA GPUs) and ``reference`` (plain PyTorch, any device). The
-dispatcher routes by device; :func:`resolve` is what the public functions call, and also honours
-``FASTGPT_BACKEND`` and :func:`use_backend`. Triton is imported when an operator first runs on a GPU.
+An operator is declared here, once, in the dispatcher's namespace ``fastgpt::``. Up to three backends implement it:
+``reference`` (reference.py, plain PyTorch, any device), ``cpp`` (csrc/, CPU) and ``triton`` (triton/, NVIDIA GPUs).
+dispatch.py registers them and chooses among them. The function below an entry's schema is its fake: it returns the
+results' shapes, strides and dtypes without computing them, for ``torch.compile`` and for tensors without data. Its
+docstring says what the operator computes.
 
-Conventions: B batch, H heads, T sequence, D head size, C width, V vocabulary, N rows. ``lse``, ``mean``,
-``rstd`` and losses are fp32 whatever the dtype of the inputs. Every backend of an operator saves the same
-tensors for the backward, so a forward on one and a backward on another agree.
+Notation: B batch, H heads, T queries, S keys, D head size, C width, V vocabulary, N rows. In a schema ``(a!)`` marks a
+tensor that is changed in place. Conventions, unless an entry says otherwise:
+
+- Floating-point tensors have one dtype, that of the first: fp32, bf16, fp16 or fp64. Arithmetic is fp32, and fp64 for
+  fp64. Statistics (``mean``, ``rstd``, ``lse``, losses, norms) are fp32 whatever that dtype is.
+- Arguments may have any strides; results are new and contiguous.
+- A ``main_grad`` is contiguous fp32. A gradient is added to it unrounded, and an empty tensor, shape (0,), is returned
+  in the gradient's place.
+- Every backend of an operator saves the same tensors for the backward, so a forward on one backend and a backward on
+  another agree.
 """
 
-import importlib
-import importlib.util
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import autocast, cpp, reference, slow_path
-from fastgpt.kernels.dry_run import stands_for
+from fastgpt.kernels.heads import empty_heads
 
-BACKENDS = ("auto", "triton", "cpp", "reference")
-
-# What the compiled backends take; other dtypes (float64, and float16 on the CPU) run on the reference.
-COMPILED_DTYPES = {
-    "cpp": frozenset({torch.float32, torch.bfloat16}),
-    "triton": frozenset({torch.float32, torch.bfloat16, torch.float16}),
-}
+library = torch.library.Library("fastgpt", "DEF")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """``schema`` as the dispatcher writes it; ``fake`` gives the outputs' shapes and strides, no data."""
+    """An entry of the table.
+
+    Attributes:
+        schema: in the dispatcher's notation, without the name.
+        fake: the results' shapes, strides and dtypes, without data.
+        kind: what the operator counts as where the time of a step is added up by kind (train/predict/trace.py).
+    """
 
     schema: str
     fake: Callable[..., Any]
+    kind: str
 
 
-def _row_statistics(x: Tensor) -> Tensor:
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(name: str, schema: str, kind: str = "other") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare ``fastgpt::name``; the decorated function is its fake."""
+
+    def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATORS[name] = Operator(schema, fake, kind)
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastgpt::{name}", fake, lib=library)
+        return fake
+
+    return declare
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """One fp32 number for each row of ``x``."""
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
+# ---- matrix product, embedding ----
 
 
-def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), _row_statistics(x), _row_statistics(x)
+@operator("matmul_", "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool accumulate, Tensor(b!)? row_sums) -> ()")
+def _(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool, row_sums: Tensor | None
+) -> None:  # fmt: skip
+    """Out = a @ b + bias and row_sums = a.sum(1); or with accumulate out += a @ b and row_sums += a.sum(1).
+
+    a: (M, K). b: (K, N). bias: (N,), excluded by accumulate.
+    out: (M, N), rows contiguous; dtype of a, or fp32 with accumulate.
+    row_sums: (M,), dtype of a, or fp32.
+    """
 
 
-def _layer_norm_backward(
+@operator("add_column_sums_", "(Tensor(a!) sums, Tensor x) -> ()")
+def _(sums: Tensor, x: Tensor) -> None:
+    """Sums += x.sum(0), added up in fp32.
+
+    sums: (C,) fp32, contiguous. x: (N, C).
+    """
+
+
+@operator("embedding_backward_", "(Tensor(a!) main_grad, Tensor dy, Tensor index) -> ()")
+def _(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
+    """main_grad[index] += dy; each sum is taken in fp32, in an order that depends on index alone.
+
+    main_grad: (V, C) fp32, contiguous. dy: (N, C). index: (N,) int64 in [0, V).
+    """
+
+
+# ---- layer norm ----
+
+
+@operator(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    kind="norm",
+)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """Y = (x - mean) * rstd * weight + bias, with the mean and rstd = 1 / sqrt(variance + eps) of each row.
+
+    x, y: (..., C). weight, bias: (C,). mean, rstd: (...) fp32.
+    """
+    return x.new_empty(x.shape), _statistics(x), _statistics(x)
+
+
+@operator(
+    "add_layer_norm",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
+    " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+    kind="norm",
+)
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """Sum = x + residual, rounded to the dtype of x; y, mean and rstd are those of layer_norm(sum).
+
+    x, residual, y, sum: (..., C). weight, bias: (C,). mean, rstd: (...) fp32.
+    """
+    return x.new_empty(x.shape), x.new_empty(x.shape), _statistics(x), _statistics(x)
+
+
+@operator(
+    "layer_norm_backward",
+    "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_dbias,"
+    " Tensor(a!)? weight_main_grad=None, Tensor(b!)? bias_main_grad=None, Tensor(c!)? dx_sums=None)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    kind="norm",
+)
+def _(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs_dbias: bool,
     weight_main_grad: Tensor | None = None, bias_main_grad: Tensor | None = None, dx_sums: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of layer_norm; of add_layer_norm, if x is its sum and dsum the sum's own gradient.
+
+    dy, dsum, x, dx: (..., C). mean, rstd: (...) fp32, as the forward returned them. weight: (C,).
+    dweight: (C,), empty with weight_main_grad. dbias: (C,), empty with bias_main_grad or without needs_dbias.
+    weight_main_grad, bias_main_grad: (C,) fp32.
+    dx_sums: (C,) fp32, contiguous; += dx.sum over all rows, of dx before it is rounded.
+    """
     weight_shape = weight.shape if weight_main_grad is None else (0,)
     bias_shape = weight.shape if needs_dbias and bias_main_grad is None else (0,)
     return x.new_empty(x.shape), weight.new_empty(weight_shape), weight.new_empty(bias_shape)
 
 
-def _gelu_backward(
+# ---- GELU ----
+
+
+@operator("gelu", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", kind="GELU")
+def _(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """GELU of x + bias, exact (erf) or, with tanh, GPT-2's approximation.
+
+    x, result: (..., C), any shape without a bias. bias: (C,).
+    """
+    return x.new_empty(x.shape)
+
+
+@operator(
+    "gelu_backward",
+    "(Tensor dy, Tensor x, Tensor? bias, bool tanh, Tensor(a!)? bias_main_grad=None) -> (Tensor dx, Tensor dbias)",
+    kind="GELU",
+)
+def _(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
 ) -> tuple[Tensor, ...]:
+    """The gradients of gelu(x, bias, tanh).
+
+    dy, x, dx: (..., C). bias: (C,). bias_main_grad: (C,) fp32.
+    dbias: (C,), empty without a bias or with bias_main_grad.
+    """
     bias_shape = (0,) if bias is None or bias_main_grad is not None else bias.shape
     return x.new_empty(x.shape), x.new_empty(bias_shape)
 
 
-def _attention(
+@operator(
+    "gelu_backward_recompute_",
+    "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh, Tensor(b!)? bias_main_grad=None) -> (Tensor y, Tensor dbias)",
+    kind="GELU",
+)
+def _(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """gelu_backward with dx written over dy, and y = gelu(x, bias, tanh) recomputed, so that it need not be kept.
+
+    dy: (..., C), contiguous; dx afterwards. x, y: (..., C). bias, dbias, bias_main_grad: as in gelu_backward.
+    """
+    bias_shape = (0,) if bias is None or bias_main_grad is not None else bias.shape
+    return x.new_empty(x.shape), x.new_empty(bias_shape)
+
+
+# ---- attention ----
+
+
+@operator(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
+    " -> (Tensor out, Tensor lse)",
+    kind="attention",
+)
+def _(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
-    return reference.empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """Out = softmax(q k^T * scale) v, with dropout of the weights; lse is the logsumexp of each row of scores.
+
+    q: (B, H, T, D). k, v: (B, H, S, D); S = T with causal. seed: () int64, or None without dropout.
+    out: (B, H, T, D), laid out in memory as (B, T, H, D). lse: (B, H, T) fp32.
+    """
+    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _attention_backward(
+@operator(
+    "attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale,"
+    " float dropout_p, Tensor? seed, bool deterministic=True) -> (Tensor dq, Tensor dk, Tensor dv)",
+    kind="attention",
+)
+def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return reference.empty_heads(q), reference.empty_heads(k), reference.empty_heads(v)
+    """The gradients of attention; its arguments and results are those of the forward.
+
+    dout, out, q, dq: (B, H, T, D). k, v, dk, dv: (B, H, S, D). lse: (B, H, T) fp32. seed: () int64, or None.
+    dq, dk and dv are laid out in memory as (B, T, H, D). deterministic=False lets dq be added up in any order.
+    """
+    return empty_heads(q), empty_heads(k), empty_heads(v)
 
 
-def _attention_qkv(
+@operator(
+    "attention_qkv",
+    "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)",
+    kind="attention",
+)
+def _(
     qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
+    """Attention of q, k and v packed side by side; head h of each is columns h D to (h + 1) D of its C.
+
+    qkv: (B, T, 3C). out: (B, T, C). lse: (B, n_head, T) fp32. seed: () int64, or None without dropout.
+    """
     B, T, C3 = qkv.shape
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
-def _attention_qkv_backward(
+@operator(
+    "attention_qkv_backward",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, bool causal, float scale,"
+    " float dropout_p, Tensor? seed, bool deterministic=True) -> Tensor",
+    kind="attention",
+)
+def _(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
     dropout_p: float, seed: Tensor | None, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
+    """The gradient of attention_qkv, packed like its input.
+
+    dout, out: (B, T, C). qkv, result: (B, T, 3C). lse: (B, n_head, T) fp32. seed: () int64, or None.
+    deterministic: as in attention_backward.
+    """
     return qkv.new_empty(qkv.shape)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
-    return _row_statistics(logits), _row_statistics(logits)
+# ---- cross-entropy ----
 
 
-def _cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+@operator(
+    "cross_entropy", "(Tensor logits, Tensor targets, int ignore_index) -> (Tensor losses, Tensor lse)", kind="loss"
+)
+def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+    """Lse = logsumexp(logits) and losses = lse - logits[target] of each row; 0 where the target is ignore_index.
+
+    logits: (N, V). targets: (N,) int64. losses, lse: (N,) fp32.
+    """
+    return _statistics(logits), _statistics(logits)
+
+
+@operator(
+    "cross_entropy_backward",
+    "(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
+    kind="loss",
+)
+def _(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    """The gradient of the logits; rows whose target is ignore_index get zeros.
+
+    dlosses, lse: (N,) fp32. logits, result: (N, V). targets: (N,) int64.
+    """
     return logits.new_empty(logits.shape)
 
 
-def _linear_cross_entropy(
+@operator(
+    "cross_entropy_",
+    "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index) -> Tensor losses",
+    kind="loss",
+)
+def _(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+    """The losses of cross_entropy; the gradient of scale * losses.sum() is written over the logits.
+
+    logits: (N, V), contiguous. targets: (N,) int64. scale: () fp32. losses: (N,) fp32.
+    """
+    return _statistics(logits)
+
+
+@operator(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, Tensor? gradient_scale, bool needs_dx,"
+    " bool needs_dweight)"
+    " -> (Tensor loss, Tensor dx, Tensor dweight)",
+)
+def _(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """The mean cross-entropy of x @ weight.T over the rows that count, and its gradients times gradient_scale.
+
+    x, dx: (N, C). weight, dweight: (V, C). targets: (N,) int64. gradient_scale: () fp32, or None for 1.
+    loss: () fp32. dx is empty without needs_dx, dweight without needs_dweight.
+    """
     return (
         x.new_empty((), dtype=torch.float32),
         x.new_empty(x.shape if needs_dx else (0,)),
@@ -116,254 +328,56 @@ def _linear_cross_entropy(
     )
 
 
-OPERATORS: dict[str, Operator] = {
-    # out = a @ b + bias and row_sums = a.sum(1); or accumulating out += a @ b and row_sums += a.sum(1). Both may be
-    # wider than a and b: fp32.
-    "matmul_": Operator(
-        "(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, bool accumulate, Tensor(b!)? row_sums) -> ()",
-        lambda out, a, b, bias, accumulate, row_sums: None,
-    ),
-    # sums += x.sum(0), added up in fp32; sums is fp32
-    "add_column_sums_": Operator("(Tensor(a!) sums, Tensor x) -> ()", lambda sums, x: None),
-    # main_grad[index] += dy, each sum in fp32 and in an order that depends on index alone: (V, C) fp32, (N, C), (N)
-    "embedding_backward_": Operator(
-        "(Tensor(a!) main_grad, Tensor dy, Tensor index) -> ()", lambda main_grad, dy, index: None
-    ),
-    "layer_norm": Operator(
-        "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-        _layer_norm,
-    ),
-    "add_layer_norm": Operator(
-        "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
-        " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
-        _add_layer_norm,
-    ),
-    # A gradient is added to its main_grad (fp32) where there is one, unrounded; an empty tensor is returned for it.
-    # dx_sums (fp32) += dx.sum(0) over all rows, dx unrounded.
-    "layer_norm_backward": Operator(
-        "(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool needs_dbias,"
-        " Tensor(a!)? weight_main_grad=None, Tensor(b!)? bias_main_grad=None, Tensor(c!)? dx_sums=None)"
-        " -> (Tensor dx, Tensor dweight, Tensor dbias)",
-        _layer_norm_backward,
-    ),
-    "gelu": Operator("(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape)),
-    "gelu_backward": Operator(
-        "(Tensor dy, Tensor x, Tensor? bias, bool tanh, Tensor(a!)? bias_main_grad=None) -> (Tensor dx, Tensor dbias)",
-        _gelu_backward,
-    ),
-    # Turns a contiguous dy into dx, in place; returns the forward's result too, which need not have been kept.
-    "gelu_backward_recompute_": Operator(
-        "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh, Tensor(b!)? bias_main_grad=None)"
-        " -> (Tensor y, Tensor dbias)",
-        _gelu_backward,
-    ),
-    "attention": Operator(
-        "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
-        " -> (Tensor out, Tensor lse)",
-        _attention,
-    ),
-    # deterministic=False permits sums in an order that no one chose
-    "attention_backward": Operator(
-        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale,"
-        " float dropout_p, Tensor? seed, bool deterministic=True) -> (Tensor dq, Tensor dk, Tensor dv)",
-        _attention_backward,
-    ),
-    "attention_qkv": Operator(
-        "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)",
-        _attention_qkv,
-    ),
-    "attention_qkv_backward": Operator(
-        "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, bool causal, float scale,"
-        " float dropout_p, Tensor? seed, bool deterministic=True) -> Tensor",
-        _attention_qkv_backward,
-    ),
-    "cross_entropy": Operator(
-        "(Tensor logits, Tensor targets, int ignore_index) -> (Tensor losses, Tensor lse)",
-        _cross_entropy,
-    ),
-    "cross_entropy_backward": Operator(
-        "(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
-        _cross_entropy_backward,
-    ),
-    # Turns contiguous logits into the gradient of scale * sum(losses), in place.
-    "cross_entropy_": Operator(
-        "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index) -> Tensor losses",
-        lambda logits, targets, scale, ignore_index: _row_statistics(logits),
-    ),
-    # The gradients of the mean loss, times the scale (fp32, 0-dim), come with it; one not needed is an empty tensor.
-    "linear_cross_entropy": Operator(
-        "(Tensor x, Tensor weight, Tensor targets, int ignore_index, Tensor? gradient_scale, bool needs_dx,"
-        " bool needs_dweight)"
-        " -> (Tensor loss, Tensor dx, Tensor dweight)",
-        _linear_cross_entropy,
-    ),
-    "grad_norm": Operator("(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32)),
-    # step: fp32, lr: fp64, grad_scale: fp32, each 0-dim on the parameters' device, so that a captured
-    # CUDA graph reads the current values. copies: bf16 twins that receive the new parameters, or none.
-    "adamw_": Operator(
-        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-        " Tensor(e!)[] copies, Tensor step, Tensor lr, Tensor? grad_scale, float beta1, float beta2,"
-        " float eps, float weight_decay, bool zero_grad) -> ()",
-        lambda *args: None,
-    ),
-    # The same with moments of 8 bits where there are scales (uint8 codes, and fp32 scales for each 256 elements),
-    # and with all that is bf16 rounded stochastically where asked. seed: int64, 0-dim, on the device.
-    "adamw_8bit_": Operator(
-        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-        " Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] copies, Tensor step, Tensor lr,"
-        " Tensor? grad_scale, Tensor seed, float beta1, float beta2, float eps, float weight_decay, bool zero_grad,"
-        " bool stochastic_rounding) -> ()",
-        lambda *args: None,
-    ),
-}
-
-_library = torch.library.Library("fastgpt", "DEF")
-for _name, _operator in OPERATORS.items():
-    _library.define(_name + _operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgpt::{_name}", _operator.fake, lib=_library)
+# ---- AdamW ----
 
 
-def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:
-    """Register ``function`` as operator ``name`` on one kind of device (``"CPU"``, ``"CUDA"``)."""
-    _library.impl(name, function, dispatch_key)
+@operator("grad_norm", "(Tensor[] grads) -> Tensor", kind="optimizer")
+def _(grads: list[Tensor]) -> Tensor:
+    """The L2 norm of all grads taken as one vector.
 
-
-# The operators of fastgpt/kernels/triton/. matmul_ stays with cuBLAS; linear_cross_entropy is made of others.
-TRITON_OPERATORS = tuple(name for name in OPERATORS if name not in ("matmul_", "linear_cross_entropy"))
-
-
-def _on_triton(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return importlib.import_module("fastgpt.kernels.triton").IMPLEMENTATIONS[name](*args)
-
-    return run
-
-
-_triton: dict[str, Callable[..., Any]] = {name: _on_triton(name) for name in TRITON_OPERATORS}
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-if _TRITON_INSTALLED:
-    for _name, _run in _triton.items():
-        implement(_name, "CUDA", _run)
-
-_overloads: dict[str, Any] = {name: getattr(torch.ops.fastgpt, name).default for name in OPERATORS}
-_references: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in OPERATORS}
-
-
-def _backend_from_environment() -> str:
-    name = os.environ.get("FASTGPT_BACKEND", "auto")
-    if name in BACKENDS:
-        return name
-    warnings.warn(f"FASTGPT_BACKEND={name} is none of {', '.join(BACKENDS)}; using auto", stacklevel=2)
-    return "auto"
-
-
-_choice = _backend_from_environment()
-EXTENSION = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTGPT_BACKEND={_choice}")
-
-# What a compiled backend leaves to plain PyTorch, and why.
-_left_to_torch: dict[str, dict[str, str]] = {
-    "triton": {"matmul_": "cuBLAS"},
-    "cpp": {"add_column_sums_": "products sum rows on the way"}
-    | ({} if EXTENSION.products else {"matmul_": "PyTorch's is faster on this CPU"}),
-    "reference": {},
-}
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every operator inside the block on ``name``: ``auto``, ``triton``, ``cpp`` or ``reference``.
-
-    Process-wide, not per thread, because autograd runs backward passes on threads of its own. A tensor
-    that a forced backend cannot take (its device or dtype) is a ``RuntimeError`` at the call.
-
-    Raises:
-        ValueError: ``name`` is no backend.
+    grads: any shapes and dtypes. Result: () fp32.
     """
-    global _choice
-    if name not in BACKENDS:
-        raise ValueError(f"name: '{name}' is none of {', '.join(BACKENDS)}")
-    previous, _choice = _choice, name
-    try:
-        yield
-    finally:
-        _choice = previous
+    return grads[0].new_empty((), dtype=torch.float32)
 
 
-def _natural_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The best backend for such tensors, and the reason in a few words."""
-    device_type = stands_for(device.type)
-    if device_type == "cpu":
-        if EXTENSION.library is None:
-            return "reference", EXTENSION.reason
-        if dtype not in COMPILED_DTYPES["cpp"]:
-            return "reference", f"the C++ kernels take float32 and bfloat16, not {dtype}"
-        return "cpp", EXTENSION.reason
-    if device_type != "cuda":
-        return "reference", f"no compiled kernels for {device_type}"
-    if device.type == "meta":
-        return "triton", "as on an NVIDIA GPU"
-    if not _TRITON_INSTALLED:
-        return "reference", "Triton is not installed"
-    if dtype not in COMPILED_DTYPES["triton"]:
-        return "reference", f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
-    if torch.version.hip is not None:
-        return "reference", "no compiled kernels for AMD's GPUs"
-    # while compiling it is assumed to be new enough; the kernels' launch says so if it is not
-    known = not torch.compiler.is_compiling() and torch.cuda.is_available()
-    if known and torch.cuda.get_device_capability(device) < (8, 0):
-        return "reference", "the Triton kernels need compute capability 8.0 (Ampere) or newer"
-    return "triton", "NVIDIA GPU"
+@operator(
+    "adamw_",
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+    " Tensor(e!)[] copies, Tensor step, Tensor lr, Tensor? grad_scale, float beta1, float beta2,"
+    " float eps, float weight_decay, bool zero_grad) -> ()",
+    kind="optimizer",
+)
+def _(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
+    eps: float, weight_decay: float, zero_grad: bool,
+) -> None:  # fmt: skip
+    """One step of AdamW on every tensor of a list; with zero_grad the grads are then set to zero.
+
+    params, grads, exp_avgs, exp_avg_sqs: contiguous, one shape for each index; dtypes may differ between the lists.
+    copies: bf16, receive the new params; or an empty list.
+    step: () fp32, counted from 1. lr: () fp64. grad_scale: () fp32, multiplies the grads first; or None for 1. They are
+    tensors on the params' device, so that a captured CUDA graph reads their current values.
+    """
 
 
-def backend_of(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that an operator on such tensors runs on, and the reason in a few words."""
-    device = torch.device(device)
-    device_type = stands_for(device.type)
-    natural, reason = _natural_backend(device, dtype)
-    if _choice in ("auto", natural):
-        return natural, reason
-    if _choice == "reference":
-        return "reference", "chosen"
-    if _choice == "triton" and device_type == "cpu" and dtype in COMPILED_DTYPES["triton"] and _interpreted():
-        return "triton", "Triton's interpreter"
-    if _choice == "triton" and device_type != "cuda":
-        reason = "it needs an NVIDIA GPU"
-    raise RuntimeError(f"backend '{_choice}' cannot run {dtype} on {device_type}: {reason}")
+@operator(
+    "adamw_8bit_",
+    "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+    " Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] copies, Tensor step, Tensor lr,"
+    " Tensor? grad_scale, Tensor seed, float beta1, float beta2, float eps, float weight_decay, bool zero_grad,"
+    " bool stochastic_rounding) -> ()",
+    kind="optimizer",
+)
+def _(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
+    grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    zero_grad: bool, stochastic_rounding: bool,
+) -> None:  # fmt: skip
+    """adamw_ with moments of 8 bits, or with stochastic_rounding of bf16 params and moments, or with both.
 
-
-def _interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, one program after the other: very slow, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """The implementation of operator ``name`` for tensors such as ``tensor``."""
-    device_type = tensor.device.type
-    backend, reason = backend_of(tensor.device, tensor.dtype)
-    if backend == "reference" and _choice == "auto" and device_type != "meta":
-        slow_path.warn(reason)
-    if name == "linear_cross_entropy" and device_type == "cuda":
-        function = _overloads[name]  # chunks, whatever each of them runs on: all logits at once may not fit a GPU
-    elif backend == "reference" or name in _left_to_torch[backend]:
-        function = _references[name]
-    elif backend == "triton" and device_type == "cpu":  # interpreted: the dispatcher would take the C++ kernel
-        function = _triton.get(name, _overloads[name])
-    else:
-        function = _overloads[name]
-    return autocast.outside(device_type, function) if autocast.enabled(device_type) else function
-
-
-def backends() -> dict[str, dict[str, str]]:
-    """What each operator runs on: ``{device: {operator: "backend (why)"}}`` for float32 tensors."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    table = {}
-    for device in devices:
-        try:
-            backend, reason = backend_of(device, torch.float32)
-        except RuntimeError as error:  # another device's backend was chosen
-            table[device] = dict.fromkeys(OPERATORS, f"none ({error})")
-            continue
-        table[device] = dict.fromkeys(OPERATORS, f"{backend} ({reason})")
-        table[device] |= {name: f"reference ({why})" for name, why in _left_to_torch[backend].items()}
-    return table
+    exp_avgs, exp_avg_sqs: uint8 codes (moments_8bit.py) if there are scales; otherwise as in adamw_.
+    exp_avg_scales, exp_avg_sq_scales: (ceil(numel / 256),) fp32, one scale for 256 elements; or empty lists.
+    seed: () int64 on the params' device. params, grads, copies, step, lr, grad_scale, zero_grad: as in adamw_.
+    """

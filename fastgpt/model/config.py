@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -30,10 +32,10 @@ class GPTConfig:
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"n_head={nearest} or n_embd={round(self.n_embd / self.n_head) * self.n_head or self.n_head} would do"
             )
-        if self.n_embd // self.n_head > 256:
+        if self.n_embd // self.n_head > MAX_HEAD_SIZE:
             raise ValueError(
                 f"n_embd={self.n_embd} over n_head={self.n_head} makes heads of {self.n_embd // self.n_head}; "
-                f"the attention kernels take up to 256: n_head={-(-self.n_embd // 256)} or more"
+                f"the attention kernels take up to {MAX_HEAD_SIZE}: n_head={-(-self.n_embd // MAX_HEAD_SIZE)} or more"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

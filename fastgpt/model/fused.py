@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgpt import kernels
-from fastgpt.kernels import autocast, ops
+from fastgpt.kernels import autocast, dispatch
 from fastgpt.kernels.attention import draw_seed, scale_or_default
 from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.layer_norm import backward as layer_norm_backward
@@ -175,7 +175,7 @@ def _attention_forward(
     B, T, C = x.shape
     y, total, mean, rstd = _normalise(x, residual, w.norm_weight, w.norm_bias, options.eps)
     qkv = _product(y.view(B * T, C), w.in_weight.T, w.in_bias).view(B, T, 3 * C)
-    attended, lse = ops.resolve("attention_qkv", x)(qkv, *options.of_operator(C), seed)
+    attended, lse = dispatch.resolve("attention_qkv", x)(qkv, *options.of_operator(C), seed)
     out = _product(attended.view(B * T, C), w.out_weight.T, w.out_bias).view(B, T, C)
     return out, AttentionSaved(total, mean, rstd, y if options.keep else None, qkv, attended, lse)
 
@@ -193,7 +193,7 @@ def _attention_backward(
     attended = s.attended.view(B * T, C)
     dproj = weight_and_bias_gradient(dout, attended, w.out_weight, main_grads[4:], needed[4], needs_dbias)
     dattended = _product(dout, w.out_weight).view(B, T, C)
-    dqkv = ops.resolve("attention_qkv_backward", s.qkv)(
+    dqkv = dispatch.resolve("attention_qkv_backward", s.qkv)(
         dattended, s.qkv, s.attended, s.lse, *options.of_operator(C), seed, options.deterministic
     )
     dqkv = dqkv.view(B * T, 3 * C)
@@ -214,7 +214,7 @@ def _mlp_forward(
     hidden = _product(y.view(B * T, C), w.in_weight.T)
     out = activated = None
     if with_result:
-        activated = ops.resolve("gelu", x)(hidden, w.in_bias, True)
+        activated = dispatch.resolve("gelu", x)(hidden, w.in_bias, True)
         out = _product(activated, w.out_weight.T, w.out_bias).view(B, T, C)
     keep = options.keep
     return out, MLPSaved(total, mean, rstd, y if keep else None, activated if keep else None, hidden)
@@ -232,10 +232,10 @@ def _mlp_backward(
     dhidden = _product(dout, w.out_weight)  # of what GELU returned, until the next lines
     activated, in_bias_main_grad = s.activated, main_grads.in_bias
     if activated is None:
-        again = ops.resolve("gelu_backward_recompute_", s.hidden)
+        again = dispatch.resolve("gelu_backward_recompute_", s.hidden)
         activated, dfc_bias = again(dhidden, s.hidden, w.in_bias, True, in_bias_main_grad)
     else:
-        backward = ops.resolve("gelu_backward", s.hidden)
+        backward = dispatch.resolve("gelu_backward", s.hidden)
         dhidden, dfc_bias = backward(dhidden, s.hidden, w.in_bias, True, in_bias_main_grad)
     dproj = weight_and_bias_gradient(dout, activated, w.out_weight, main_grads[4:], needed[4], needs_dbias)
     y, spare = _normalised(s.total, s.normed, w.norm_weight, w.norm_bias, options.eps)
@@ -261,8 +261,8 @@ def _normalise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The norm of the sum, the sum, and the norm's mean and reciprocal standard deviation."""
     if residual is not None:
-        return ops.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
-    y, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, eps)
+        return dispatch.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
+    y, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, bias, eps)
     return y, x, mean, rstd
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fastgpt.cli import Parser, did_you_mean, parse_bool
 from fastgpt.errors import RequestError
-from fastgpt.kernels.ops import BACKENDS
+from fastgpt.kernels.dispatch import BACKENDS
 from fastgpt.model.config import GPTConfig
 from fastgpt.units import count, parse_count
 

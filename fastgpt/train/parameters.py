@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastgpt.kernels.reference import MOMENT_BLOCK
+from fastgpt.kernels.moments_8bit import MOMENT_BLOCK
 
 # Elements. Each parameter starts at a multiple of this, so that no block of moments that share a scale belongs to two
 # parameters, and every parameter starts on a cache line. The gaps between parameters stay zero.

@@ -15,7 +15,7 @@ from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import Dataset, open_dataset
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import RequestError
-from fastgpt.kernels import ops
+from fastgpt.kernels import dispatch
 from fastgpt.limits import Bound
 from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig, padded_vocab_size
 from fastgpt.train import resume, run_folder, trackers
@@ -86,7 +86,7 @@ def settle(config: TrainConfig) -> Settled:
     device = hardware.find_device(config.device)
     dtype = config.torch_dtype(hardware.training_dtype(device))
     try:
-        ops.backend_of(device, dtype)
+        dispatch.backend_of(device, dtype)
     except RuntimeError as error:
         raise RequestError(str(error)) from error
     trackers.check(config)

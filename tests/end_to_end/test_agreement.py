@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import contenders, cpu
-from fastgpt.kernels import FusedAdamW, ops, use_backend
+from fastgpt.kernels import FusedAdamW, dispatch, use_backend
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.model.reference import ReferenceGPT
 from fastgpt.train.parameters import ParameterStore
@@ -82,7 +82,7 @@ def losses_of_fastgpt(model, data):
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("config", SHAPES, ids=["bias", "no bias, odd sizes"])
 def test_fifty_updates_have_the_losses_of_plain_pytorch(config, backend):
-    if backend == "cpp" and ops.backend_of("cpu", torch.float32)[0] != "cpp":
+    if backend == "cpp" and dispatch.backend_of("cpu", torch.float32)[0] != "cpp":
         pytest.skip("the C++ kernels are not built")
     torch.manual_seed(0)
     model, reference = GPT(config), ReferenceGPT(config)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import ops, use_backend
+from fastgpt.kernels import dispatch, use_backend
 from tests.kernels import interpreted
 
 # Name for use_backend: the device its tensors live on.
@@ -45,7 +45,7 @@ def backend(request: pytest.FixtureRequest, _interpreter: None) -> Iterator[str]
     place = BACKENDS[request.param]
     try:
         with use_backend(request.param):
-            ops.backend_of(place, torch.float32)
+            dispatch.backend_of(place, torch.float32)
     except RuntimeError as error:
         pytest.skip(str(error))
     with use_backend(request.param), nullcontext() if place == "cpu" else torch.device(place):

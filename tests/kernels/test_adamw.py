@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from fastgpt.kernels import FusedAdamW, ops, reference
+from fastgpt.kernels import FusedAdamW, dispatch, reference
 
 SIZES = [(1,), (63,), (127, 3), (1023,), (33_000,)]  # the last is more than the kernel's chunk of 2**15
 
@@ -20,7 +20,7 @@ SMALL_SIZES = [*SIZES[:-1], (2100,)]
 
 def interpreted(device):
     """Whether the kernels run in Triton's interpreter."""
-    return ops.backend_of(torch.device(device).type, torch.float32)[1] == "Triton's interpreter"
+    return dispatch.backend_of(torch.device(device).type, torch.float32)[1] == "Triton's interpreter"
 
 
 def parameters(dtype=torch.float32, device="cpu", sizes=None):
@@ -405,7 +405,7 @@ def test_float64_parameters_agree_with_pytorch():
 @pytest.mark.parametrize("sizes", [[(1,)], [(63,), (127,)], [(1023,), (100_000,)], SIZES], ids=str)
 def test_grad_norm_is_the_norm_of_all_gradients_as_one_vector(device, dtype, rule, sizes):
     grads = [g.detach() for g in parameters(dtype, device, sizes)]
-    norm = ops.resolve("grad_norm", grads[0])(grads)
+    norm = dispatch.resolve("grad_norm", grads[0])(grads)
     peer = torch.cat([g.flatten() for g in grads]).float().norm()
     truth = torch.cat([g.flatten() for g in grads]).double().norm()
     rule.error("norm", norm, [peer], truth, torch.float32, rule.output)
@@ -442,7 +442,7 @@ def test_a_nan_gradient_spoils_its_own_element_only(device, dtype):
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_the_number_of_threads_changes_no_bit(device, dtype, on_threads):
     grads = [g.detach() for g in parameters(dtype, device, [*SIZES, (200_000,)])]
-    one, two = (on_threads(n, lambda: ops.resolve("grad_norm", grads[0])(grads)) for n in (1, 2))
+    one, two = (on_threads(n, lambda: dispatch.resolve("grad_norm", grads[0])(grads)) for n in (1, 2))
     assert torch.equal(one, two)
 
 
@@ -565,7 +565,7 @@ def test_every_backend_writes_the_codes_of_the_reference(device, kind, options):
     for grads in steps:
         assign(params, [g.to(device) for g in grads])
         optimizers[0].step(zero_grad=True)
-        with ops.use_backend("reference"):
+        with dispatch.use_backend("reference"):
             train(optimizers[1], others, [grads])
     assert all(p.grad.count_nonzero() == 0 for p in params)
     ours, theirs = ([optimizer.state[p] for p in tensors] for optimizer, tensors in zip(
@@ -600,7 +600,7 @@ def test_moments_that_are_the_gradient_and_its_square_are_rounded_as_by_the_refe
         return optimizer.state[p]
 
     ours = state(device)
-    with ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         theirs = state("cpu")
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name].cpu(), expected, rtol=0.0, atol=0.0, equal_nan=True)
@@ -625,13 +625,13 @@ def test_an_8bit_step_takes_gradients_of_another_dtype_than_the_parameters(devic
         tensors = [[t.to(place, copy=True) for t in one] for one in inputs]
         lr = torch.tensor(1e-2, dtype=torch.float64, device=place)
         step, scale, seed = (torch.tensor(number, device=place) for number in (1.0, 0.5, 7))
-        ops.resolve("adamw_8bit_", tensors[0][0])(
+        dispatch.resolve("adamw_8bit_", tensors[0][0])(
             *tensors, step, lr, scale, seed, 0.9, 0.95, 1e-8, 0.1, True, dtype == torch.bfloat16
         )
         return tensors
 
     ours = stepped(device)
-    with ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         theirs = stepped("cpu")
     for a, b in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
         assert a.dtype == b.dtype
@@ -696,7 +696,7 @@ def test_training_with_eight_bits_ends_within_six_percent_of_fp32s_loss(monkeypa
     assert ours == pytest.approx(fp32, rel=0.06)
     encode = reference.encode_moment
     monkeypatch.setattr(reference, "encode_moment", lambda x, _, signed: encode(x, randoms(x, HALF // 2), signed))
-    with ops.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         nearest = on_threads(1, lambda: fit({"state_bits": 8}, betas))
     assert nearest != pytest.approx(fp32, rel=0.2), "rounding to the nearest would do"
 

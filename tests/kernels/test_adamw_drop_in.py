@@ -406,7 +406,7 @@ def capturing(monkeypatch):
     return pretend
 
 
-TOO_EARLY = r"^step: before a CUDA graph captures it, it must run once without, on the same parameters$"
+TOO_EARLY = r"^step: before each capture in a CUDA graph, run a step outside a graph on the same parameters$"
 
 
 def test_a_graph_must_not_be_captured_before_a_step_has_run(capturing):
@@ -477,7 +477,7 @@ def test_every_stream_has_tables_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
     make = lru_cache(lambda numbers, device, stream: object())
-    first, again, other = (host._kept(make, (1, 2), torch.device("cuda", 0)) for _ in range(3))
+    first, again, other = (host._cached(make, (1, 2), torch.device("cuda", 0)) for _ in range(3))
     assert first is again is not other
 
 
@@ -797,8 +797,8 @@ def test_a_parameter_given_twice_is_refused():
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda p, q: {p: p.bfloat16()}, r"has none for a parameter of shape \(3,\)"),
-        (lambda p, q: {t: t.bfloat16() for t in (p, q, one())}, r"has a tensor for what is no parameter"),
+        (lambda p, q: {p: p.bfloat16()}, r"has none for one of shape \(3,\)"),
+        (lambda p, q: {t: t.bfloat16() for t in (p, q, one())}, r"has a key that is not a parameter"),
         (lambda p, q: {p: p.bfloat16(), q: q.tolist()}, "expected a Tensor, got list"),
         (lambda p, q: {p: p.bfloat16(), q: q.bfloat16().to("meta")}, "device meta differs"),
         (lambda p, q: [p.bfloat16(), q.bfloat16()], "expected a dict"),
@@ -814,7 +814,7 @@ def test_copies_that_do_not_mirror_the_parameters_are_refused(made, message):
 def test_a_group_added_late_brings_its_copies():
     p, q = one(), one()
     ours = FusedAdamW([p], copies={p: p.detach().bfloat16()})
-    with pytest.raises(ValueError, match=r"^copies: has none"):
+    with pytest.raises(ValueError, match=r"^copies: expected a tensor for every parameter"):
         ours.add_param_group({"params": [q]})
     ours.copies[q] = torch.zeros(3, dtype=torch.bfloat16)
     ours.add_param_group({"params": [q]})

@@ -21,7 +21,7 @@ from fastgpt.kernels import (
     linear_cross_entropy,
 )
 from fastgpt.kernels.attention import draw_seed
-from fastgpt.kernels.reference import dropout_factors
+from fastgpt.kernels.philox import dropout_factors
 
 ON_GPU = torch.cuda.is_available()
 # Few sequences: the truth takes float64's time and memory, also on a card of 12 GB.

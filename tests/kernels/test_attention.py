@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt.kernels import attention, attention_qkv, use_backend
-from fastgpt.kernels.reference import dropout_factors
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
+from fastgpt.kernels.philox import dropout_factors
 from fastgpt.kernels.triton import attention as on_triton
 from fastgpt.kernels.triton import launch
 
@@ -63,7 +64,7 @@ def operands(B, H, T, D, S=None, *, dtype=torch.float32, device=None):
 
 
 # D off and on every vector width, T off and on every block height
-SHAPES = [(1, 1, 2, 1), (2, 3, 63, 5), (1, 2, 127, 64), (1, 1, 1023, 33), (1, 2, 48, 80), (1, 1, 65, 256)]
+SHAPES = [(1, 1, 2, 1), (2, 3, 63, 5), (1, 2, 127, 64), (1, 1, 1023, 33), (1, 2, 48, 80), (1, 1, 65, MAX_HEAD_SIZE)]
 
 
 @causality
@@ -538,7 +539,7 @@ def wrong_arguments():
     yield "q: integers", TypeError, "q: ", (q.int(), q, q), {}
     yield "q: three dimensions", ValueError, "q: ", (q[0], q[0], q[0]), {}
     yield "q: empty", ValueError, "q: ", (q[:0], q[:0], q[:0]), {}
-    yield "q: head of 257", ValueError, "q: ", (torch.randn(1, 1, 2, 257),) * 3, {}
+    yield "q: head too large", ValueError, "q: ", (torch.randn(1, 1, 2, MAX_HEAD_SIZE + 1),) * 3, {}
     yield "k: dtype", TypeError, "k: ", (q, q.bfloat16(), q), {}
     yield "k: device", ValueError, "k: ", (q, meta, q), {}
     yield "k: heads", ValueError, "k: ", (q, q[:, :2], q[:, :2]), {}
@@ -573,7 +574,9 @@ def test_a_wrong_argument_is_named(backend, error, message, arguments, options):
         pytest.param(ValueError, "qkv: ", (torch.randn(2, 0, 12), 1), {}, id="qkv: empty"),
         pytest.param(ValueError, "n_head: ", (torch.randn(2, 5, 12), 3), {}, id="n_head: does not divide C"),
         pytest.param(ValueError, "n_head: ", (torch.randn(2, 5, 12), 0), {}, id="n_head: 0"),
-        pytest.param(ValueError, "n_head: ", (torch.randn(1, 2, 3 * 257), 1), {}, id="n_head: heads of 257"),
+        pytest.param(
+            ValueError, "n_head: ", (torch.randn(1, 2, 3 * (MAX_HEAD_SIZE + 1)), 1), {}, id="n_head: heads too large"
+        ),
         pytest.param(ValueError, "dropout_p: ", (torch.randn(2, 5, 12), 2), {"dropout_p": 1}, id="dropout_p: 1"),
         pytest.param(
             TypeError, "deterministic: ", (torch.randn(2, 5, 12), 2), {"deterministic": "no"}, id="deterministic: no"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import cross_entropy, ops
+from fastgpt.kernels import cross_entropy, dispatch
 
 
 def both(targets, ignore_index=-1):
@@ -55,11 +55,11 @@ def test_targets_may_have_any_strides(device, dtype):
 def test_the_incoming_gradient_of_the_losses_may_have_any_strides(device, dtype, rule, strides):
     """The operator takes one number a row; the mean sends a single number expanded."""
     logits, targets = operands(33, 127, dtype=dtype, device=device)
-    _, lse = ops.resolve("cross_entropy", logits)(logits, targets, -1)
+    _, lse = dispatch.resolve("cross_entropy", logits)(logits, targets, -1)
     dlosses = (
         torch.randn((), device=device).expand(33) if strides == "expanded" else torch.randn(66, device=device)[::2]
     )
-    backward = ops.resolve("cross_entropy_backward", logits)
+    backward = dispatch.resolve("cross_entropy_backward", logits)
     expected = backward(dlosses.contiguous(), logits, targets, lse, -1)
     assert torch.equal(backward(dlosses, logits, targets, lse, -1), expected)
 
@@ -176,11 +176,11 @@ def test_a_nan_in_an_ignored_row_does_no_harm(device, dtype):
 
 def test_the_in_place_operator_gives_the_same_losses_and_gradient(backend, device, dtype):
     logits, targets = operands(33, 127, dtype=dtype, device=device, ignored=True)
-    losses, lse = ops.resolve("cross_entropy", logits)(logits, targets, -1)
+    losses, lse = dispatch.resolve("cross_entropy", logits)(logits, targets, -1)
     scale = torch.tensor(0.37, device=device)
-    expected = ops.resolve("cross_entropy_backward", logits)(scale.expand(33), logits, targets, lse, -1)
+    expected = dispatch.resolve("cross_entropy_backward", logits)(scale.expand(33), logits, targets, lse, -1)
     overwritten = logits.clone()
-    assert torch.equal(ops.resolve("cross_entropy_", logits)(overwritten, targets, scale, -1), losses)
+    assert torch.equal(dispatch.resolve("cross_entropy_", logits)(overwritten, targets, scale, -1), losses)
     if backend == "triton":  # in place it has the row's maximum and sum at hand, nearer the truth than their logarithm
         torch.testing.assert_close(overwritten, expected, rtol=1e-5, atol=1e-7)
     else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import embedding, ops
+from fastgpt.kernels import dispatch, embedding
 from fastgpt.kernels.linear import add_positions
 
 # Of n tokens, so many different ones at most that they fit V. A block on a GPU has 32 rows, and 16 blocks are added
@@ -25,7 +25,7 @@ PATTERNS = {
 
 
 def add(main_grad, dy, index):
-    ops.resolve("embedding_backward_", dy)(main_grad, dy, index)
+    dispatch.resolve("embedding_backward_", dy)(main_grad, dy, index)
 
 
 def check(rule, V, dy, index):

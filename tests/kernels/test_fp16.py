@@ -10,10 +10,10 @@ from fastgpt.kernels import (
     attention,
     attention_qkv,
     cross_entropy,
+    dispatch,
     gelu,
     layer_norm,
     linear_cross_entropy,
-    ops,
 )
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -82,14 +82,14 @@ def test_fp16_is_as_accurate_as_pytorch(backend, rule, ours, plain, shapes):
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_the_forward_of_gelu_made_again_in_the_backward_has_the_same_bits_in_fp16(backend, with_bias, tanh):
     x, dy, bias = half(63, 127), half(63, 127), half(127) if with_bias else None
-    expected = ops.resolve("gelu", x)(x, bias, tanh), *ops.resolve("gelu_backward", x)(dy, x, bias, tanh)
-    y, dbias = ops.resolve("gelu_backward_recompute_", x)(dy, x, bias, tanh)
+    expected = dispatch.resolve("gelu", x)(x, bias, tanh), *dispatch.resolve("gelu_backward", x)(dy, x, bias, tanh)
+    y, dbias = dispatch.resolve("gelu_backward_recompute_", x)(dy, x, bias, tanh)
     assert all(map(torch.equal, (y, dy, dbias), expected))
 
 
 def test_sums_of_fp16_columns_are_added_in_fp32(backend):
     x, sums = half(63, 127), torch.ones(127)
-    ops.resolve("add_column_sums_", x)(sums, x)
+    dispatch.resolve("add_column_sums_", x)(sums, x)
     torch.testing.assert_close(sums, 1 + x.float().sum(0))
 
 

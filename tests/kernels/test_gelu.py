@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import gelu, ops
+from fastgpt.kernels import dispatch, gelu
 
 KINDS = ["tanh", "none"]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -56,8 +56,8 @@ def bits(t):
 def check_recompute(dy, x, bias, kind):
     """The one operator against the two that it stands for."""
     tanh = kind == "tanh"
-    expected = ops.resolve("gelu", x)(x, bias, tanh), *ops.resolve("gelu_backward", x)(dy, x, bias, tanh)
-    y, dbias = ops.resolve("gelu_backward_recompute_", x)(dy, x, bias, tanh)
+    expected = dispatch.resolve("gelu", x)(x, bias, tanh), *dispatch.resolve("gelu_backward", x)(dy, x, bias, tanh)
+    y, dbias = dispatch.resolve("gelu_backward_recompute_", x)(dy, x, bias, tanh)
     for ours, other in zip((y, dy, dbias), expected, strict=True):
         assert torch.equal(bits(ours), bits(other))
 
@@ -145,8 +145,8 @@ def test_the_gradient_of_a_bias_is_added_to_its_main_grad_unrounded(device, dtyp
     x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     bias, before = torch.randn(shape[-1], device=device).to(dtype), torch.randn(shape[-1], device=device)
     name, main_grad = "gelu_backward_recompute_" if again else "gelu_backward", before.clone()
-    first, dbias = ops.resolve(name, x)(dy.clone(), x, bias, kind == "tanh", main_grad)
-    expected, rounded = ops.resolve(name, x)(dy.clone(), x, bias, kind == "tanh")
+    first, dbias = dispatch.resolve(name, x)(dy.clone(), x, bias, kind == "tanh", main_grad)
+    expected, rounded = dispatch.resolve(name, x)(dy.clone(), x, bias, kind == "tanh")
     assert torch.equal(first, expected)
     assert dbias.shape == (0,)
     assert rounded.shape == bias.shape
@@ -203,7 +203,8 @@ def test_gelu_at_the_ends_of_its_range_has_its_limits(device, dtype, kind):
     expected = torch.tensor([0.0, -0.0, tiny / 2, -tiny / 2, 1e4, -0.0, 10.0], dtype=dtype, device=device)
     slope = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0], dtype=dtype, device=device)
     assert torch.equal(y, expected)
-    if ops.backend_of(x.device, x.dtype)[0] != "reference":  # PyTorch's own exact GELU drops the sign of zero with AVX2
+    # PyTorch's own exact GELU drops the sign of zero with AVX2
+    if dispatch.backend_of(x.device, x.dtype)[0] != "reference":
         assert torch.equal(y.signbit(), expected.signbit())
     assert torch.equal(x.grad, slope)
 

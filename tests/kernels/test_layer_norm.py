@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import add_layer_norm, layer_norm, ops
+from fastgpt.kernels import add_layer_norm, dispatch, layer_norm
 from fastgpt.kernels.layer_norm import layer_norm_and_input
 
 
@@ -213,14 +213,14 @@ def test_the_number_of_threads_changes_no_bit(device, dtype, rule, on_threads):
 
 
 def backward(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest):
-    return ops.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest)
+    return dispatch.resolve("layer_norm_backward", x)(dy, dsum, x, weight, mean, rstd, needs_dbias, *rest)
 
 
 @pytest.mark.parametrize("shape", [(1, 63), (127, 63), (1023, 127), (2, 65, 33), (3, 1), (0, 8)], ids=str)
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=["both", "weight", "bias"])
 def test_gradients_are_added_to_a_main_grad_unrounded(device, dtype, rule, shape, given):
     x, dsum, dy, weight, bias = operands(*shape, dtype=dtype, device=device, n=3)
-    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, 1e-5)
+    _, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, bias, 1e-5)
     starts = [torch.randn_like(weight, dtype=torch.float32) for _ in range(2)]
     main_grads = [start.clone() if there else None for start, there in zip(starts, given, strict=True)]
     arguments = dy, dsum, x, weight, mean, rstd, True
@@ -247,7 +247,7 @@ def test_the_columns_of_dx_are_summed_unrounded_on_top_of_what_is_there(
     device, dtype, rule, shape, with_dsum, needs_dbias
 ):
     x, dsum, dy, weight, bias = operands(*shape, dtype=dtype, device=device, n=3)
-    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, bias, 1e-5)
+    _, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, bias, 1e-5)
     before = torch.randn(shape[-1], device=device)
     arguments = dy, dsum if with_dsum else None, x, weight, mean, rstd, needs_dbias
     main_grads = (torch.zeros_like(before), torch.zeros_like(before) if needs_dbias else None)
@@ -274,7 +274,7 @@ def test_the_columns_of_dx_are_summed_unrounded_on_top_of_what_is_there(
 
 def test_without_a_bias_only_the_weight_has_a_main_grad(device, dtype):
     x, dy, weight, _ = operands(9, 63, dtype=dtype, device=device, n=2)
-    _, mean, rstd = ops.resolve("layer_norm", x)(x, weight, None, 1e-5)
+    _, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, None, 1e-5)
     main_grad = torch.ones(63, device=device)
     _, dweight, dbias = backward(dy, None, x, weight, mean, rstd, False, main_grad)
     assert dweight.shape == dbias.shape == (0,)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import embedding, linear, ops
+from fastgpt.kernels import dispatch, embedding, linear
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
 
@@ -68,7 +68,7 @@ def test_column_sums_are_added_to_what_is_there_in_fp32(device, dtype, rule, sha
     x, before = torch.randn(shape, device=device).to(dtype), torch.randn(shape[1], device=device)
     sums, again = before.clone(), before.clone()
     for t in (sums, again):
-        ops.resolve("add_column_sums_", x)(t, x)
+        dispatch.resolve("add_column_sums_", x)(t, x)
     peer = before + x.float().sum(0)
     rule.error("sums", sums, [peer], before.double() + x.double().sum(0), torch.float32, rule.output)
     assert torch.equal(sums, again)
@@ -77,7 +77,7 @@ def test_column_sums_are_added_to_what_is_there_in_fp32(device, dtype, rule, sha
 def test_column_sums_are_taken_of_any_strides(device, dtype, strided):
     x = strided(torch.randn(37, 65, device=device).to(dtype))
     sums = torch.ones(65, device=device)
-    ops.resolve("add_column_sums_", x)(sums, x)
+    dispatch.resolve("add_column_sums_", x)(sums, x)
     torch.testing.assert_close(sums, 1 + x.float().sum(0))
 
 
@@ -219,7 +219,7 @@ def test_a_nan_spoils_its_own_row_only(device, dtype):
 
 
 def need_products_of_ours(*dtypes):
-    if dtypes not in ops.EXTENSION.products:
+    if dtypes not in dispatch.EXTENSION.products:
         pytest.skip("products are PyTorch's on this CPU")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import add_layer_norm, linear, ops
+from fastgpt.kernels import add_layer_norm, dispatch, linear
 from fastgpt.kernels.main_grad import handed_on_with
 
 C = 33
@@ -85,16 +85,25 @@ def test_the_bias_gets_its_gradient_whatever_becomes_of_the_result(device, dtype
     rule.error("main_grad", (bias.main_grad - 1.0) / times, [peer], truth, dtype, rule.gradient)
 
 
+def test_a_gradient_that_a_hook_changes_in_place_is_refused():
+    x, weight, bias, *rest = parameters(torch.float32, None)
+    bias.main_grad = torch.zeros(C)
+    y = linear(x, weight, bias)
+    y.register_hook(lambda dy: dy.mul_(2.0))
+    with pytest.raises(RuntimeError, match=r"^linear: a hook changed the gradient of its result in place"):
+        direct(y, *rest).backward()
+
+
 def test_where_the_norm_has_summed_the_projection_does_not(device, monkeypatch):
     x, weight, bias, *rest = parameters(torch.float32, device)
     for parameter in (weight, bias):
         parameter.main_grad = torch.zeros(parameter.shape, device=device)
     asked = []
-    resolve = ops.resolve
-    monkeypatch.setattr(ops, "resolve", lambda name, tensor: asked.append(name) or resolve(name, tensor))
-    matmul = ops._references["matmul_"]
+    resolve = dispatch.resolve
+    monkeypatch.setattr(dispatch, "resolve", lambda name, tensor: asked.append(name) or resolve(name, tensor))
+    matmul = dispatch._references["matmul_"]
     sums = []
-    monkeypatch.setattr("fastgpt.kernels.reference.matmul_", lambda *args: sums.append(args[-1]) or matmul(*args))
+    monkeypatch.setattr("fastgpt.kernels.torch_matmul.matmul_", lambda *args: sums.append(args[-1]) or matmul(*args))
     direct(linear(x, weight, bias), *rest).backward()
     assert "add_column_sums_" not in asked
     assert all(row_sums is None for row_sums in sums)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastgpt.kernels as kernels
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
 HUGE = 10**400  # finite, and yet no float holds it
 
@@ -121,8 +122,11 @@ TARGETS = {
         {"q": floats(2, 2, 3, 4), "k": floats(2, 2, 5, 4), "v": floats(2, 2, 5, 4), "causal": False},
         {"q": Argument(any_size=(-2,)), "k": PLAIN, "v": PLAIN},
     ),
-    "attention, heads of 257": Target(
-        lambda D: kernels.attention(*(floats(1, 1, 2, D) for _ in range(3))), {"D": 256}, {"D": Argument((257,))}, {"q"}
+    "attention, heads too large": Target(
+        lambda D: kernels.attention(*(floats(1, 1, 2, D) for _ in range(3))),
+        {"D": MAX_HEAD_SIZE},
+        {"D": Argument((MAX_HEAD_SIZE + 1,))},
+        {"q"},
     ),
     "attention_qkv": Target(
         kernels.attention_qkv,

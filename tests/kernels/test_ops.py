@@ -20,6 +20,7 @@ from fastgpt.kernels import (
     attention_qkv,
     backends,
     cross_entropy,
+    dispatch,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -124,6 +125,21 @@ def test_every_operator_has_a_case():
     assert {name for name, _ in cases(torch.float32)} == set(ops.OPERATORS)
 
 
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_the_table_describes_every_tensor_of_an_operator(name):
+    schema = getattr(torch.ops.fastgpt, name).default._schema
+    tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
+    described = ops.OPERATORS[name].fake.__doc__
+    assert [t for t in (*tensors, *(r.name for r in schema.returns)) if not re.search(rf"\b{t}\b", described)] == []
+
+
+def test_the_compiled_backends_have_every_operator_but_those_that_plain_pytorch_runs():
+    from fastgpt.kernels.triton import IMPLEMENTATIONS
+
+    left = {backend: set(names) | {"linear_cross_entropy"} for backend, names in dispatch._left_to_torch.items()}
+    assert set(IMPLEMENTATIONS) == set(dispatch._triton) == set(ops.OPERATORS) - left["triton"]
+
+
 @pytest.mark.parametrize("number", range(len(list(cases(torch.float32)))))
 @pytest.mark.parametrize("place", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def test_every_operator_passes_opcheck(dtype, place, number):
@@ -226,13 +242,13 @@ def test_a_forced_backend_that_cannot_take_a_tensor_says_so(call):
 
 def test_use_backend_holds_inside_the_block_and_no_longer():
     def now():
-        return ops.backend_of("cpu", torch.float32)
+        return dispatch.backend_of("cpu", torch.float32)
 
     before = now()
     with use_backend("reference"):
         assert now() == ("reference", "chosen")
         with use_backend("auto"):
-            assert now()[0] != "reference" or ops.backend_of("cpu", torch.float32)[1] != "chosen"
+            assert now()[0] != "reference" or dispatch.backend_of("cpu", torch.float32)[1] != "chosen"
         assert now() == ("reference", "chosen")
     assert now() == before
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
@@ -241,7 +257,10 @@ def test_use_backend_holds_inside_the_block_and_no_longer():
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"^name: 'mps' is none of auto, triton, cpp, reference$"), use_backend("mps"):
+    with (
+        pytest.raises(ValueError, match=r"^name: expected one of auto, triton, cpp, reference, got 'mps'$"),
+        use_backend("mps"),
+    ):
         pass
 
 
@@ -250,7 +269,7 @@ def test_backends_says_what_each_operator_runs_on_and_why(backend, device):
     assert set(table) == set(ops.OPERATORS)
     for name, answer in table.items():
         tensor = torch.empty(0, device=device)
-        expected = "reference" if ops.resolve(name, tensor) is ops._references[name] else backend
+        expected = "reference" if dispatch.resolve(name, tensor) is dispatch._references[name] else backend
         assert re.fullmatch(rf"{expected} \(.+\)", answer)
 
 
@@ -264,8 +283,8 @@ def test_backends_says_so_where_the_chosen_one_cannot_run(monkeypatch):
 
 def test_float64_runs_on_the_reference_without_being_asked():
     with use_backend("auto"):
-        assert ops.backend_of("cpu", torch.float64)[0] == "reference"
-        assert ops.backend_of("cpu", torch.float16)[0] == "reference"
+        assert dispatch.backend_of("cpu", torch.float64)[0] == "reference"
+        assert dispatch.backend_of("cpu", torch.float16)[0] == "reference"
 
 
 # ---- imports, each in a fresh interpreter ----
@@ -274,12 +293,12 @@ LOADED = """
     import sys, torch
     before = set(sys.modules)
     import fastgpt.kernels
-    from fastgpt.kernels import ops
+    from fastgpt.kernels import dispatch, ops
     x = torch.randn(3, 8, requires_grad=True)
     fastgpt.kernels.layer_norm(x, torch.ones(8)).sum().backward()
     print(sorted(torch.ops.loaded_libraries))
     print(*sorted(m for m in set(sys.modules) - before if m.split(".")[0] in ("fastgpt", "triton")))
-    print(ops.backends()["cpu"]["layer_norm"])
+    print(dispatch.backends()["cpu"]["layer_norm"])
 """
 
 
@@ -301,9 +320,9 @@ def test_importing_the_kernels_imports_neither_triton_nor_the_rest_of_fastgpt(tm
 
 
 def test_an_unknown_name_in_the_environment_warns_and_is_ignored():
-    out, err = python("import fastgpt.kernels.ops as ops; print(ops._choice)", FASTGPT_BACKEND="cuda")
+    out, err = python("import fastgpt.kernels.dispatch as dispatch; print(dispatch._choice)", FASTGPT_BACKEND="cuda")
     assert out == "auto"
-    assert "FASTGPT_BACKEND=cuda is none of auto, triton, cpp, reference" in err
+    assert "FASTGPT_BACKEND: expected one of auto, triton, cpp, reference, got 'cuda'" in err
 
 
 WARNINGS = """
@@ -369,7 +388,7 @@ def test_nobody_runs_the_slow_path_without_being_told_once(before, run, expected
             {run}
         print("\\n".join(str(w.message) for w in caught if "fastgpt" in str(w.message)))
     """
-    if ops.backends()["cpu"]["gelu"].startswith("reference"):
+    if dispatch.backends()["cpu"]["gelu"].startswith("reference"):
         pytest.skip("the C++ kernels are not built")
     lines = python(code)[0].splitlines()
     assert len(lines) == len(expected)
@@ -423,8 +442,8 @@ def test_where_linux_refuses_the_registers_of_tiles_the_next_best_product_runs(b
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     code = """
         import torch
-        from fastgpt.kernels import linear, ops
-        print(ops.EXTENSION.products == ops.EXTENSION.products - {(torch.bfloat16, torch.bfloat16)})
+        from fastgpt.kernels import dispatch, linear, ops
+        print(dispatch.EXTENSION.products == dispatch.EXTENSION.products - {(torch.bfloat16, torch.bfloat16)})
         x, weight = torch.randn(40, 33).bfloat16(), torch.randn(20, 33).bfloat16()
         out = torch.zeros(40, 20)
         torch.ops.fastgpt.matmul_(out, x, weight.T, None, True, None)

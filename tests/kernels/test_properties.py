@@ -26,7 +26,7 @@ from fastgpt.kernels import (
     linear,
     linear_cross_entropy,
 )
-from fastgpt.kernels.reference import dropout_factors
+from fastgpt.kernels.philox import dropout_factors
 from tests.kernels.peers import product
 
 # fp16 is for Triton and the reference. The interpreter is a thousand times slower than C++.

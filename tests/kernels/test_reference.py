@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt.kernels import ops, reference
+from fastgpt.kernels import philox as production
+from tests.kernels import test_ops
 
 # ---- float64 ----
 
@@ -100,7 +102,7 @@ def test_the_generator_of_these_tests_gives_the_published_words(counter, key, wo
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 0x123456789ABCDEF, 2**62 - 1])
 def test_random_words_are_philox_with_the_documented_counter(seed):
     heads, rows, columns = torch.tensor([0, 5]), torch.tensor([0, 1023]), torch.arange(9)
-    words = reference._philox(torch.tensor(seed), heads.view(2, 1, 1), rows.view(1, 2, 1), columns.view(1, 1, 9))
+    words = production.philox(torch.tensor(seed), heads.view(2, 1, 1), rows.view(1, 2, 1), columns.view(1, 1, 9))
     for i, head in enumerate(heads.tolist()):
         for j, row in enumerate(rows.tolist()):
             for column in columns.tolist():
@@ -109,7 +111,7 @@ def test_random_words_are_philox_with_the_documented_counter(seed):
 
 
 def test_a_weight_is_dropped_where_its_word_is_below_p():
-    factors = reference.dropout_factors(torch.tensor(7), 0.25, 2, 3, 5, 9)
+    factors = production.dropout_factors(torch.tensor(7), 0.25, 2, 3, 5, 9)
     assert factors.shape == (2, 3, 5, 9)
     for b, h, i, j in torch.cartesian_prod(*map(torch.arange, factors.shape)).tolist():
         word = philox((j // 4, i, b * 3 + h, 0), (7, 0))[j % 4]
@@ -119,54 +121,32 @@ def test_a_weight_is_dropped_where_its_word_is_below_p():
 # ---- fakes ----
 
 
-def cases():
-    """Arguments whose tensors are permuted, so that a layout that follows the input's would show."""
+def permuted(argument):
+    """The dimensions of a tensor in the opposite order in memory, so that a layout that follows the input's shows."""
+    if isinstance(argument, torch.Tensor) and argument.dim() > 1:
+        order = list(reversed(range(argument.dim())))
+        return argument.permute(order).contiguous().permute(order)
+    return argument
 
-    def r(*shape):
-        return torch.randn(tuple(reversed(shape))).permute(*reversed(range(len(shape))))
 
-    seed, targets = torch.tensor(3), torch.tensor([0, -1, 2, 1])
-    x, weight, rows = r(3, 4, 7), r(7), torch.randn(3, 4)
-    heads, keys, lse = r(2, 3, 5, 8), r(2, 3, 6, 8), torch.randn(2, 3, 5)
-    yield "layer_norm", (x, weight, weight, 1e-5)
-    yield "layer_norm", (x, weight, None, 1e-5)
-    yield "add_layer_norm", (x, x, weight, weight, 1e-5)
-    yield "layer_norm_backward", (x, None, x, weight, rows, rows, True)
-    yield "layer_norm_backward", (x, x, x, weight, rows, rows, False)
-    yield "layer_norm_backward", (x, None, x, weight, rows, rows, True, torch.zeros(7), torch.zeros(7))
-    yield "gelu", (x, None, True)
-    yield "gelu_backward", (x, x, None, False)
-    yield "gelu_backward", (x, x, weight, False, torch.zeros(7))
-    yield "gelu_backward_recompute_", (x, x, None, True)
-    yield "attention", (heads, heads, heads, True, 0.5, 0.2, seed)
-    yield "attention", (heads, keys, keys, False, 0.5, 0.0, None)
-    yield "attention_backward", (heads, heads, keys, keys, heads, lse, False, 0.5, 0.0, None)
-    yield "attention_qkv", (r(2, 5, 12), 2, True, 0.5, 0.2, seed)
-    yield "attention_qkv_backward", (r(2, 5, 4), r(2, 5, 12), r(2, 5, 4), lse[:, :2], 2, True, 0.5, 0.0, None)
-    yield "cross_entropy", (r(4, 5), targets, -1)
-    yield "cross_entropy_backward", (torch.randn(4), r(4, 5), targets, torch.randn(4), -1)
-    yield "cross_entropy_", (torch.randn(4, 5), targets, torch.tensor(0.5), -1)
-    yield "linear_cross_entropy", (r(4, 5), r(7, 5), targets, -1, None, True, True)
-    yield "linear_cross_entropy", (r(4, 5), r(7, 5), targets, -1, None, False, False)
-    yield "grad_norm", ([r(3, 5), r(7)],)
+def cases(dtype):
+    """Those of test_ops.py that have outputs, permuted."""
+    for name, arguments in test_ops.cases(dtype):
+        if getattr(torch.ops.fastgpt, name).default._schema.returns:
+            yield name, tuple(map(permuted, arguments))
 
 
 def flat(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def half(argument):
-    floating = isinstance(argument, torch.Tensor) and argument.is_floating_point() and argument.dim() > 0
-    return argument.bfloat16() if floating else argument
+CASES = [(dtype, *case) for dtype in (torch.float32, torch.bfloat16) for case in cases(dtype)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "arguments"), [pytest.param(*case, id=case[0]) for case in cases()])
-def test_outputs_have_the_shape_strides_and_dtype_that_the_fake_promises(name, arguments, dtype):
-    if dtype == torch.bfloat16:
-        kept = {"layer_norm_backward": (4, 5, 7, 8), "gelu_backward": (4,), "attention_backward": (5,),
-                "attention_qkv_backward": (3,), "cross_entropy_backward": (0, 3)}.get(name, ())  # fmt: skip
-        arguments = tuple(a if i in kept else half(a) for i, a in enumerate(arguments))
+@pytest.mark.parametrize(
+    ("name", "arguments"), [pytest.param(name, arguments, id=f"{name}-{dtype}") for dtype, name, arguments in CASES]
+)
+def test_outputs_have_the_shape_strides_and_dtype_that_the_fake_promises(name, arguments):
     outputs = flat(getattr(reference, name)(*arguments))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [
@@ -187,4 +167,4 @@ def test_outputs_have_the_shape_strides_and_dtype_that_the_fake_promises(name, a
 def test_every_operator_has_its_reference_and_its_case():
     assert all(callable(getattr(reference, name)) for name in ops.OPERATORS)
     without_outputs = {"adamw_", "adamw_8bit_", "matmul_", "add_column_sums_", "embedding_backward_"}
-    assert {name for name, _ in cases()} == set(ops.OPERATORS) - without_outputs
+    assert {name for _, name, _ in CASES} == set(ops.OPERATORS) - without_outputs

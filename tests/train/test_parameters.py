@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastgpt.kernels import FusedAdamW
-from fastgpt.kernels.reference import MOMENT_BLOCK
+from fastgpt.kernels.moments_8bit import MOMENT_BLOCK
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.model.reference import ReferenceGPT
 from fastgpt.train.parameters import ParameterStore

@@ -1,12 +1,21 @@
 """AdamW over a list of tensors, and the norm of their gradients, each in one pass and one launch.
 
-A list is cut into chunks of equal size; tables on the device say which chunk belongs to which tensor and where
-the tensors lie, so a model of two flat buffers and one of two hundred parameters cost one launch alike. The
-tables are kept, and made anew only when a tensor has moved. Nothing is copied from the host.
+A list is cut into chunks of CHUNK elements, one program each. Tables on the device say which tensor a chunk belongs to
+and where the tensors lie, so two flat buffers cost one launch, and so do two hundred parameters. The tables are kept,
+and rebuilt only when a tensor has moved. Nothing is copied from the host.
 
-Bytes moved a parameter, with fp32 parameters, gradients and moments: norm 4; update 16 read and 12 written, 2
-more with a bf16 copy and 4 more where the gradient is zeroed. With moments of 8 bits the update reads 10 and
-writes 6; with bf16 parameters and gradients besides, 6 and 4.
+The tables, for L lists (params, grads, ...) of n_tensors tensors each:
+
+    pointers  (L * n_tensors,) int64, addresses, list after list
+    sizes     (n_tensors,) int64, elements of each tensor
+    tensors   (n_chunks,) int32, the number of the tensor that a chunk belongs to
+    offsets   (n_chunks,) int64, the chunk's first element in it, a multiple of CHUNK
+
+Bytes moved for a parameter, with fp32 parameters, gradients and moments: norm 4; update 16 read and 12 written, 2 more
+with a bf16 copy and 4 more where the gradient is zeroed. With moments of 8 bits the update reads 10 and writes 6; with
+bf16 parameters and gradients as well, 6 and 4.
+
+Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 """
 
 from collections.abc import Sequence
@@ -18,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import moments_8bit
 from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
 
 _DTYPES = {
@@ -27,34 +36,36 @@ _DTYPES = {
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
 }
-_MOMENT_BLOCK = tl.constexpr(reference.MOMENT_BLOCK)
-_SHIFT = tl.constexpr(reference.MOMENT_SHIFT)
-_LEAST_SCALE = tl.constexpr(reference.LEAST_MOMENT_SCALE)
+_MOMENT_BLOCK = tl.constexpr(moments_8bit.MOMENT_BLOCK)
+_SHIFT = tl.constexpr(moments_8bit.MOMENT_SHIFT)
+_LEAST_SCALE = tl.constexpr(moments_8bit.LEAST_MOMENT_SCALE)
 
 
 @triton.jit
 def _start(pointers, tensor, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address of a tensor, from the table."""
+    """The address of tensor number ``tensor`` of a list; ``pointers`` is the list's part of the table."""
     pointer = tl.load(pointers + tensor).to(tl.pointer_type(dtype))
-    if ALIGNED:  # to 16 bytes, which lets loads be four words wide
+    if ALIGNED:  # to 16 bytes, so that the compiler may load four words at a time
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
 def _size(sizes, tensor, ALIGNED: tl.constexpr):
-    """The number of elements of a tensor, from the table."""
+    """The number of elements of tensor number ``tensor``, from the table."""
     n = tl.load(sizes + tensor)
-    if ALIGNED:  # neighbours loaded together are then all inside or all outside
+    if ALIGNED:  # elements that are loaded together are then all inside or all outside
         n = tl.multiple_of(n, 16)
     return n
 
 
 @kernel
 def _squares_kernel(
-    pointers, sizes, tensors, offsets, sums, dtype: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    pointers, sizes, tensors, offsets,  # the tables, of one list
+    sums,  # (n_chunks,) fp32, written
+    dtype: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program: the sum of squares of one chunk, BLOCK elements at a time. Grid: (n_chunks,)."""
     chunk = tl.program_id(0)
     tensor = tl.load(tensors + chunk)
     begin = tl.multiple_of(tl.load(offsets + chunk), CHUNK)
@@ -69,7 +80,12 @@ def _squares_kernel(
 
 
 @kernel
-def _root_kernel(sums, norm, n, BLOCK: tl.constexpr):
+def _root_kernel(
+    sums,  # (n,) fp32, sums of squares
+    norm,  # () fp32, written: the square root of their sum
+    n, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program, so that the order of summation is fixed; in fp64, since thousands of sums are added. Grid: (1,)."""
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, n, BLOCK):
         here = start + tl.arange(0, BLOCK)
@@ -79,7 +95,14 @@ def _root_kernel(sums, norm, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """The new parameter and moments, fp32."""
+    """The new parameter and moments, fp32, of tiles in fp32; ``coefficients`` is (3,) fp32, see _coefficients.
+
+        m = m + (1 - beta1) (g - m),   v = beta2 v + (1 - beta2) g**2
+        p = decay p - step_size m / (sqrt(v) / correction2 + eps)
+
+    The host computes 1 - beta1 and 1 - beta2 in fp64: 1 - 0.999 in fp32 would be off by 1e-4 of itself. Divisions and
+    roots are correctly rounded, as PyTorch's are.
+    """
     step_size, correction2, decay = tl.load(coefficients), tl.load(coefficients + 1), tl.load(coefficients + 2)
     m += (g - m) * one_minus_beta1
     v = v * beta2 + one_minus_beta2 * g * g
@@ -89,11 +112,15 @@ def _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, 
 
 @kernel
 def _adamw_kernel(
-    pointers, sizes, tensors, offsets, coefficients, grad_scale, n_tensors,
+    pointers, sizes, tensors, offsets,  # the tables, of params, grads, exp_avgs, exp_avg_sqs and perhaps copies
+    coefficients,  # (3,) fp32
+    grad_scale,  # () fp32; not read without HAS_SCALE
+    n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr,
     ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """One program: one chunk of one tensor. P, G, M: dtypes of params, grads and moments. Grid: (n_chunks,)."""
     chunk = tl.program_id(0)
     tensor = tl.load(tensors + chunk)
     here = tl.multiple_of(tl.load(offsets + chunk), CHUNK) + tl.arange(0, CHUNK)
@@ -116,16 +143,19 @@ def _adamw_kernel(
     if HAS_COPY:
         tl.store(_start(pointers + 4 * n_tensors, tensor, tl.bfloat16, ALIGNED) + here, p.to(tl.bfloat16), mask=inside)
     if ZERO_GRAD:
-        tl.debug_barrier()  # the zeros need not lie in the threads that loaded these gradients: all have loaded by now
+        tl.debug_barrier()  # the zeros may be stored by other threads than loaded these gradients: wait for all
         tl.store(grad + here, tl.zeros((CHUNK,), dtype=G), mask=inside)
 
 
-# ---- moments of 8 bits, bf16 rounded stochastically: reference.py explains the code and the random numbers ----
+# ---- moments of 8 bits, bf16 rounded stochastically: moments_8bit.py and philox.py explain them ----
 
 
 @triton.jit
 def _decoded(codes, scale, LARGEST: tl.constexpr):
-    """The moment that (ROWS, 256) uint8 codes stand for under (ROWS,) scales; LARGEST is 127 if it has a sign."""
+    """The moment, (ROWS, 256) fp32, that uint8 codes (ROWS, 256) and scales (ROWS,) fp32 stand for.
+
+    LARGEST, the largest code without a sign, is 127 for exp_avg and 255 for exp_avg_sq. See moments_8bit.decode_moment.
+    """
     codes = codes.to(tl.int32)
     magnitude = codes & LARGEST
     zero = (scale.to(tl.int32, bitcast=True) >> _SHIFT) - LARGEST
@@ -136,7 +166,10 @@ def _decoded(codes, scale, LARGEST: tl.constexpr):
 
 @triton.jit
 def _encoded(x, random, LARGEST: tl.constexpr):
-    """Codes (ROWS, 256) and scales (ROWS,) of a moment, rounded by random numbers in [0, 2**16)."""
+    """Codes (ROWS, 256) uint8 and scales (ROWS,) fp32 of a moment x, (ROWS, 256) fp32; see moments_8bit.encode_moment.
+
+    random: (ROWS, 256) int32 in [0, 2**16), which decide between rounding up and down.
+    """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     exponent = (tl.max(bits, axis=1) >> 23) + 1
     scale = tl.minimum(tl.maximum(exponent, _LEAST_SCALE), 254) << 23
@@ -156,30 +189,44 @@ def _encoded(x, random, LARGEST: tl.constexpr):
 
 @triton.jit
 def _stochastic(x, random):
-    """fp32 that bf16 can hold; a NaN stays one, though the carry would run through all its bits."""
-    bits = (x.to(tl.int32, bitcast=True) + random) & -65536
+    """Round ``x`` to an fp32 that bf16 can hold, up or down by ``random`` in [0, 2**16).
+
+    A NaN is kept, because the carry could run through all its bits.
+    """
+    bits = (x.to(tl.int32, bitcast=True) + random) & -65536  # the carry out of the lower half rounds up
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def _random_halves(key, tensor, purpose, begin, ROWS: tl.constexpr):
-    """Two (ROWS, 256) of numbers in [0, 2**16), int32, for the elements of a tensor from ``begin`` on."""
+    """Two (ROWS, 256) int32 of numbers in [0, 2**16), for the elements of a tensor from ``begin`` on; see philox.py."""
     QUARTER: tl.constexpr = _MOMENT_BLOCK // 4
     zeros = tl.zeros((ROWS, QUARTER), dtype=tl.int32)
     place = (begin // 4).to(tl.int32) + QUARTER * tl.arange(0, ROWS)[:, None] + tl.arange(0, QUARTER)[None, :]
     w0, w1, w2, w3 = tl.philox(key, place, zeros + tensor, zeros + purpose, zeros)
+    # the four words of a counter side by side: element 4 i + j gets word j
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, _MOMENT_BLOCK)).to(tl.int32, bitcast=True)
     return (words >> 16) & 0xFFFF, words & 0xFFFF
 
 
 @kernel
 def _adamw_8bit_kernel(
-    pointers, sizes, tensors, offsets, coefficients, grad_scale, key, numbers, n_tensors,
+    pointers, sizes, tensors, offsets,  # the tables; with CODED the two lists of scales come before the copies
+    coefficients,  # (3,) fp32
+    grad_scale,  # () fp32; not read without HAS_SCALE
+    key,  # () int64, seed + step
+    numbers,  # (n_tensors,) int64, each tensor's number in the caller's list, which the random numbers depend on
+    n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CODED: tl.constexpr,
     STOCHASTIC_P: tl.constexpr, STOCHASTIC_M: tl.constexpr, HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr,
     ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """One program: one chunk of one tensor, as (ROWS, 256): a row has one scale. Grid: (n_chunks,).
+
+    P, G, M: dtypes of params, grads and moments (uint8 with CODED). STOCHASTIC_P, STOCHASTIC_M: whether bf16 params and
+    bf16 moments are rounded stochastically.
+    """
     ROWS: tl.constexpr = CHUNK // _MOMENT_BLOCK
     chunk = tl.program_id(0)
     tensor = tl.load(tensors + chunk)
@@ -227,7 +274,7 @@ def _adamw_8bit_kernel(
     tl.store(exp_avg_sq + here, v.to(M), mask=inside)
     tl.store(param + here, p.to(P), mask=inside)
     if HAS_COPY:
-        COPY: tl.constexpr = 6 if CODED else 4
+        COPY: tl.constexpr = 6 if CODED else 4  # the number of the list of copies
         copy = _start(pointers + COPY * n_tensors, tensor, tl.bfloat16, ALIGNED)
         tl.store(copy + here, p.to(tl.bfloat16), mask=inside)
     if ZERO_GRAD:
@@ -236,13 +283,13 @@ def _adamw_8bit_kernel(
 
 
 def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int64 on the device, written by kernels that carry them, so that a CUDA graph can capture it."""
+    """``numbers`` as int64 on the device, written by kernels that take them as arguments: a CUDA graph captures it."""
     table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), list(numbers))
     return table
 
 
-# A stream is part of what tables are kept by: on another one they might be read before they are filled.
+# The caches' keys hold the stream: on another stream a table might be read before it is filled.
 
 
 @lru_cache(maxsize=256)
@@ -254,7 +301,7 @@ def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tenso
 def _chunk_tables(
     sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes of the tensors; for each chunk the tensor it belongs to and its first element there."""
+    """The tables ``sizes``, ``tensors`` and ``offsets``."""
     counts = [-(-size // chunk) for size in sizes]
     n_chunks = _numbers(counts, device)
     tensors = torch.repeat_interleave(n_chunks, output_size=sum(counts))
@@ -263,28 +310,36 @@ def _chunk_tables(
     return _numbers(sizes, device), tensors.int(), offsets
 
 
-def _kept(make: Any, *args: Any) -> Any:
-    """A table made before for the current stream, or ``make(*args, stream)``; the last of ``args`` is the device.
+def _cached(make: Any, *args: Any) -> Any:
+    """``make(*args, stream)`` for the current stream, from the cache if possible; the last of ``args`` is the device.
 
-    A CUDA graph makes its own at every replay: it would go on reading one that has long been forgotten here, and fills
-    one only when it is replayed.
+    A CUDA graph gets tables of its own, filled at every replay. A cached table could be dropped from the cache while
+    the graph still reads it, and one filled during a capture holds nothing until the graph is replayed.
     """
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(args[-1]).cuda_stream if args[-1].type == "cuda" else 0
     return make.__wrapped__(*args, stream) if capturing else make(*args, stream)
 
 
-def _tables(lists: list[list[Tensor]], chunk: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
-    """Pointers, sizes, tensors and offsets on the device; whether all start on 16 bytes and have whole 16 elements."""
+def _tables(
+    lists: list[list[Tensor]], chunk: int, unaligned_chunk: int | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The four tables, and the constants ALIGNED and CHUNK that go with them.
+
+    ALIGNED: every tensor starts on 16 bytes and has a multiple of 16 elements. ``unaligned_chunk`` is CHUNK otherwise.
+    """
     sizes = tuple(t.numel() for t in lists[0])
     pointers = tuple(t.data_ptr() for tensors in lists for t in tensors)
     device = lists[0][0].device
-    tables = (_kept(_table, pointers, device), *_kept(_chunk_tables, sizes, chunk, device))
-    return tables, all(number % 16 == 0 for number in pointers + sizes)
+    aligned = all(number % 16 == 0 for number in pointers + sizes)
+    if not aligned and unaligned_chunk is not None:
+        chunk = unaligned_chunk
+    tables = (_cached(_table, pointers, device), *_cached(_chunk_tables, sizes, chunk, device))
+    return tables, {"ALIGNED": aligned, "CHUNK": chunk}
 
 
 def _by_dtypes(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
-    """The lists split so that within each part a list has one dtype; empty tensors are left out."""
+    """Split the lists into parts in which each list has one dtype, as a kernel needs; leave out empty tensors."""
     parts: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
     for tensors in zip(*lists, strict=True):
         if tensors[0].numel():
@@ -294,15 +349,14 @@ def _by_dtypes(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     config = configuration(device_of(grads[0]), "grad_norm", "any")
-    chunk = config["CHUNK"]
     sums = []
     for (part,) in _by_dtypes([g.contiguous() for g in grads]):
-        tables, aligned = _tables([part], chunk)
+        tables, constants = _tables([part], config["CHUNK"])
         n_chunks = tables[2].numel()
         sums.append(part[0].new_empty(n_chunks, dtype=torch.float32))
         launch(
             _squares_kernel, (n_chunks,), *tables, sums[-1],
-            dtype=_DTYPES[part[0].dtype], ALIGNED=aligned, **config,
+            dtype=_DTYPES[part[0].dtype], **config | constants,
         )  # fmt: skip
     norm = grads[0].new_zeros((), dtype=torch.float32)
     if sums:
@@ -312,8 +366,10 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _coefficients(step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float) -> Tensor:
-    """(3,) fp32 for the kernels, rounded once."""
-    return torch.stack(reference.adamw_coefficients(step, lr, beta1, beta2, weight_decay)).float()
+    """(3,) fp32: step size, square root of the second bias correction, decay factor; computed in fp64, rounded once."""
+    t, rate = step.double(), lr.double()
+    step_size, correction2 = rate / (1.0 - beta1**t), (1.0 - beta2**t).sqrt()
+    return torch.stack((step_size, correction2, 1.0 - rate * weight_decay)).float()
 
 
 def adamw_(
@@ -324,13 +380,14 @@ def adamw_(
     config = configuration(device_of(params[0]), "adamw", "any")
     coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
     for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else [])):
-        tables, aligned = _tables(lists, config["CHUNK"])
+        # one element at a time, the addresses of a whole chunk and its values do not fit the registers
+        tables, constants = _tables(lists, config["CHUNK"], config["CHUNK"] // 2)
         launch(
             _adamw_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
-            HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, ALIGNED=aligned, **config,
+            HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, **config | constants,
         )  # fmt: skip
 
 
@@ -346,14 +403,14 @@ def adamw_8bit_(
     number = {id(param): i for i, param in enumerate(params)}
     optional = (tensors for tensors in (exp_avg_scales, exp_avg_sq_scales, copies) if tensors)
     for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *optional):
-        tables, aligned = _tables(lists, config["CHUNK"])
+        tables, constants = _tables(lists, config["CHUNK"])
         launch(
             _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
             coefficients if grad_scale is None else grad_scale, key,
-            _kept(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
+            _cached(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,
             STOCHASTIC_M=stochastic_rounding and lists[2][0].dtype == torch.bfloat16, HAS_COPY=bool(copies),
-            HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, ALIGNED=aligned, **config,
+            HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, **config | constants,
         )  # fmt: skip

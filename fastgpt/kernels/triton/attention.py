@@ -1,20 +1,31 @@
-"""Attention, FlashAttention-2's way: softmax online, T x T never in memory, the backward in two passes or in one.
+"""Attention after FlashAttention-2: online softmax, no T x T in memory, a backward of two passes or of one.
 
-A forward program takes BLOCK_M queries and walks over the keys they see, BLOCK_N at a time. Blocks left of the
-diagonal need no mask and run in a loop without one; only those that the diagonal or the end of the sequence
-crosses are masked. Scores are kept in base 2 with the scale folded in, so that a softmax weight is one
-multiply-add and one exp2; those of fp32 inputs stay in base e, since the rounding to base 2 would show.
+A forward program takes BLOCK_M queries and walks over the keys that they see, BLOCK_N at a time. Blocks left of the
+diagonal need no mask and run in a loop without one. Only blocks that the diagonal or the end of the sequence crosses
+are masked. Scores are kept in base 2 with the scale folded in, so that a softmax weight is one multiply-add and one
+exp2. Scores of fp32 inputs stay in base e, because the rounding to base 2 would show in fp32.
 
-The backward recomputes the weights from the saved logsumexp, once per pass: one pass walks along the keys and
-writes dq (and delta, the row sums of dout * out), one walks along the queries and writes dk and dv. That is
-7 products, but nothing is added up by atomics, so the same inputs give the same bits.
+The online softmax: with the running maximum m and the running sum l of a row, a new block of scores s gives
+m' = max(m, max(s)) and w = exp(s - m'). What was accumulated before is multiplied by exp(m - m'): l = l exp(m - m')
++ sum(w), acc = acc exp(m - m') + w v. At the end out = acc / l and lse = m + log(l).
 
-With ``deterministic=False`` the pass along the queries does the other's work too, 5 products in all: as each block of
-keys is a program of its own, they add their shares of dq up by atomics, in fp32 and in whichever order they come. The
-sums have a buffer of their own, which a kernel before fills with zeros and one behind rounds to dq: 16 bytes of traffic
-an element of q, if L2 holds a head's sums while its blocks are added.
+The backward recomputes the weights, exp(s - lse), in each pass. One pass walks along the keys and writes dq, and
+delta, the row sums of dout * out. The other walks along the queries and writes dk and dv. These are 7 products, and no
+atomics: the same inputs give the same bits. With the weights P, the dropout factors Z and dP = Z (dout v^T):
+
+    dv = (P Z)^T dout,   dS = P (dP - delta),   dq = scale dS k,   dk = scale dS^T q
+
+With ``deterministic=False`` the pass along the queries also does the work of the other, 5 products in all. Each block
+of keys is a program of its own, so the programs add their shares of dq with atomics, in fp32 and in any order. The sums
+have a buffer of their own. A kernel before fills it with zeros and a kernel after rounds it to dq: 16 bytes of traffic
+for each element of q, if L2 holds a head's sums while its blocks are added.
 
 q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
+
+In the kernels below every (B, H, T, D) tensor has D contiguous and three strides in elements: NAME_batch, NAME_head
+and NAME_stride, from one position to the next. ``threshold`` and ``keep`` are dropout's: a weight is kept if its random
+word reaches the threshold, and then multiplied by keep = 1 / (1 - p). BLOCK_D is D padded to a power of two. The grid
+has one axis, B * H * blocks, with the blocks of one head side by side, so that they share its keys in L2.
 
 Dao, "FlashAttention-2", 2023.
 """
@@ -28,22 +39,52 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import reference, slow_path
-from fastgpt.kernels.reference import empty_heads, split_heads
+from fastgpt.kernels.heads import empty_heads, split_heads
+from fastgpt.kernels.philox import dropout_threshold
 from fastgpt.kernels.triton import autotune
 from fastgpt.kernels.triton.launch import configuration, device_of, has_configuration, kernel, launch
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
+LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) ln(2)
+
+
+@triton.jit
+def _block_and_head(n_rows, n_head, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """What this program works on: its first row, its head counted over the batch, its batch entry, its head there.
+
+    Batch entry and head come in int64, because their products with strides can exceed 2**31 elements.
+    """
+    n_blocks = tl.cdiv(n_rows, BLOCK)
+    block = tl.program_id(0) % n_blocks
+    if LAST_FIRST:  # under a causal mask the last queries see most keys; started last, they would run alone at the end
+        block = n_blocks - 1 - block
+    start = block * BLOCK
+    head = tl.program_id(0) // n_blocks
+    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    return start, head, b, h
+
+
+@triton.jit
+def _qkv_of_head(q, k, v, b, h, q_batch, q_head, k_batch, k_head, v_batch, v_head):
+    """Pointers to the first row of one head of q, k and v."""
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    return q, k, v
 
 
 @triton.jit
 def _tile(
     base, start, stride, n_rows, CHECK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """(BLOCK, BLOCK_D) of the rows from ``start`` on; zeros beyond ``n_rows`` (if CHECK) and beyond D."""
+    """Load (BLOCK, BLOCK_D) of the rows from ``start`` on; zeros beyond ``n_rows`` (if CHECK) and beyond D.
+
+    ``base`` is the first of ``n_rows`` rows of D elements, ``stride`` elements apart.
+    """
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    # only the offset of the first row needs 64 bits: _readable bounds the stride, so offsets within a block fit 32
     pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-    if CHECK and D < BLOCK_D:
+    if CHECK and D < BLOCK_D:  # each mask costs instructions in the inner loop, so only those needed are built
         tile = tl.load(pointers, mask=(start + rows < n_rows)[:, None] & (columns < D)[None, :], other=0.0)
     elif CHECK:
         tile = tl.load(pointers, mask=(start + rows < n_rows)[:, None], other=0.0)
@@ -56,6 +97,7 @@ def _tile(
 
 @triton.jit
 def _store_tile(base, tile, start, stride, n_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store a (BLOCK, BLOCK_D) tile, rounded to the dtype of ``base``, over the rows from ``start`` on."""
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     inside = (start + rows < n_rows)[:, None] & (columns < D)[None, :]
@@ -64,32 +106,33 @@ def _store_tile(base, tile, start, stride, n_rows, D: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _add_tile(base, tile, start, n_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """To rows of D side by side, fp32, that others add to at the same time."""
+    """Add a (BLOCK, BLOCK_D) tile to rows from ``start`` on of a contiguous (n_rows, D) in fp32, with atomics."""
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(start, tl.int64) * D + rows[:, None] * D + columns[None, :]
     inside = (start + rows < n_rows)[:, None] & (columns < D)[None, :]
-    tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")  # their order does not matter, and nobody reads them
+    tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")  # no program reads the sums, so no order is needed
 
 
 @triton.jit
-def _kept(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of a (BLOCK_M, BLOCK_N) tile dropout keeps.
+def _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of a (BLOCK_M, BLOCK_N) tile dropout keeps, as booleans.
 
-    Philox-4x32-10 with key = seed and counter = (column // 4, row, head, 0); word column % 4 must reach the
-    threshold. The same on every backend.
+    Philox-4x32-10 with key = seed and counter = (column // 4, row, head, 0); word column % 4 must reach the threshold
+    (philox.py). One call gives four words, so a quarter of the columns is drawn and the words are interleaved.
     """
     QUARTER: tl.constexpr = BLOCK_N // 4
     zeros = tl.zeros((BLOCK_M, QUARTER), dtype=tl.int32)
     columns = zeros + (start_n // 4 + tl.arange(0, QUARTER))[None, :]
     rows = zeros + (start_m + tl.arange(0, BLOCK_M))[:, None]
     w0, w1, w2, w3 = tl.philox(seed, columns, rows, zeros + head, zeros)
+    # join puts its second operand behind the first along a new last axis, so the words come out as w0, w1, w2, w3
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_M, BLOCK_N))
     return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def _visible(start_m, start_n, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N): may the query attend to the key?"""
+    """(BLOCK_M, BLOCK_N) booleans: whether the query attends to the key."""
     columns = start_n + tl.arange(0, BLOCK_N)
     if CAUSAL:  # as many queries as keys, so the diagonal ends before the keys do
         visible = (start_m + tl.arange(0, BLOCK_M))[:, None] >= columns[None, :]
@@ -100,8 +143,8 @@ def _visible(start_m, start_n, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexp
 
 @triton.jit
 def _key_bounds(start_m, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys up to the first bound need no mask, those up to the second do, the rest is not seen at all."""
-    if CAUSAL:
+    """Two bounds: keys before the first need no mask, keys between them do, and no query of the block sees the rest."""
+    if CAUSAL:  # query start_m sees start_m + 1 keys; whole blocks of these are seen by every query of the block
         unmasked = (start_m + 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(start_m + BLOCK_M, n_key)
     else:
@@ -112,13 +155,16 @@ def _key_bounds(start_m, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 @triton.jit
 def _to_base(x, FP32: tl.constexpr):
-    """A scale or a logsumexp in the base that exponents are kept in: 2 for half-precision inputs, e for fp32."""
+    """Convert a scale or a logsumexp to the base that exponents are kept in: 2 for 16-bit inputs, e for fp32."""
     return x if FP32 else x * LOG2E
 
 
 @triton.jit
 def _exp(x, FP32: tl.constexpr):
-    """One instruction in base 2. In base e one more, without the rounding of scores to base 2: fp32 would show it."""
+    """The exponential in that base: one instruction in base 2, two in base e.
+
+    In base e a score is not rounded to base 2 before the maximum is subtracted. fp32 results would show that rounding.
+    """
     return tl.exp2(x * LOG2E if FP32 else x)
 
 
@@ -128,23 +174,28 @@ def _attend(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of keys: the online softmax's accumulator, running maximum and running sum."""
+    """Take the keys from ``begin`` to ``end`` into the online softmax, and return its three states.
+
+    acc: (BLOCK_M, BLOCK_D) fp32, the weighted sum of values. top, total: (BLOCK_M,) fp32, running maximum and sum.
+    q: (BLOCK_M, BLOCK_D), a tile of queries. k, v: pointers to a head's first key and value. scale: in the base.
+    """
     for start_n in range(begin, end, BLOCK_N):
         keys = _tile(k, start_n, k_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
             visible = _visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N)
             scores = tl.where(visible, scores * scale, float("-inf"))
+            # every query sees the first key of the first block, so new_top is finite: no -inf - -inf, which is NaN
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = _exp(scores - new_top[:, None], FP32)
-        else:
+        else:  # scale >= 0 (_forward sees to that), so the scaled maximum is the maximum of the scaled; one FMA scales
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
             weights = _exp(tl.fma(scores, scale, -new_top[:, None]), FP32)
-        correction = _exp(top - new_top, FP32)
-        total = total * correction + tl.sum(weights, axis=1)
+        correction = _exp(top - new_top, FP32)  # 0 for the first block, where top is -inf
+        total = total * correction + tl.sum(weights, axis=1)  # before dropout, which is applied to normalised weights
         acc = acc * correction[:, None]
         if DROPOUT:
-            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
+            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
             weights = tl.where(kept, weights * keep, 0.0)
         values = _tile(v, start_n, v_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
@@ -152,21 +203,23 @@ def _attend(
     return acc, top, total
 
 
+# A threshold that 16 divides would otherwise be compiled for: another kernel for some values of p.
 @kernel(do_not_specialize=["threshold"])
 def _forward_kernel(
-    q, k, v, out, lse, seed,
+    q,  # (B, H, T, D)
+    k,  # (B, H, S, D)
+    v,  # (B, H, S, D)
+    out,  # (B, H, T, D), written
+    lse,  # (B, H, T) fp32, contiguous, written
+    seed,  # () int64; not read without DROPOUT
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_batch, out_head, out_stride,
-    n_head, n_query, n_key, scale, threshold, keep,
+    n_head, n_query, n_key, scale, threshold, keep,  # H, T, S
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     MASKED_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(n_query, BLOCK_M)
-    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M  # those that see most keys first
-    head = tl.program_id(0) // n_blocks
-    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
-    q += b * q_batch + h * q_head
-    k += b * k_batch + h * k_head
-    v += b * v_batch + h * v_head
+    """One program: BLOCK_M queries of one head, their output and logsumexp. Grid: (B * H * cdiv(T, BLOCK_M),)."""
+    start_m, head, b, h = _block_and_head(n_query, n_head, True, BLOCK_M)
+    q, k, v = _qkv_of_head(q, k, v, b, h, q_batch, q_head, k_batch, k_head, v_batch, v_head)
     out += b * out_batch + h * out_head
 
     seed_value = tl.load(seed) if DROPOUT else 0
@@ -176,7 +229,7 @@ def _forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
-    for i in tl.static_range(2):  # the stretch of keys that need no mask, and the one that does
+    for i in tl.static_range(2):  # the keys that need no mask and those that do; MASKED_FIRST says in which order
         begin = unmasked if (i == 0) == MASKED_FIRST else 0
         until = end if (i == 0) == MASKED_FIRST else unmasked
         acc, top, total = _attend(
@@ -184,6 +237,7 @@ def _forward_kernel(
             threshold, scale_in_base, keep,
             (i == 0) == MASKED_FIRST, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    # rows beyond T have queries of zero, hence scores of zero: no division by 0, and the mask drops their results
     _store_tile(out, acc / total[:, None], start_m, out_stride, n_query, D, BLOCK_M, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
     lse_in_e = top + tl.log2(total) * LN2 if FP32 else (top + tl.log2(total)) * LN2
@@ -197,16 +251,20 @@ def _accumulate_dq(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Add dS k of the keys from ``begin`` to ``end`` to ``acc``, (BLOCK_M, BLOCK_D) fp32, still without the scale.
+
+    q, dout: (BLOCK_M, BLOCK_D), tiles. lse (in the base), delta: (BLOCK_M,) fp32. k, v: pointers to a head's first row.
+    """
     for start_n in range(begin, end, BLOCK_N):
         keys = _tile(k, start_n, k_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
         values = _tile(v, start_n, v_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
-        weights = _exp(tl.fma(scores, scale, -lse[:, None]), FP32)
+        weights = _exp(tl.fma(scores, scale, -lse[:, None]), FP32)  # normalised: lse holds maximum and sum
         if MASKED:
             weights = tl.where(_visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N), weights, 0.0)
         dweights = tl.dot(dout, values.T, input_precision=PRECISION)
         if DROPOUT:
-            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
+            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
             dweights = tl.where(kept, dweights * keep, 0.0)
         dscores = weights * (dweights - delta[:, None])
         acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision=PRECISION)
@@ -215,20 +273,24 @@ def _accumulate_dq(
 
 @kernel(do_not_specialize=["threshold"])
 def _dq_kernel(
-    q, k, v, out, dout, lse, dq, delta, seed,
+    q,  # (B, H, T, D)
+    k,  # (B, H, S, D)
+    v,  # (B, H, S, D)
+    out,  # (B, H, T, D)
+    dout,  # (B, H, T, D)
+    lse,  # (B, H, T) fp32, contiguous
+    dq,  # (B, H, T, D), written
+    delta,  # (B, H, T) fp32, contiguous, written for _dk_dv_kernel
+    seed,  # () int64; not read without DROPOUT
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, dq_batch, dq_head, dq_stride,
     n_head, n_query, n_key, scale, threshold, keep,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     MASKED_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(n_query, BLOCK_M)
-    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    head = tl.program_id(0) // n_blocks
-    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
-    q += b * q_batch + h * q_head
-    k += b * k_batch + h * k_head
-    v += b * v_batch + h * v_head
+    """One program: dq and delta of BLOCK_M queries of one head. Grid: (B * H * cdiv(T, BLOCK_M),)."""
+    start_m, head, b, h = _block_and_head(n_query, n_head, True, BLOCK_M)
+    q, k, v = _qkv_of_head(q, k, v, b, h, q_batch, q_head, k_batch, k_head, v_batch, v_head)
     out += b * out_batch + h * out_head
     dout += b * dout_batch + h * dout_head
     dq += b * dq_batch + h * dq_head
@@ -243,6 +305,7 @@ def _dq_kernel(
     tl.store(delta + rows, row_delta, mask=rows < n_query)
 
     queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+    # an infinite lse makes the weights of queries beyond the end 0
     row_lse = _to_base(tl.load(lse + rows, mask=rows < n_query, other=float("inf")), FP32)
     scale_in_base = _to_base(scale, FP32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -255,6 +318,7 @@ def _dq_kernel(
             seed_value, threshold, scale_in_base, keep,
             (i == 0) == MASKED_FIRST, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    # the scale once here, in base e, rather than for each block of keys
     _store_tile(dq, acc * scale, start_m, dq_stride, n_query, D, BLOCK_M, BLOCK_D)
 
 
@@ -265,9 +329,12 @@ def _accumulate_dk_dv(
     ADD_DQ: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     FP32: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of scores and weights are transposed here, (BLOCK_N, BLOCK_M), as both products want them.
+    """Add the shares of the queries from ``begin`` to ``end`` to dk and dv, (BLOCK_N, BLOCK_D) fp32, without the scale.
 
-    With ADD_DQ the keys' share of dq is added to memory, without the scale.
+    Tiles of scores and weights are transposed here, (BLOCK_N, BLOCK_M), because both products need them as the left
+    operand. With ADD_DQ the keys' share of dq is added to memory, also without the scale.
+
+    k, v: (BLOCK_N, BLOCK_D), tiles. q, dout, lse, delta: pointers to a head's first row. dq: to its sums, or None.
     """
     for start_m in range(begin, end, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
@@ -283,7 +350,7 @@ def _accumulate_dk_dv(
         dweights = tl.dot(v, grad.T, input_precision=PRECISION)
         used = weights
         if DROPOUT:
-            kept = _kept(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N).T
+            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N).T
             used = tl.where(kept, weights * keep, 0.0)
             dweights = tl.where(kept, dweights * keep, 0.0)
         dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -305,14 +372,13 @@ def _dk_dv_of_block(
     ADD_DQ: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program's block of keys: their dk and dv, and with ADD_DQ their share of dq, to (B, H, T, D) in fp32."""
-    n_blocks = tl.cdiv(n_key, BLOCK_N)
-    start_n = tl.program_id(0) % n_blocks * BLOCK_N  # the first keys are seen by most queries
-    head = tl.program_id(0) // n_blocks
-    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
-    q += b * q_batch + h * q_head
-    k += b * k_batch + h * k_head
-    v += b * v_batch + h * v_head
+    """The body of both kernels below: one block of keys, its dk and dv, and with ADD_DQ its share of dq.
+
+    dq: contiguous (B, H, T, D) fp32 with ADD_DQ, otherwise None. The other arguments are those of the kernels.
+    """
+    # in ascending order: the first keys are seen by most queries
+    start_n, head, b, h = _block_and_head(n_key, n_head, False, BLOCK_N)
+    q, k, v = _qkv_of_head(q, k, v, b, h, q_batch, q_head, k_batch, k_head, v_batch, v_head)
     dout += b * dout_batch + h * dout_head
     dk += b * dk_batch + h * dk_head
     dv += b * dv_batch + h * dv_head
@@ -328,7 +394,7 @@ def _dk_dv_of_block(
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dvalues = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     begin, unmasked = 0, 0
-    if CAUSAL:
+    if CAUSAL:  # queries before start_n see none of these keys; from start_n + BLOCK_N - 1 on they see all
         begin = start_n // BLOCK_M * BLOCK_M
         unmasked = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, n_query)
     elif ADD_DQ:  # a key beyond the end is 0, but its weight may be infinite, and 0 * infinity would be added to dq
@@ -351,13 +417,22 @@ def _dk_dv_of_block(
 
 @kernel(do_not_specialize=["threshold"])
 def _dk_dv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, seed,
+    q,  # (B, H, T, D)
+    k,  # (B, H, S, D)
+    v,  # (B, H, S, D)
+    dout,  # (B, H, T, D)
+    lse,  # (B, H, T) fp32, contiguous
+    delta,  # (B, H, T) fp32, contiguous, from _dq_kernel
+    dk,  # (B, H, S, D), written
+    dv,  # (B, H, S, D), written
+    seed,  # () int64; not read without DROPOUT
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
     n_head, n_query, n_key, scale, threshold, keep,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One program: dk and dv of BLOCK_N keys of one head. Grid: (B * H * cdiv(S, BLOCK_N),)."""
     _dk_dv_of_block(
         None, q, k, v, dout, lse, delta, dk, dv, seed,
         q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
@@ -369,13 +444,23 @@ def _dk_dv_kernel(
 
 @kernel(do_not_specialize=["threshold"])
 def _single_pass_kernel(
-    q, k, v, dout, lse, delta, dq_sums, dk, dv, seed,
+    q,  # (B, H, T, D)
+    k,  # (B, H, S, D)
+    v,  # (B, H, S, D)
+    dout,  # (B, H, T, D)
+    lse,  # (B, H, T) fp32, contiguous
+    delta,  # (B, H, T) fp32, contiguous, from _delta_kernel
+    dq_sums,  # (B, H, T, D) fp32, contiguous, added to with atomics
+    dk,  # (B, H, S, D), written
+    dv,  # (B, H, S, D), written
+    seed,  # () int64; not read without DROPOUT
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
     n_head, n_query, n_key, scale, threshold, keep,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """_dk_dv_kernel, and the keys' share of dq as well. Grid: (B * H * cdiv(S, BLOCK_N),)."""
     _dk_dv_of_block(
         dq_sums, q, k, v, dout, lse, delta, dk, dv, seed,
         q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
@@ -387,13 +472,15 @@ def _single_pass_kernel(
 
 @kernel
 def _delta_kernel(
-    out, dout, delta, dq_sums, out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, n_head, n_query,
+    out,  # (B, H, T, D)
+    dout,  # (B, H, T, D)
+    delta,  # (B, H, T) fp32, contiguous, written
+    dq_sums,  # (B, H, T, D) fp32, contiguous, written
+    out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, n_head, n_query,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the single pass finds ready: delta, and zeros to add to."""
-    n_blocks = tl.cdiv(n_query, BLOCK_M)
-    start_m, head = tl.program_id(0) % n_blocks * BLOCK_M, tl.program_id(0) // n_blocks
-    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    """Before the single pass: delta, and zeros in dq_sums, of BLOCK_M rows. Grid: (B * H * cdiv(T, BLOCK_M),)."""
+    start_m, head, b, h = _block_and_head(n_query, n_head, False, BLOCK_M)
     rows = start_m + tl.arange(0, BLOCK_M)
     grad = _tile(dout + b * dout_batch + h * dout_head, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
     result = _tile(out + b * out_batch + h * out_head, start_m, out_stride, n_query, True, D, BLOCK_M, BLOCK_D)
@@ -405,28 +492,32 @@ def _delta_kernel(
 
 @kernel
 def _round_dq_kernel(
-    dq_sums, dq, dq_batch, dq_head, dq_stride, n_head, n_query, scale,
+    dq_sums,  # (B, H, T, D) fp32, contiguous
+    dq,  # (B, H, T, D), written
+    dq_batch, dq_head, dq_stride, n_head, n_query, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the single pass has added up, to where it belongs."""
-    n_blocks = tl.cdiv(n_query, BLOCK_M)
-    start_m, head = tl.program_id(0) % n_blocks * BLOCK_M, tl.program_id(0) // n_blocks
-    b, h = (head // n_head).to(tl.int64), (head % n_head).to(tl.int64)
+    """After the single pass: scale and round the sums of BLOCK_M rows to dq. Grid: (B * H * cdiv(T, BLOCK_M),)."""
+    start_m, head, b, h = _block_and_head(n_query, n_head, False, BLOCK_M)
     sums = _tile(dq_sums + head.to(tl.int64) * n_query * D, start_m, D, n_query, True, D, BLOCK_M, BLOCK_D)
     _store_tile(dq + b * dq_batch + h * dq_head, sums * scale, start_m, dq_stride, n_query, D, BLOCK_M, BLOCK_D)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Batch, head and position stride of each."""
+    """The batch, head and position strides of each tensor, (B, H, T, D), in elements."""
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
 def _readable(x: Tensor) -> Tensor:
-    """The kernels take any strides where a head's D numbers lie side by side and offsets in a block fit 32 bits."""
+    """Return ``x``, copied if the kernels cannot read it: D must be contiguous, and offsets in a block fit 32 bits.
+
+    A block has at most 256 rows, so a position stride below 2**23 keeps its offsets below 2**31.
+    """
     return x if x.stride(3) == 1 and x.stride(2) < 2**23 else x.contiguous()
 
 
 def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+    """What every kernel with products is compiled for."""
     fp32 = q.dtype == torch.float32
     return {
         "CAUSAL": causal,
@@ -435,31 +526,39 @@ def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -
         "PRECISION": "tf32x3" if fp32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32",
         "FP32": fp32,
         "D": q.shape[3],
+        # tiles have sides that are powers of two; shipped configurations begin at 32
         "BLOCK_D": max(32, triton.next_power_of_2(q.shape[3])),
     }
 
 
 def _order(q: Tensor) -> dict[str, bool]:
-    """Whether the masked keys come first: every query sees one of them, so that any order is right.
+    """Whether the masked keys come first. Every query sees one of them, so either order is correct.
 
-    On Hopper they do. A loop that may run no time costs the one behind it its asynchronous products: ptxas waits for
-    each. The last keys are seen by all queries of a block, and always there. Elsewhere that order takes registers.
+    On Hopper they come first. If a loop may run zero times, ptxas serialises the asynchronous products of the loop
+    behind it. The masked loop always runs, so it goes first. On other architectures this order takes more registers.
     """
     return {"MASKED_FIRST": device_of(q).capability == 90}
 
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
-    """The threshold that a random word must reach, and what kept weights are multiplied by."""
-    return min(int(dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    """The threshold that a random word must reach, and the factor of kept weights, 1 / (1 - p)."""
+    return dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def _launch(
     name: str, kernel: Any, along: tuple[int, str], q: Tensor, *args: Any, constants: dict[str, Any],
     before: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
-    """Launch a kernel with one program per head and block of ``along[0]`` positions, blocks as in ``along[1]``.
+    """Launch a kernel with one program for each head and block of positions.
 
-    ``before`` is called last before it, since tuning runs the kernel many times.
+    Args:
+        name: of the kernel's launch configuration.
+        kernel: what is launched.
+        along: how many positions, and the configuration's entry that is the size of a block of them.
+        q: the kernel's first argument, (B, H, T, D).
+        args: the kernel's other arguments.
+        constants: its compile-time arguments.
+        before: called once, after tuning and right before the launch; tuning runs the kernel many times.
     """
     (length, block), n_heads = along, q.shape[0] * q.shape[1]
 
@@ -474,7 +573,7 @@ def _launch(
 
 
 def _kind(constants: dict[str, Any]) -> str:
-    """By what launch configurations are told apart."""
+    """The key of a launch configuration in configs/."""
     dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
     return f"{dtype} D{constants['BLOCK_D']}{dropout}"
 
@@ -482,7 +581,7 @@ def _kind(constants: dict[str, Any]) -> str:
 def _tuned(
     q: Tensor, kernel: Any, case: str, config: dict[str, int], run: Callable[[dict[str, int]], None]
 ) -> dict[str, int]:
-    """``config``, or on request the fastest on this very device."""
+    """``config``; or, with FASTGPT_AUTOTUNE, the fastest one measured on this device."""
     if not (q.is_cuda and autotune.enabled()):
         return config
     with torch.cuda.device(q.device):
@@ -490,7 +589,7 @@ def _tuned(
 
 
 def _launch_on_rows(kernel: Any, like: Tensor, *args: Any, D: int, BLOCK_D: int) -> None:
-    """Launch a kernel that passes once over tensors of the shape of ``like``, (B, H, T, D)."""
+    """Launch a kernel without products that passes once over tensors of the shape of ``like``, (B, H, T, D)."""
     config = configuration(device_of(like), "attention_rows", f"D{BLOCK_D}")
     grid = (triton.cdiv(like.shape[2], config["BLOCK_M"]) * like.shape[0] * like.shape[1],)
     launch(kernel, grid, like, *args, D=D, BLOCK_D=BLOCK_D, **config)
@@ -500,7 +599,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, dropout_p: float,
     seed: Tensor | None,
 ) -> None:  # fmt: skip
-    if scale < 0.0:  # the maximum of the scaled scores is taken as the scaled maximum
+    """Write ``out``, (B, H, T, D), and ``lse``, (B, H, T) fp32."""
+    if scale < 0.0:  # the kernel scales the maximum of the scores, which needs scale >= 0
         q, scale = -q, -scale
     q, k, v = _readable(q), _readable(k), _readable(v)
     H, T = q.shape[1:3]
@@ -516,11 +616,12 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     causal: bool, scale: float, dropout_p: float, seed: Tensor | None, deterministic: bool,
 ) -> None:  # fmt: skip
+    """Write ``dq``, ``dk`` and ``dv``, (B, H, T, D) or (B, H, S, D)."""
     dout, q, k, v, out = (_readable(t) for t in (dout, q, k, v, out))
     H, T, S = q.shape[1], q.shape[2], k.shape[2]
     delta = torch.empty_like(lse)
     constants = _constants(q, causal, dropout_p, seed)
-    seed_or_any = lse if seed is None else seed
+    seed_or_any = lse if seed is None else seed  # a kernel's pointer cannot be None; without dropout it is not read
     scalars = (scale, *_dropout(dropout_p))
     if deterministic or not has_configuration(device_of(q), "attention_single_pass", _kind(constants)):
         _launch(
@@ -548,12 +649,12 @@ def _backward(
 
 
 def _splittable(packed: Tensor) -> Tensor:
-    """A packed tensor whose heads can be views."""
+    """Return ``packed``, (B, T, n C), copied if its last dimension is not contiguous and heads cannot be views."""
     return packed if packed.stride(2) == 1 else packed.contiguous()
 
 
 def _left_to_the_reference(q: Tensor, D: int) -> bool:
-    """Heads of more than 128 fp32 numbers fit no block's registers without spilling."""
+    """Whether to run on plain PyTorch: heads of more than 128 fp32 elements spill registers in every configuration."""
     if q.dtype != torch.float32 or D <= 128:
         return False
     slow_path.warn("on a GPU, attention in float32 takes heads of at most 128")

@@ -1,8 +1,8 @@
-"""Launch configurations measured on the device at hand, instead of those shipped. Opt-in: ``FASTGPT_AUTOTUNE=1``.
+"""Launch configurations measured on this device, instead of the shipped ones. Opt-in: ``FASTGPT_AUTOTUNE=1``.
 
 The first call of an attention kernel on a new shape then compiles and times every candidate, which takes minutes, and
-keeps the fastest in ``~/.cache/fastgpt`` (``XDG_CACHE_HOME`` is honoured), one file a device and Triton version.
-Another configuration may add numbers up in another order: results stay deterministic, but for one cache only.
+keeps the fastest in ``~/.cache/fastgpt`` (or under ``XDG_CACHE_HOME``), one file for each device and Triton version.
+Another configuration may add numbers in another order: results are deterministic only as long as the cache stays.
 """
 
 import itertools
@@ -24,12 +24,12 @@ from fastgpt.kernels.triton.launch import Device
 CANDIDATES = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     for m, n, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-    if m * n * 32 // warps <= 128 * 128 * 8  # more scores a thread than this never fit its registers
+    if m * n * 32 // warps <= 128 * 128 * 8  # more scores a thread never fit its registers
 ]
 
 
 def enabled() -> bool:
-    """Whether the user asked for it."""
+    """Whether ``FASTGPT_AUTOTUNE`` is set."""
     return os.environ.get("FASTGPT_AUTOTUNE", "0") not in ("", "0")
 
 
@@ -39,7 +39,7 @@ def _time(run: Callable[[], None]) -> float:
 
 
 def path(device: Device) -> Path:
-    """Where the winners of a device are kept."""
+    """The file that keeps the fastest configurations of a device."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt"
     name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
     return folder / f"{name}-triton-{triton.__version__}.json"
@@ -49,23 +49,24 @@ def path(device: Device) -> Path:
 def _winners(device: Device) -> dict[str, dict[str, int]]:
     try:
         return json.loads(path(device).read_text())
-    except (OSError, ValueError):  # none yet, or spoilt: measured anew
+    except (OSError, ValueError):  # no file yet, or a damaged one: measure again
         return {}
 
 
 def best(
     device: Device, key: str, shipped: dict[str, int], run: Callable[[dict[str, int]], None], time: Any = _time
 ) -> dict[str, int]:
-    """The fastest configuration for launches of the kind ``key``: from the cache, or measured now.
+    """Return the fastest configuration for launches of the kind ``key``: from the cache, or measured now.
 
-    While a CUDA graph is captured nothing can be measured, nor a kernel loaded: it is the one that ran before.
+    While a CUDA graph is captured, nothing can be measured and no kernel loaded. The configuration is then the one that
+    ran before, or the shipped one.
 
     Args:
         device: what ``run`` runs on.
         key: kernel, dtype and shape.
-        shipped: the configuration that the others have to beat.
+        shipped: the shipped configuration, one of the candidates.
         run: launches the kernel in a configuration; called many times.
-        time: milliseconds that a callable takes.
+        time: returns the milliseconds that a callable takes.
     """
     winners = _winners(device)
     if torch.cuda.is_current_stream_capturing():
@@ -75,7 +76,7 @@ def best(
         for candidate in [shipped, *CANDIDATES]:
             try:
                 timings.append((time(lambda candidate=candidate: run(candidate)), candidate))
-            except TritonError:  # it needs more than the device has, or does not compile
+            except TritonError:  # it needs more resources than the device has, or does not compile
                 continue
         winners[key] = min(timings, key=lambda timing: timing[0])[1]
         _save(path(device), winners)
@@ -83,7 +84,7 @@ def best(
 
 
 def _save(target: Path, winners: dict[str, dict[str, int]]) -> None:
-    """Whole or not at all: another process may be reading."""
+    """Write the file in one step, by renaming: another process may be reading it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
         json.dump(winners, file, indent=1)

@@ -1,4 +1,7 @@
-"""The second step of a sum over rows: many programs have each summed a share, this adds the shares up."""
+"""The second step of a sum over rows: many programs have each added up a share, and this kernel adds up the shares.
+
+Two steps, because atomics would add the shares in the order in which programs happen to end.
+"""
 
 from collections.abc import Sequence
 
@@ -12,6 +15,7 @@ from fastgpt.kernels.triton.launch import configuration, device_of, kernel, laun
 
 @triton.jit
 def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
+    """Write ``total`` to ``sums``, rounded to its dtype; or add it."""
     if ADD:
         total += tl.load(sums + columns, mask=in_columns, other=0.0)
     tl.store(sums + columns, total.to(sums.dtype.element_ty), mask=in_columns)
@@ -19,9 +23,14 @@ def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
 
 @kernel
 def _sum_kernel(
-    shares, sums_0, sums_1, sums_2, n_shares, n_columns, ADD_0: tl.constexpr, ADD_1: tl.constexpr, ADD_2: tl.constexpr,
+    shares,  # (K, n_shares, C) fp32, contiguous
+    sums_0,  # (C,), the sum of shares[0]: written, or added to with ADD_0 (then fp32)
+    sums_1,  # likewise of shares[1]; not touched if K is less
+    sums_2,
+    n_shares, n_columns, ADD_0: tl.constexpr, ADD_1: tl.constexpr, ADD_2: tl.constexpr,
     BLOCK_SHARES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """One program: BLOCK_COLUMNS columns of one of the K sums. Grid: (cdiv(C, BLOCK_COLUMNS), K)."""
     k = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_columns = columns < n_columns
@@ -41,10 +50,10 @@ def _sum_kernel(
 
 
 def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """(K, n_shares, C) fp32 summed over its second dimension, in an order that never changes, in one launch.
+    """Sum ``shares`` over its second dimension, in an order that never changes, in one launch.
 
     Args:
-        shares: K is at most 3.
+        shares: (K, n_shares, C) fp32; K is at most 3.
         dtype: of the sums that are returned.
         main_grads: for each of the K, (C,) fp32 to add its sum to, or ``None``.
 
@@ -57,6 +66,7 @@ def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tenso
     sums = [shares.new_empty(C, dtype=dtype) if m is None else m for m in main_grads]
     adds = [m is not None for m in main_grads]
     config = configuration(device_of(shares), "sum_of_shares", "any")
+    # (sums * 3)[:3]: the kernel has three pointers; those beyond K are repeated and not used
     launch(
         _sum_kernel, (triton.cdiv(C, config["BLOCK_COLUMNS"]), K),
         shares, *(sums * 3)[:3], n_shares, C, **{f"ADD_{k}": (adds * 3)[k] for k in range(3)}, **config,
@@ -65,7 +75,7 @@ def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tenso
 
 
 def check_main_grad(main_grad: Tensor | None, n: int) -> None:
-    """Raises ``ValueError`` for one that a kernel cannot add to."""
+    """Raise ``ValueError`` if a kernel cannot add ``n`` elements to it."""
     if main_grad is None or (main_grad.dtype == torch.float32 and main_grad.numel() == n and main_grad.is_contiguous()):
         return
     raise ValueError(f"main_grad: expected {n} elements of float32, contiguous, got {tuple(main_grad.shape)}")

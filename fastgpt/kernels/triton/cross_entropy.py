@@ -1,10 +1,12 @@
 """Cross-entropy, forward and backward apart, and both at once in place.
 
-A program takes one row of logits. The running maximum and the sum of exponentials relative to it are kept per
-lane and joined once at the end, so the inner loop has no reduction. In place, the second sweep finds the row in
-the L2 cache: memory is read once and written once, 2 V s bytes a row of V logits of s bytes each.
+A program takes one row of logits. Each lane keeps a running maximum and the sum of exponentials relative to it (the
+online softmax), and the lanes are joined once at the end, so the inner loop has no reduction. In place, the second
+sweep finds the row in the L2 cache: memory is read once and written once, 2 V s bytes for a row of V logits of s bytes.
 
-A target outside [0, V) that is not ``ignore_index`` makes its row's loss and gradient NaN.
+    loss = log(sum(exp(x))) - x[target],   gradient = softmax(x) - onehot(target)
+
+A target outside [0, V) that is not ``ignore_index`` makes its row's loss and gradient NaN: a kernel cannot raise.
 """
 
 import torch
@@ -14,13 +16,13 @@ from torch import Tensor
 
 from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
+LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) ln(2)
 
 
 @triton.jit
 def _maximum_and_sum(row, V, BLOCK: tl.constexpr):
-    """max(x) and sum(exp(x - max)) over a row of V logits."""
+    """max(x) and sum(exp(x - max)) of a row of V contiguous logits."""
     lanes = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -28,10 +30,11 @@ def _maximum_and_sum(row, V, BLOCK: tl.constexpr):
         x = tl.load(row + start + lanes, mask=start + lanes < V, other=float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        # what was summed relative to the old maximum is scaled to the new one
         total = total * tl.exp2((top - shift) * LOG2E) + tl.exp2((x - shift) * LOG2E)
         top = new_top
     maximum = tl.max(top, axis=0)
-    # max() drops a NaN; the sum does not
+    # this maximum drops a NaN, but total is NaN then, and so is the sum
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     return maximum, tl.sum(total * tl.exp2((top - shift) * LOG2E), axis=0)
 
@@ -42,11 +45,19 @@ def _loss(row, target, maximum, total, V, ignore_index):
     counts = target != ignore_index
     valid = (target >= 0) & (target < V)
     at_target = tl.load(row + target, mask=counts & valid, other=float("nan")).to(tl.float32)
+    # maximum - at_target first: both are large where the loss is small, and their difference is exact then
     return tl.where(counts, (maximum - at_target) + tl.log2(total) * LN2, 0.0)
 
 
 @kernel
-def _forward_kernel(logits, targets, losses, lse, row_stride, target_stride, V, ignore_index, BLOCK: tl.constexpr):
+def _forward_kernel(
+    logits,  # (N, V), rows contiguous, row_stride elements apart
+    targets,  # (N,) int64, target_stride elements apart
+    losses,  # (N,) fp32, written
+    lse,  # (N,) fp32, written
+    row_stride, target_stride, V, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one row, BLOCK logits at a time. Grid: (N,)."""
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * row_stride
     target = tl.load(targets + i * target_stride)
@@ -57,7 +68,10 @@ def _forward_kernel(logits, targets, losses, lse, row_stride, target_stride, V, 
 
 @triton.jit
 def _write_gradient(row, drow, target, shift, factor, scale, V, ignore_index, BLOCK: tl.constexpr):
-    """Writes drow = (factor * exp(row - shift) - onehot(target)) * scale; zeros if the row does not count."""
+    """Write drow = (factor * exp(row - shift) - onehot(target)) * scale; zeros if the row does not count.
+
+    factor * exp(x - shift) is the softmax, either with the maximum and 1 / sum or with the logsumexp and 1.
+    """
     counts = target != ignore_index
     valid = (target >= 0) & (target < V)
     scale = tl.where(counts & valid, scale, tl.where(counts, float("nan"), 0.0))
@@ -73,9 +87,15 @@ def _write_gradient(row, drow, target, shift, factor, scale, V, ignore_index, BL
 
 @kernel
 def _backward_kernel(
-    dlosses, logits, targets, lse, dlogits, dlosses_stride, row_stride, target_stride, V, ignore_index,
+    dlosses,  # (N,), dlosses_stride elements apart
+    logits,  # (N, V), rows contiguous, row_stride elements apart
+    targets,  # (N,) int64, target_stride elements apart
+    lse,  # (N,) fp32, contiguous
+    dlogits,  # (N, V), contiguous, written
+    dlosses_stride, row_stride, target_stride, V, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program: one row. Grid: (N,)."""
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i * target_stride)
     scale = tl.load(dlosses + i * dlosses_stride).to(tl.float32)
@@ -85,7 +105,14 @@ def _backward_kernel(
 
 
 @kernel
-def _in_place_kernel(logits, targets, scale, losses, target_stride, V, ignore_index, BLOCK: tl.constexpr):
+def _in_place_kernel(
+    logits,  # (N, V), contiguous; their gradient afterwards
+    targets,  # (N,) int64, target_stride elements apart
+    scale,  # () fp32, the gradient of each loss
+    losses,  # (N,) fp32, written
+    target_stride, V, ignore_index, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one row, read twice and overwritten. Grid: (N,)."""
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * V
     target = tl.load(targets + i * target_stride)
@@ -96,6 +123,7 @@ def _in_place_kernel(logits, targets, scale, losses, target_stride, V, ignore_in
 
 
 def _configuration(logits: Tensor) -> dict[str, int]:
+    """The shipped one; for a vocabulary smaller than its block, one block of the vocabulary's size."""
     width = triton.next_power_of_2(logits.shape[1])
     config = configuration(device_of(logits), "cross_entropy", "any")
     return config if width >= config["BLOCK"] else {"BLOCK": max(width, 128), "num_warps": 4}

@@ -1,12 +1,12 @@
-"""The gradient of an embedding: rows of dy added to the rows of a matrix that their tokens name.
+"""The gradient of an embedding: row i of dy is added to row index[i] of a matrix.
 
-Rows are sorted by token, stably, so that those of one token lie together, in their order. A program adds up the runs
-of equal tokens in a block of sorted rows and adds each to the matrix, which nobody else touches there. The parts of a
-run that crosses blocks go through a buffer of two rows a block, and the program of the block where such a run begins
-adds them up, in their order. So no token, however frequent, keeps one program busy, and every sum is taken in an order
-that depends on the tokens alone.
+Rows are sorted by token, stably, so that the rows of one token lie together, in their order. A program adds up each run
+of equal tokens in a block of sorted rows and adds the sum to the matrix, at a row that no other program touches. A run
+that crosses blocks goes through a buffer, ``parts``, with two rows for each block: the sums of the block's first and
+last run. The program of the block where such a run begins adds up its parts, in their order. So even the most frequent
+token does not keep one program busy alone, and every sum is taken in an order that depends on the tokens only.
 
-Bytes moved for each of N rows of C elements of s bytes: C s read, and for each token among them 8 C.
+Bytes moved: C s read for each of N rows of C elements of s bytes, and 8 C read and written for each distinct token.
 """
 
 import torch
@@ -20,20 +20,27 @@ from fastgpt.kernels.triton.launch import configuration, device_of, kernel, laun
 
 @triton.jit
 def _add_to_row(main_grad, token, columns, in_columns, total, n_columns):
+    """main_grad[token, columns] += total, without atomics."""
     here = main_grad + token.to(tl.int64) * n_columns + columns
     tl.store(here, tl.load(here, mask=in_columns, other=0.0) + total, mask=in_columns)
 
 
 @kernel
 def _runs_kernel(
-    dy, tokens, order, main_grad, parts, dy_stride, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    dy,  # (N, C), rows contiguous, dy_stride elements apart, in their original order
+    tokens,  # (N,) int32, sorted
+    order,  # (N,) int64, the row of dy that each sorted token belongs to
+    main_grad,  # (V, C) fp32, contiguous, added to
+    parts,  # (n_blocks, 2, C) fp32, written: sums of a block's first and last run, where they cross its ends
+    dy_stride, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS sorted rows, COLUMNS columns. Grid: (cdiv(N, ROWS), cdiv(C, COLUMNS))."""
     block = tl.program_id(0)
     begin = block * ROWS
     end = tl.minimum(begin + ROWS, n_rows)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n_columns
-    part = parts + 2 * block.to(tl.int64) * n_columns + columns  # (n_blocks, 2, C): of the first run, of the last
+    part = parts + 2 * block.to(tl.int64) * n_columns + columns
 
     token = tl.load(tokens + begin)
     came_before = tl.load(tokens + begin - 1, mask=begin > 0, other=-1) == token
@@ -42,14 +49,14 @@ def _runs_kernel(
     ahead = tl.load(dy + tl.load(order + begin) * dy_stride + columns, mask=in_columns, other=0.0)
     for i in range(begin, end):
         value = ahead
-        row = tl.load(order + tl.minimum(i + 1, end - 1))  # the next one is on its way while this one is added
+        row = tl.load(order + tl.minimum(i + 1, end - 1))  # loads the next row while this one is added
         ahead = tl.load(dy + row * dy_stride + columns, mask=in_columns, other=0.0)
         next_token = tl.load(tokens + i + 1, mask=i + 1 < n_rows, other=-1)
         total += value.to(tl.float32)
-        if (next_token != token) | (i + 1 == end):
-            if came_before & (run == begin):
+        if (next_token != token) | (i + 1 == end):  # the run ends, or the block does
+            if came_before & (run == begin):  # it began in an earlier block, and may go on behind this one
                 tl.store(part, total, mask=in_columns)
-            elif next_token == token:
+            elif next_token == token:  # it begins here and goes on in the next block
                 tl.store(part + n_columns, total, mask=in_columns)
             else:
                 _add_to_row(main_grad, token, columns, in_columns, total, n_columns)
@@ -60,9 +67,16 @@ def _runs_kernel(
 
 @kernel
 def _crossing_kernel(
-    tokens, parts, main_grad, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr
-):
-    block = tl.program_id(0)  # not the last one
+    tokens,  # (N,) int32, sorted
+    parts,  # (n_blocks, 2, C) fp32, from _runs_kernel
+    main_grad,  # (V, C) fp32, contiguous, added to
+    n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program: the run that begins in a block and crosses its end, if there is one.
+
+    Grid: (n_blocks - 1, cdiv(C, COLUMNS)); no run crosses the end of the last block. Parts are added BLOCKS at a time.
+    """
+    block = tl.program_id(0)
     begin = block * ROWS
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n_columns
@@ -71,7 +85,7 @@ def _crossing_kernel(
     if (tl.load(tokens + begin + ROWS) == token) & (came_before == 0):
         total = tl.load(parts + (2 * block.to(tl.int64) + 1) * n_columns + columns, mask=in_columns, other=0.0)
         first, n_mine = block + 1, BLOCKS
-        while n_mine == BLOCKS:  # the blocks that begin with the token are those that follow
+        while n_mine == BLOCKS:  # until a block that does not begin with the token
             blocks = first + tl.arange(0, BLOCKS)
             starts = blocks * ROWS
             mine = (starts < n_rows) & (tl.load(tokens + starts, mask=starts < n_rows, other=-1) == token)
@@ -88,7 +102,7 @@ def embedding_backward_(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
         return
     rows = rows_of(dy)
     n_rows, n_columns = rows.shape
-    tokens, order = torch.sort(index.to(torch.int32), stable=True)  # half the passes of int64
+    tokens, order = torch.sort(index.to(torch.int32), stable=True)  # sorting int32 takes half the passes of int64
     config = configuration(device_of(dy), "embedding_backward", "any")
     n_parts = config.pop("BLOCKS")
     n_blocks, across = triton.cdiv(n_rows, config["ROWS"]), triton.cdiv(n_columns, config["COLUMNS"])

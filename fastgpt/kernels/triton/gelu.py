@@ -1,10 +1,16 @@
 """GELU of x, or of x + bias, exact (erf) and its tanh approximation.
 
-Without a bias the tensor is one long row. With one, a program owns a block of columns and walks down the rows,
-so that the bias's gradient is summed in registers while the input's is written.
+    exact:  x Phi(x) = x (1 + erf(x / sqrt(2))) / 2,               slope Phi(x) + x phi(x)
+    tanh:   x (1 + tanh(u)) / 2,  u = sqrt(2 / pi) (x + 0.044715 x**3)
 
-Bytes moved an element of s bytes: forward 2 s, backward 3 s, and 4 s where it makes the forward's result again on the
-way instead of the 5 s of both apart; the bias's gradient costs no pass of its own.
+Phi is the standard normal distribution function, phi its density. tanh is never computed: (1 + tanh(u)) / 2 is the
+sigmoid of 2u, one exponential and one division. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+
+Without a bias the tensor is one long row. With one, a program of the backward owns a block of columns and walks down
+the rows, so that the bias's gradient is added up in registers while the input's is written.
+
+Bytes moved for an element of s bytes: forward 2 s, backward 3 s. The backward that also recomputes the forward's result
+moves 4 s, where both apart move 5 s. The bias's gradient costs no pass of its own.
 """
 
 import torch
@@ -15,41 +21,48 @@ from torch import Tensor
 from fastgpt.kernels.triton.columns import sum_of_shares
 from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
-TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
-CUBIC = tl.constexpr(0.044715)
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
-LOG2E = tl.constexpr(1.4426950408889634)
+TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi), so that 2u needs no product of its own
+CUBIC = tl.constexpr(0.044715)  # the coefficient of the approximation, from the paper
+SQRT_HALF = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
+INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)  # phi(0)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
 
 
 @triton.jit
 def _exponential(x):
-    """exp(-2u), with u that of tanh(u) in the approximation; (1 + tanh u) / 2 = 1 / (1 + exp(-2u))."""
+    """exp(-2u), of which (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
     return tl.exp2(x * (-TWO_SQRT_2_OVER_PI * LOG2E) * (x * x * CUBIC + 1.0))
 
 
 @triton.jit
 def _value_and_derivative(x, TANH: tl.constexpr):
-    """Both, for what is dear is common to them; the compiler drops the one that is not used."""
+    """GELU and its derivative at x, fp32. They share the expensive part; the compiler drops an unused result."""
     if TANH:
         e = _exponential(x)
         sigmoid = 1.0 / (1.0 + e)
         value = x * sigmoid
         slope = (x * x * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI  # d(2u)/dx
-        # not sigmoid * (1 - sigmoid), which cancels; far out e is 0 or infinite while the slope grows without bound
-        bend = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
-        derivative = sigmoid + bend
+        # sigmoid' = sigmoid**2 * e; sigmoid * (1 - sigmoid) would cancel. Far out e is 0 or infinite (or its square
+        # overflows, from 1e37 on) while the slope grows without bound, and the true product is 0.
+        x_times_slope = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
+        derivative = sigmoid + x_times_slope
     else:
         twice_phi = 1.0 + tl.erf(x * SQRT_HALF)
         value = x * (0.5 * twice_phi)
         density = x * INVERSE_SQRT_2_PI * tl.exp2(x * x * (-0.5 * LOG2E))
-        # left to itself the compiler fuses one product or the other, and which depends on whether the value is used
+        # An explicit FMA: otherwise the compiler chooses which product to fuse, depending on whether the value is used,
+        # and the backward with the value would differ from the one without in the last bit.
         derivative = tl.fma(0.5, twice_phi, density)
     return value, derivative
 
 
 @kernel
-def _forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    x,  # (n,), contiguous
+    y,  # (n,), contiguous, written
+    n, TANH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK elements. Grid: (cdiv(n, BLOCK),)."""
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
     value, _ = _value_and_derivative(a, TANH)
@@ -57,7 +70,14 @@ def _forward_kernel(x, y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @kernel
-def _backward_kernel(dy, x, dx, y, n, TANH: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(
+    dy,  # (n,), contiguous
+    x,  # (n,), contiguous
+    dx,  # (n,), contiguous, written; dy itself with AGAIN
+    y,  # (n,), contiguous, GELU of x, written with AGAIN
+    n, TANH: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK elements. Grid: (cdiv(n, BLOCK),)."""
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
     grad = tl.load(dy + here, mask=here < n, other=0.0).to(tl.float32)
@@ -69,9 +89,13 @@ def _backward_kernel(dy, x, dx, y, n, TANH: tl.constexpr, AGAIN: tl.constexpr, B
 
 @kernel
 def _bias_forward_kernel(
-    x, bias, y, x_stride, n_rows, n_columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    n_blocks = tl.cdiv(n_columns, COLUMNS)  # one axis of programs: the others end at 65535
+    x,  # (N, C), rows contiguous, x_stride elements apart
+    bias,  # (C,)
+    y,  # (N, C), contiguous, written
+    x_stride, n_rows, n_columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of ROWS by COLUMNS. Grid: (cdiv(N, ROWS) * cdiv(C, COLUMNS),)."""
+    n_blocks = tl.cdiv(n_columns, COLUMNS)  # all on the grid's first axis: the others end at 65535
     columns = tl.program_id(0) % n_blocks * COLUMNS + tl.arange(0, COLUMNS)
     rows = (tl.program_id(0) // n_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
@@ -83,11 +107,18 @@ def _bias_forward_kernel(
 
 @kernel
 def _bias_backward_kernel(
-    dy, x, bias, dx, y, shares, dy_stride, x_stride, n_rows, n_columns,
+    dy,  # (N, C), rows contiguous, dy_stride elements apart
+    x,  # (N, C), rows contiguous, x_stride elements apart
+    bias,  # (C,)
+    dx,  # (N, C), contiguous, written; dy itself with AGAIN
+    y,  # (N, C), contiguous, GELU of x + bias, written with AGAIN
+    shares,  # (n_shares, C) fp32, written: shares of the bias's gradient
+    dy_stride, x_stride, n_rows, n_columns,
     TANH: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """One program: COLUMNS columns of every n_shares-th group of ROWS rows. Grid: (cdiv(C, COLUMNS), n_shares)."""
     if AGAIN:
-        dy_stride = n_columns  # dy is dx; told so, the compiler has an address less to keep in registers
+        dy_stride = n_columns  # dy is dx; with equal strides the compiler keeps one address less in registers
     share, n_shares = tl.program_id(1), tl.num_programs(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n_columns
@@ -146,9 +177,9 @@ def gelu_backward_recompute_(
 def _backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, main_grad: Tensor | None, dx: Tensor, y: Tensor | None
 ) -> Tensor:
-    """Writes ``dx``, contiguous; returns the bias's gradient, or adds it to ``main_grad`` and returns none.
+    """Write ``dx``, contiguous; return the bias's gradient, empty if it is added to ``main_grad``.
 
-    With a ``y``, GELU goes there and ``dx`` is ``dy``.
+    With a ``y``, GELU is written there and ``dx`` is ``dy``.
     """
     if x.numel() == 0:
         return x.new_zeros(0 if bias is None or main_grad is not None else bias.shape)
@@ -166,7 +197,7 @@ def _backward(
     device = device_of(x)
     config = configuration(device, "bias_gelu", "any")
     n_blocks = triton.cdiv(n_columns, config["COLUMNS"])
-    wanted = triton.cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)
+    wanted = triton.cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)  # fill every multiprocessor
     n_shares = min(triton.cdiv(n_rows, config["ROWS"]), wanted)
     shares = x.new_empty((1, n_shares, n_columns), dtype=torch.float32)
     launch(

@@ -1,9 +1,8 @@
-"""What every Triton kernel's host side needs: the device at hand, its launch configuration, the launch itself.
+"""What the host side of every Triton kernel needs: the device, its launch configuration, the launch itself.
 
-A launch configuration (block sizes, warps, pipeline stages) comes from ``configs/``: ``sm_XX.json`` for the
-kernels with matrix products, which live or die by an architecture's registers and shared memory, ``any.json``
-for those bound by memory. :mod:`fastgpt.kernels.triton.autotune` may put one measured on this very device
-before them.
+A launch configuration (block sizes, warps, pipeline stages) comes from ``configs/``: ``sm_XX.json`` for kernels with
+matrix products, which depend on an architecture's registers and shared memory, ``any.json`` for kernels bound by
+memory. :mod:`fastgpt.kernels.triton.autotune` can replace the former by one measured on this device.
 """
 
 import functools
@@ -28,10 +27,10 @@ class Device:
     """What a launch depends on.
 
     Attributes:
-        name: as its maker writes it.
+        name: as the vendor writes it.
         capability: compute capability times ten; 89 is Ada.
-        n_sm: streaming multiprocessors.
-        shared_memory: bytes of it that one block may use.
+        n_sm: number of streaming multiprocessors.
+        shared_memory: bytes of shared memory that one block may use.
     """
 
     name: str
@@ -40,19 +39,20 @@ class Device:
     shared_memory: int
 
 
-# Ada's limits, so that the interpreter runs what an RTX 4070 would; few programs, because it runs them in turn.
+# Ada's limits, so that the interpreter takes the configurations of an RTX 4070. Few multiprocessors, and so few
+# programs, because the interpreter runs them one after the other.
 _INTERPRETER = Device("Triton's interpreter", 89, 4, 99 << 10)
 
 _ahead_of_time: tuple[Device, Callable[..., None]] | None = None
 
 
 def name_of(function: Any) -> str:
-    """What a kernel is called in a profile: ``attention_dq`` for ``_dq_kernel`` of attention.py."""
+    """A kernel's name in a profile: ``attention_dq`` for ``_dq_kernel`` of attention.py."""
     return f"{function.__module__.rpartition('.')[2]}_{function.__name__.strip('_').removesuffix('_kernel')}"
 
 
 def kernel(function: Any = None, **options: Any) -> Any:
-    """``triton.jit`` for what is launched: under a name that tells its op."""
+    """``triton.jit`` for a kernel that is launched, under a name that contains its op."""
     if function is None:
         return functools.partial(kernel, **options)
     return triton.jit(function, repr=lambda _: name_of(function), **options)
@@ -62,7 +62,7 @@ def kernel(function: Any = None, **options: Any) -> Any:
 def ahead_of_time(device: Device, compile: Callable[..., None]) -> Iterator[None]:
     """Inside the block nothing is launched: a launch for ``device`` becomes ``compile(kernel, grid, args, options)``.
 
-    Operators are called on ``meta`` tensors; so what is compiled is exactly what such a call would run.
+    Operators are called on ``meta`` tensors, so exactly the kernels that such a call would run are compiled.
     """
     global _ahead_of_time
     _ahead_of_time = device, compile
@@ -96,10 +96,10 @@ def _shipped() -> dict[int, dict[str, Any]]:
 
 @cache
 def architecture(device: Device) -> int:
-    """The newest architecture in ``configs/`` that is not newer than ``device`` and asks for no more than it has.
+    """Return the newest architecture in ``configs/`` that is not newer than ``device`` and needs no more shared memory.
 
     Raises:
-        RuntimeError: there is none: the device is older than Ampere.
+        RuntimeError: there is none, because the device is older than Ampere.
     """
     fitting = [
         capability
@@ -115,12 +115,12 @@ def architecture(device: Device) -> int:
 
 
 def configuration(device: Device, kernel: str, key: str) -> dict[str, int]:
-    """The shipped launch configuration of ``kernel`` for inputs of the kind ``key``: block sizes, warps, stages."""
+    """Return the shipped configuration of ``kernel`` for inputs of the kind ``key``: block sizes, warps, stages."""
     return dict(_configurations(device, kernel)[key])
 
 
 def has_configuration(device: Device, kernel: str, key: str) -> bool:
-    """Whether :func:`configuration` has one: none is shipped that spills registers."""
+    """Whether :func:`configuration` has one; none is shipped if every configuration spills registers."""
     return key in _configurations(device, kernel)
 
 
@@ -134,11 +134,11 @@ def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, *args: Any, **
     Args:
         kernel: a ``triton.jit`` function.
         grid: programs along up to three axes.
-        tensor: the first argument, and the one whose device counts.
+        tensor: the first argument; the kernel runs on its device.
         args: the other arguments.
         options: constants and launch options, by name.
     """
-    options = {"enable_fp_fusion": True} | options  # a * b + c as one FMA; Triton is about to change its default
+    options = {"enable_fp_fusion": True} | options  # a * b + c as one FMA, whatever Triton's default
     if _ahead_of_time is not None:
         _ahead_of_time[1](kernel, grid, (tensor, *args), options)
     elif tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
@@ -149,6 +149,6 @@ def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, *args: Any, **
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """``x`` as ``(N, C)`` with contiguous rows; a view wherever its strides allow one."""
+    """Return ``x`` as ``(N, C)`` with contiguous rows: a view where its strides allow one, otherwise a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((x.shape[:-1].numel(), x.shape[-1]))
     return rows if rows.stride(1) == 1 else rows.contiguous()

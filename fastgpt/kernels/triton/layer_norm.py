@@ -1,11 +1,17 @@
 """Layer norm and residual add + layer norm.
 
-Forward: a program holds whole rows in registers, so each is read once and written once. Backward: a fixed
-number of programs walk the rows, each summing its share of the weight's and bias's gradients in registers, and of
-the columns of dx where they are asked for; one small kernel then adds up the shares, always in the same order.
+Forward: a program holds whole rows in registers, so each is read once and written once. The variance is taken about the
+mean in a second pass over these registers: sum(x**2) - mean**2 would cancel.
 
-Bytes moved a row, of C elements of s bytes: forward 2 C s, with the residual add 4 C s; backward 3 C s, with
-the gradient of the sum 4 C s.
+Backward, with xhat = (x - mean) * rstd and g = dy * weight:
+
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,   dweight = sum(dy * xhat),   dbias = sum(dy)
+
+A fixed number of programs walk over the rows. Each adds up its share of dweight and dbias in registers, and of the
+columns of dx where these are required. One small kernel (columns.py) then adds up the shares, always in the same order.
+
+Bytes moved for a row of C elements of s bytes: forward 2 C s, with the residual add 4 C s; backward 3 C s, with the
+gradient of the sum 4 C s.
 """
 
 import torch
@@ -17,16 +23,27 @@ from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.triton.columns import sum_of_shares
 from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
-WIDEST = 8192  # columns a program can hold; wider rows run on the reference
+# A program holds whole rows in registers; configurations are shipped for rows of up to so many columns. Wider rows run
+# on plain PyTorch.
+WIDEST = 8192
 
 
 @kernel
 def _forward_kernel(
-    x, residual, weight, bias, y, total, mean, rstd, x_stride, residual_stride, n_rows, eps,
+    x,  # (N, C), rows contiguous, x_stride elements apart
+    residual,  # (N, C), rows contiguous, residual_stride elements apart; not read without HAS_RESIDUAL
+    weight,  # (C,)
+    bias,  # (C,); not read without HAS_BIAS
+    y,  # (N, C), contiguous, written
+    total,  # (N, C), contiguous, x + residual, written with HAS_RESIDUAL
+    mean,  # (N,) fp32, written
+    rstd,  # (N,) fp32, written
+    x_stride, residual_stride, n_rows, eps,
     C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """One program: ROWS whole rows, each padded to BLOCK_C columns. Grid: (cdiv(N, ROWS),)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # int64: N * C can exceed 2**31
     columns = tl.arange(0, BLOCK_C)
     in_rows, in_columns = rows < n_rows, columns < C
     inside = in_rows[:, None] & in_columns[None, :]
@@ -35,12 +52,14 @@ def _forward_kernel(
     a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         b = tl.load(residual + rows[:, None] * residual_stride + columns[None, :], mask=inside, other=0.0)
-        rounded = (a + b.to(tl.float32)).to(total.dtype.element_ty)  # the norm is of the sum that is handed on
+        rounded = (a + b.to(tl.float32)).to(
+            total.dtype.element_ty
+        )  # the norm is of the rounded sum, as the next layer reads it
         tl.store(total + here, rounded, mask=inside)
         a = rounded.to(tl.float32)
 
     average = tl.sum(a, axis=1) / C
-    centred = tl.where(inside, a - average[:, None], 0.0)
+    centred = tl.where(inside, a - average[:, None], 0.0)  # the padding would count as -mean
     scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / C + eps)
     tl.store(mean + rows, average, mask=in_rows)
     tl.store(rstd + rows, scale, mask=in_rows)
@@ -54,10 +73,19 @@ def _forward_kernel(
 
 @kernel
 def _backward_kernel(
-    dy, dsum, x, weight, mean, rstd, dx, shares, dy_stride, dsum_stride, x_stride, n_rows,
+    dy,  # (N, C), rows contiguous, dy_stride elements apart
+    dsum,  # (N, C), rows contiguous, dsum_stride elements apart; not read without HAS_DSUM
+    x,  # (N, C), rows contiguous, x_stride elements apart
+    weight,  # (C,)
+    mean,  # (N,) fp32
+    rstd,  # (N,) fp32
+    dx,  # (N, C), contiguous, written
+    shares,  # (K, n_programs, C) fp32, written: shares of dweight, of dbias with HAS_BIAS, of dx's sums with SUM_DX
+    dy_stride, dsum_stride, x_stride, n_rows,
     C: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_DX: tl.constexpr,
     BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """One program: every n_programs-th group of ROWS rows, and one share of each sum. Grid: (n_programs,)."""
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_C)
     in_columns = columns < C
@@ -75,7 +103,7 @@ def _backward_kernel(
         a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
-        normal = tl.where(inside, (a - average[:, None]) * scale[:, None], 0.0)
+        normal = tl.where(inside, (a - average[:, None]) * scale[:, None], 0.0)  # xhat
         dweight += grad * normal
         if HAS_BIAS:
             dbias += grad
@@ -90,7 +118,7 @@ def _backward_kernel(
             dx_sums += result
         tl.store(dx + rows[:, None] * C + columns[None, :], result.to(dx.dtype.element_ty), mask=inside)
 
-    share = shares + program * C + columns
+    share = shares + program * C + columns  # int32 is enough: at most 3 * 4 * n_sm * 8192 elements
     tl.store(share, tl.sum(dweight, axis=0), mask=in_columns)
     if HAS_BIAS:
         share += n_programs * C
@@ -102,6 +130,7 @@ def _backward_kernel(
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum (y itself without a residual), mean and rstd."""
     y = x.new_empty(x.shape)
     total = y if residual is None else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
@@ -122,6 +151,7 @@ def _forward(
 
 
 def _too_wide(x: Tensor) -> bool:
+    """Whether to run on plain PyTorch, with a warning."""
     if x.shape[-1] <= WIDEST:
         return False
     slow_path.warn(f"on a GPU, layer norm takes rows of at most {WIDEST}")

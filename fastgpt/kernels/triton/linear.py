@@ -1,7 +1,7 @@
-"""What a linear layer needs besides its products: the gradient of its bias, the sum of dy over the rows.
+"""What a linear layer needs beside its products: the gradient of its bias, the sum of dy over the rows.
 
-A program owns a block of columns and walks down a share of the rows, which it adds up in registers; one small kernel
-then adds up the shares, always in the same order. Bytes moved an element of s bytes: s.
+A program owns a block of columns and walks down a share of the rows, which it adds up in registers. One small kernel
+(columns.py) then adds up the shares, always in the same order. Bytes moved for an element of s bytes: s.
 """
 
 import torch
@@ -15,8 +15,11 @@ from fastgpt.kernels.triton.launch import configuration, device_of, kernel, laun
 
 @kernel
 def _column_sums_kernel(
-    x, shares, x_stride, n_rows, n_columns, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x,  # (N, C), rows contiguous, x_stride elements apart
+    shares,  # (n_shares, C) fp32, written; with ADD the sums themselves, (C,) fp32, added to
+    x_stride, n_rows, n_columns, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: COLUMNS columns of every n_shares-th group of ROWS rows. Grid: (cdiv(C, COLUMNS), n_shares)."""
     share, n_shares = tl.program_id(1), tl.num_programs(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < n_columns
@@ -27,7 +30,7 @@ def _column_sums_kernel(
         total += tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     here = shares + share * n_columns + columns
     result = tl.sum(total, axis=0)
-    if ADD:  # the only share, and these are the sums themselves
+    if ADD:  # there is one share, and it goes to the sums directly
         result += tl.load(here, mask=in_columns, other=0.0)
     tl.store(here, result, mask=in_columns)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fastgpt.kernels.dry_run import dry_run, on_gpu
+from fastgpt.kernels.ops import OPERATORS
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.step import TrainStep
 from fastgpt.units import SHORT_DTYPES
@@ -184,20 +185,6 @@ _PRODUCTS = {  # operator: index of the left operand
     torch.ops.fastgpt.matmul_.default: 1,
 }
 
-_KINDS = {
-    "layer_norm": "norm",
-    "add_layer_norm": "norm",
-    "layer_norm_backward": "norm",
-    "gelu": "GELU",
-    "gelu_backward": "GELU",
-    "gelu_backward_recompute_": "GELU",
-    "cross_entropy": "loss",
-    "cross_entropy_": "loss",
-    "grad_norm": "optimizer",
-    "adamw_": "optimizer",
-    "adamw_8bit_": "optimizer",
-}
-
 
 def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator[Call]:
     name = func._schema.name.partition("::")[2]
@@ -224,7 +211,13 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         n_rows = min(main_grad.shape[0], index.numel())  # of the matrix, if all tokens are different
         yield Call(name, "other", 0.0, _bytes(dy) + _bytes(index) + 2.0 * _bytes(main_grad[:n_rows]))
     elif not _is_free(func, operands, results):
-        yield Call(name, _KINDS.get(name, "other"), 0.0, _traffic(func, args, kwargs, results))
+        yield Call(name, _kind(name), 0.0, _traffic(func, args, kwargs, results))
+
+
+def _kind(name: str) -> str:
+    """The kind of fastgpt's operator of this name, or of PyTorch's; ``other`` if fastgpt has none."""
+    operator = OPERATORS.get(name)
+    return "other" if operator is None else operator.kind
 
 
 def _in_a_single_pass(func: Any, args: Any) -> bool:
