@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastgpt import __version__
-from fastgpt.cli import did_you_mean, run
-from fastgpt.errors import RequestError
+from fastgpt.cli import run
+from fastgpt.errors import RequestError, did_you_mean
 
 # Each names a module whose main(argv) does the work.
 VERBS = {

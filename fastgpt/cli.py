@@ -4,14 +4,13 @@ Exit status: 0 done; 2 the request was wrong; 1 the run failed; 128+N stopped by
 """
 
 import argparse
-import difflib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fastgpt import __version__, output
-from fastgpt.errors import RequestError
+from fastgpt.errors import RequestError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,12 +25,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.add_argument("--version", action="version", version=f"fastgpt {__version__}", help="print it and exit")
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse a command line whose flags may stand anywhere among its other arguments."""
         args = sys.argv[1:] if args is None else args
-        namespace, unknown = super().parse_known_args([self._canonical(arg) for arg in args], namespace)
+        namespace, unknown = self.parse_known_intermixed_args([self._canonical(arg) for arg in args], namespace)
         if unknown:
             self.error(self._unknown_message(unknown[0]))
-        return namespace, unknown
+        return namespace
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message} (see {self.prog} --help)")
@@ -52,12 +52,6 @@ class Parser(argparse.ArgumentParser):
         flag = arg.partition("=")[0]
         known = [name for name in self._option_string_actions if name.startswith("--")]
         return f"unknown flag {flag}{did_you_mean(flag, known)}"
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """``"; did you mean NEAREST?"``, or an empty string where nothing known is near ``name``."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def parse_bool(text: str) -> bool:

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import __version__, hardware, limits
-from fastgpt.cli import Parser, did_you_mean, run
-from fastgpt.errors import RequestError
+from fastgpt.cli import Parser, run
+from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.kernels import backends, dispatch
 from fastgpt.limits import Bound
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from fastgpt import hardware, limits
 from fastgpt.cli import Parser, run
 from fastgpt.data.shards import open_dataset
+from fastgpt.data.sources import SOURCES
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS, find_gpu
 from fastgpt.limits import Bound
@@ -41,9 +42,6 @@ RESERVE = {"cuda": "CUDA's own, assumed", "cpu": "libraries in use, gaps in mall
 LOADED = "Python and PyTorch, loaded"
 
 OTHERS = ("nanoGPT, compiled", "nanoGPT")  # programs to compare with
-
-# Of datasets that may not have been prepared yet; any other is taken for GPT-2's.
-VOCABULARIES = {"stdlib": 256, "shakespeare-char": 65}
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,8 @@ def dataset_facts(config: TrainConfig) -> tuple[int, int | None]:
     try:
         dataset = open_dataset(config.dataset, config.data_dir)
     except RequestError:
-        return VOCABULARIES.get(config.dataset, GPT2_VOCABULARY), None
+        source = SOURCES.get(config.dataset)
+        return (source.vocab_size if source is not None else None) or GPT2_VOCABULARY, None
     return dataset.vocab_size or GPT2_VOCABULARY, sum(map(len, dataset.train))
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from fastgpt import __version__
-from fastgpt.cli import Parser, did_you_mean, parse_bool, run
-from fastgpt.errors import RequestError
+from fastgpt.cli import Parser, parse_bool, run
+from fastgpt.errors import RequestError, did_you_mean
 
 
 @pytest.fixture

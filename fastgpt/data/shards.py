@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.cli import did_you_mean
 from fastgpt.data.tokenizers import Tokenizer, Tokens, tokenizer_from_meta
-from fastgpt.errors import RequestError
+from fastgpt.errors import RequestError, did_you_mean
 
 MAGIC = 20240520
 VERSION = 1
@@ -87,6 +86,12 @@ def read_tokens(path: str | Path) -> Tokens:
     if size % 2:
         raise RequestError(f"{path} is no file of uint16 tokens: its {size} bytes are an odd number")
     return _map(path, 0, size // 2)
+
+
+def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
+    """Refuse ids outside the vocabulary, which would be read past the end of the embedding table."""
+    if tokens.max(initial=0) >= vocab_size:
+        raise RequestError(f"{where} has the token {tokens.max()}, outside its vocabulary of {vocab_size}")
 
 
 def _size(path: str | Path) -> int:
@@ -246,24 +251,20 @@ def _open_file(path: Path) -> Dataset:
 
 
 def _how_to_get(name: str, data_dir: Path) -> str:
-    """The answer to a request for a dataset that is not there."""
+    """The answer to a request for a dataset that does not exist."""
+    from fastgpt.data.sources import SOURCES  # which imports this module
+
     into = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
-    obtainable = {
-        "stdlib": "",
-        "shakespeare-char": " (needs network)",
-        "openwebtext": " (needs network and `pip install datasets`)",
-        "fineweb10b": " (needs network and `pip install huggingface_hub`)",
-    }
-    if name in obtainable:
-        tokenizer = {"stdlib": "byte", "shakespeare-char": "char"}.get(name, "gpt2")
+    source = SOURCES.get(name)
+    if source is not None and name != "text":
+        needs = f" (needs {source.needs})" if source.needs else ""
         return (
-            f"no dataset '{name}' in {data_dir}: `{PREPARE} {name}{into}` makes it{obtainable[name]}; "
-            f"or `{PREPARE} text FILE --tokenizer {tokenizer} --name NAME{into}` makes one of your own text, "
-            "for --dataset NAME"
+            f"no dataset '{name}' in {data_dir}: `{PREPARE} {name}{into}` makes it{needs}; or `{PREPARE} text FILE "
+            f"--tokenizer {source.tokenizer} --name NAME{into}` makes one of your own text, for --dataset NAME"
         )
     there = sorted(path.parent.name for path in data_dir.glob(f"*/{META_FILE}"))
     return (
         f"no dataset '{name}' in {data_dir} (there {'are ' + ', '.join(there) if there else 'is none yet'}); "
         f"`{PREPARE} text FILE --name NAME{into}` makes one of your own text"
-        f"{did_you_mean(name, [*there, *obtainable])}"
+        f"{did_you_mean(name, [*there, *SOURCES])}"
     )

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt import limits
-from fastgpt.cli import did_you_mean
-from fastgpt.errors import RequestError
+from fastgpt.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     import tiktoken

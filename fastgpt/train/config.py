@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from fastgpt.cli import Parser, did_you_mean, parse_bool
-from fastgpt.errors import RequestError
+from fastgpt.cli import Parser, parse_bool
+from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.kernels.dispatch import BACKENDS
 from fastgpt.model.config import GPTConfig
 from fastgpt.units import count, parse_count

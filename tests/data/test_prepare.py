@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastgpt.data import prepare as module
+from fastgpt.data import sources
 from fastgpt.data.__main__ import main
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import open_dataset, write_shard
@@ -80,7 +82,7 @@ def test_stdlib_is_library_source_in_bytes_and_the_same_every_time():
     text = dataset.tokenizer().decode(contents(dataset.train))
     assert "\ndef " in text
     total = len(text.encode()) + len(dataset.val[0])
-    assert 1_000_000 < total <= module.STDLIB_BYTES
+    assert 1_000_000 < total <= sources.STDLIB_BYTES
     again = open_dataset(prepare("stdlib", name="again"))
     assert again.meta == dataset.meta
 
@@ -121,7 +123,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
 @pytest.mark.parametrize(
     ("args", "kwargs", "said"),
     [
-        (("text",), {}, "which text"),
+        (("text",), {}, "text needs at least one file"),
         (("text", ["missing.txt"]), {}, "missing.txt: No such file"),
         (("text", ["."]), {"name": "x"}, "cannot read"),
         (("shakespear-char",), {}, "did you mean shakespeare-char"),
@@ -207,12 +209,12 @@ def test_shakespeare_is_downloaded_and_checked(monkeypatch):
         return open("book.txt", "rb")
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
-    assert "is not that file" in refusal("shakespeare-char")
-    monkeypatch.setattr(module, "SHAKESPEARE_SHA256", module.hashlib.sha256(TEXT.encode()).hexdigest())
+    assert "something other than that file" in refusal("shakespeare-char")
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     dataset = open_dataset(prepare("shakespeare-char"))
     assert dataset.path.name == "shakespeare-char"
     assert dataset.vocab_size == len(set(TEXT))
-    assert asked == [(module.SHAKESPEARE_URL, 30)] * 2
+    assert asked == [(sources.SHAKESPEARE_URL, 30)] * 2
 
 
 def test_without_network_shakespeare_is_answered_with_another_way(monkeypatch):
@@ -221,7 +223,7 @@ def test_without_network_shakespeare_is_answered_with_another_way(monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
     said = refusal("shakespeare-char")
-    assert module.SHAKESPEARE_URL in said
+    assert sources.SHAKESPEARE_URL in said
     assert "prepare text FILE --name shakespeare-char" in said
 
 

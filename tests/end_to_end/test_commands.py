@@ -169,8 +169,8 @@ def test_sampling_a_character_outside_the_vocabulary_is_refused(capsys, trained)
 
 
 def test_sampling_where_there_is_no_run_is_refused(capsys, words):
-    assert "nowhere is no run" in refusal(capsys, sample.main, "nowhere")
-    assert "words.txt is no run" in refusal(capsys, sample.main, "words.txt")
+    assert "nowhere is not a run" in refusal(capsys, sample.main, "nowhere")
+    assert "words.txt is not a run" in refusal(capsys, sample.main, "words.txt")
 
 
 def test_sampling_without_a_checkpoint_is_refused(capsys, trained):
@@ -221,7 +221,7 @@ def test_text_becomes_a_model_that_writes(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "step 3/3  loss " in out
     assert "step 3: train loss " in out
-    prompt, text = re.search(r"sample, going on from ('.*'):\n(.*)", out, flags=re.DOTALL).groups()
+    prompt, text = re.search(r"sample, continued from ('.*'):\n(.*)", out, flags=re.DOTALL).groups()
     prompt = ast.literal_eval(prompt)
     assert prompt
     assert prompt in Path("book.txt").read_text()

@@ -1,0 +1,229 @@
+"""The table of datasets that fastgpt can make: what each is, its tokenizer, and how its text is had.
+
+To add one, write a function that returns its text or a :class:`Corpus`, and a row in ``SOURCES``. The command's help,
+the vocabulary that ``plan`` assumes and the answer to a request for a missing dataset come from the table.
+"""
+
+import hashlib
+import http.client
+import importlib
+import os
+import shutil
+import sys
+import sysconfig
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgpt.data.shards import PREPARE, DatasetMeta, Shard, check_ids, read_shard
+from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, Tokens, build_tokenizer
+from fastgpt.errors import RequestError
+
+VAL_FRACTION = 0.1  # of a text
+
+# Enough for a run of minutes, and prepared in about a second. The library without its tests is hardly more.
+STDLIB_BYTES = 10_000_000
+# Tests hold odd text on purpose. Installed packages differ from machine to machine.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+OPENWEBTEXT_REPO = "Skylion007/openwebtext"
+OPENWEBTEXT_VAL_FRACTION = 0.0005  # with the seed, nanoGPT's split, so that losses can be compared
+OPENWEBTEXT_SEED = 2357
+
+FINEWEB_REPO = "kjj0/fineweb10B-gpt2"
+FINEWEB_SHARDS = 103
+
+
+@dataclass
+class Corpus:
+    """Tokens on their way to shards.
+
+    Attributes:
+        source: where the text is from, in words.
+        split: which part is validation, in words.
+        tokenizer: of the tokens.
+        train: 1-D arrays of any lengths.
+        val: likewise.
+    """
+
+    source: str
+    split: str
+    tokenizer: Tokenizer
+    train: Iterable[Tokens]
+    val: Iterable[Tokens]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row of the table.
+
+    Attributes:
+        summary: what it is.
+        needs: beside this machine, for its help; empty if nothing.
+        tokenizer: the one that is used by default.
+        vocab_size: with that tokenizer; ``None`` if it depends on the text.
+        text: ``(text, where it is from)`` of the files given; ``None`` for a source that is not one text.
+        corpus: the corpus by validation fraction, for a source whose tokenizer is fixed.
+        shards: writes ready-made shards into a folder, at most so many, for a source that has them.
+    """
+
+    summary: str
+    needs: str
+    tokenizer: str
+    vocab_size: int | None
+    text: Callable[[Sequence[str | Path]], tuple[str, str]] | None = None
+    corpus: Callable[[float | None], Corpus] | None = None
+    shards: Callable[[Path, int | None], DatasetMeta] | None = None
+
+    def make_corpus(self, files: Sequence[str | Path], tokenizer: str | None, val_fraction: float | None) -> Corpus:
+        """The source's tokens, the last ``val_fraction`` of a text for validation."""
+        if self.corpus is not None:
+            return self.corpus(val_fraction)
+        assert self.text is not None
+        text, origin = self.text(files)
+        val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        built = build_tokenizer(tokenizer or self.tokenizer, text)
+        cut = int(len(text) * (1 - val_fraction))
+        split = f"the last {val_fraction:g} of the text is validation"
+        return Corpus(origin, split, built, [built.encode(text[:cut])], [built.encode(text[cut:])])
+
+
+# ---- text ----
+
+
+def _files_text(files: Sequence[str | Path]) -> tuple[str, str]:
+    return "".join(_read_text(file) for file in files), ", ".join(Path(file).name for file in files)
+
+
+def _read_text(file: str | Path) -> str:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
+    if "\0" in text:
+        raise RequestError(f"{file} is not text: character {text.index(chr(0))} is NUL")
+    if not text:
+        raise RequestError(f"{file} is empty")
+    return text
+
+
+def _stdlib_text(files: Sequence[str | Path]) -> tuple[str, str]:
+    """The library's Python files, always in the same order, up to ``STDLIB_BYTES``."""
+    root = sysconfig.get_path("stdlib")
+    content = bytearray()
+    for path in _stdlib_files(root):
+        content += path.read_bytes()
+        if len(content) >= STDLIB_BYTES:
+            break
+    if not content:
+        raise RequestError(f"this Python has no source files in {root}; use {PREPARE} text FILE")
+    # the cut may lie inside a character
+    text = content[:STDLIB_BYTES].decode("utf-8", errors="ignore")
+    return text, f"standard library of Python {sys.version.split()[0]}"
+
+
+def _stdlib_files(root: str) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _NOT_STDLIB)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+
+
+def _shakespeare_text(files: Sequence[str | Path]) -> tuple[str, str]:
+    elsewhere = f"get that file in another way, then: {PREPARE} text FILE --name shakespeare-char"
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            content: bytes = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise RequestError(f"cannot download {SHAKESPEARE_URL} ({_line(error)}): {elsewhere}") from error
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:  # such as a network's login page
+        raise RequestError(f"{SHAKESPEARE_URL} returned something other than that file: {elsewhere}")
+    return content.decode("utf-8"), SHAKESPEARE_URL
+
+
+# ---- tokens of Hugging Face's datasets ----
+
+
+def _openwebtext(val_fraction: float | None) -> Corpus:
+    val_fraction = OPENWEBTEXT_VAL_FRACTION if val_fraction is None else val_fraction
+    datasets = _library("datasets", "openwebtext")
+    try:
+        # Arrow files mapped from the disk (54 GB in its cache), so that the documents never fill the memory.
+        documents = datasets.load_dataset(OPENWEBTEXT_REPO, split="train")
+    except Exception as error:  # the library lets through what any of its layers raises
+        raise RequestError(f"cannot download {OPENWEBTEXT_REPO} from Hugging Face ({_line(error)})") from error
+    splits = documents.train_test_split(test_size=val_fraction, seed=OPENWEBTEXT_SEED, shuffle=True)
+    tokenizer = GPT2Tokenizer()
+
+    def encoded(documents: Any) -> Iterator[Tokens]:
+        for batch in documents.iter(batch_size=1000):
+            yield tokenizer.encode_documents(batch["text"])
+
+    split = f"{val_fraction:g} of the documents, drawn with seed {OPENWEBTEXT_SEED}, are validation"
+    return Corpus(OPENWEBTEXT_REPO, split, tokenizer, encoded(splits["train"]), encoded(splits["test"]))
+
+
+def _fineweb10b(folder: Path, n_shards: int | None) -> DatasetMeta:
+    """Download the tokenized shards into ``folder``, under our names."""
+    hub = _library("huggingface_hub", "fineweb10b")
+
+    def bring(theirs: str, ours: str) -> Shard:
+        try:
+            path = hub.hf_hub_download(repo_id=FINEWEB_REPO, filename=theirs, repo_type="dataset")
+        except Exception as error:  # the library lets through what any of its layers raises
+            raise RequestError(
+                f"cannot download {theirs} of {FINEWEB_REPO} from Hugging Face ({_line(error)})"
+            ) from error
+        cached = Path(path).resolve()  # the hub's cache has a symbolic link there, which must not be linked to
+        check_ids(read_shard(cached), GPT2Tokenizer.vocab_size, theirs)
+        try:
+            os.link(cached, folder / ours)  # so that 200 MB a shard are not stored twice
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(cached, folder / ours)
+        return Shard.of(folder / ours)
+
+    val = [bring("fineweb_val_000000.bin", "val_000000.bin")]
+    n_shards = n_shards or FINEWEB_SHARDS
+    train = [bring(f"fineweb_train_{i + 1:06d}.bin", f"train_{i:06d}.bin") for i in range(n_shards)]
+    tokenizer = GPT2Tokenizer()
+    split = "the validation split of its publisher"
+    return DatasetMeta(FINEWEB_REPO, split, tokenizer.to_meta(), tokenizer.vocab_size, train, val)
+
+
+def _library(name: str, source: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RequestError(f"{source} needs the {name} library: pip install {name}") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of ``error``, or its type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- the table ----
+
+GPT2 = GPT2Tokenizer.vocab_size
+
+SOURCES: dict[str, Source] = {
+    "stdlib": Source("Python's own library: on every machine, offline", "", "byte", 256, text=_stdlib_text),
+    "text": Source("your own text: text FILE…", "", "char", None, text=_files_text),
+    "shakespeare-char": Source("nanoGPT's smallest dataset, 1 MB", "network", "char", 65, text=_shakespeare_text),
+    "openwebtext": Source(
+        "nanoGPT's GPT-2 dataset, 9 billion tokens", "network, 54 GB of cache and `pip install datasets`", "gpt2", GPT2,
+        corpus=_openwebtext,
+    ),
+    "fineweb10b": Source(
+        "GPT-2 tokens of FineWeb, 200 MB a shard", "network and `pip install huggingface_hub`", "gpt2", GPT2,
+        shards=_fineweb10b,
+    ),
+}  # fmt: skip
