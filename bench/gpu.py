@@ -36,6 +36,7 @@ from fastgpt.errors import RequestError
 
 MEMORY_A_WORKER = 3 << 30  # bytes of the GPU's: CUDA's context, and the tests at GPT-2's size
 SHOWN = {"mfu": 8, "mfu-compiled": 7, "kernels": 8}  # lines of what they print, in the summary
+OURS, WITHOUT_GRAPHS = "fastgpt", "fastgpt, no graphs"  # contenders of bench.mfu
 GRACE_SECONDS = 10  # from an interrupt, at which a command writes what it has, to the end of it
 
 
@@ -166,8 +167,10 @@ def arguments(
     """
     sizes = {BATCH: batch_size, KERNELS_BATCH: max(8, batch_size)}
     flags = [str(sizes.get(flag, flag)) for flag in (command.small or () if rehearsal else command.flags)]
-    if not graphs:
-        flags = [flag for flag in flags if flag != "fastgpt"]
+    if not graphs and OURS in flags:
+        flags.remove(OURS)
+        if WITHOUT_GRAPHS not in flags:  # so that no stage is left without a contender of ours
+            flags.insert(flags.index("--contenders") + 1, WITHOUT_GRAPHS)
     if command.module.startswith("bench."):
         flags += ["--out", str(folder)]
     if command.module == "pytest":

@@ -104,11 +104,18 @@ def test_a_first_stage_that_was_stopped_early_leaves_the_graphs_on(monkeypatch, 
     assert "fastgpt" in lines[1]
 
 
-def test_without_graphs_the_contenders_are_those_without(tmp_path):
-    step, _ = gpu.STAGES["step"]
-    line = gpu.arguments(step, False, False, tmp_path, 1, 16)
+MFU = [one for commands in gpu.STAGES.values() for one in commands if one.module == "bench.mfu"]
+
+
+@pytest.mark.parametrize("one", MFU, ids=lambda one: one.name)
+def test_where_graphs_fail_every_stage_has_the_contender_without_them(tmp_path, one):
+    line = gpu.arguments(one, False, False, tmp_path, 1, 16)
     assert "fastgpt" not in line
-    assert "fastgpt, no graphs" in line
+    assert line.count("fastgpt, no graphs") == 1
+    request = mfu.parse(line[3:])
+    assert "fastgpt, no graphs" in request.contenders
+    others = set(mfu.parse(gpu.arguments(one, False, True, tmp_path, 1, 16)[3:]).contenders) - {"fastgpt"}
+    assert set(request.contenders) == others | {"fastgpt, no graphs"}
 
 
 @pytest.mark.parametrize(
