@@ -22,7 +22,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 from bench.gpu_proof.cases import LARGE, OPS, SMALL, Case, Ops, Outcome
 from bench.gpu_proof.plants import KERNELS, LARGE_PLANTS, SMALL_PLANTS, CannotPlant, Plant, planted
 from bench.gpu_proof.watch import Pair, fault_of
-from bench.timing import REPOSITORY
+from bench.records import REPOSITORY
 from fastgpt.cli import Parser, run
 from tests.kernels import interpreter
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench.gpu_proof.cases import Outcome
 from bench.gpu_proof.plants import BARRIER_PLANTS, KERNELS, LARGE_PLANTS, SMALL_PLANTS, CannotPlant, source_with
-from bench.timing import REPOSITORY
+from bench.records import REPOSITORY
 
 PLANTS = SMALL_PLANTS + LARGE_PLANTS + BARRIER_PLANTS
 CASES = ["layer_norm C100", "adamw"]

@@ -44,7 +44,7 @@ def test_one_that_dies_or_hangs_takes_nothing_with_it(stages, tmp_path):
     assert outcomes["sleep"].seconds < 1.0 + gpu.GRACE_SECONDS + 5
     words = gpu.summary(list(outcomes.values()), tmp_path)
     assert "No module named nosuchmodule" in words
-    assert words.endswith("next: mend the first that failed, and run python -m bench.gpu --stages dies")
+    assert words.endswith("next: fix no-module, then run python -m bench.gpu --stages dies")
 
 
 def test_the_last_ones_get_what_time_is_left(stages, tmp_path):
@@ -62,19 +62,24 @@ def test_nothing_that_a_stopped_command_has_started_goes_on(monkeypatch, tmp_pat
     assert not (tmp_path / "late").exists()
 
 
+def measured(contenders):
+    return {"comparisons": [{"contenders": contenders}]}
+
+
 def record(*losses, failure=None):
     plain = {"failure": None, "ms": 1.0, "losses": [5.0, 4.0]}
-    return {"contenders": {"fastgpt, no graphs": plain, "fastgpt": {**plain, "failure": failure, "losses": losses}}}
+    return measured({"fastgpt, no graphs": plain, "fastgpt": {**plain, "failure": failure, "losses": losses}})
 
 
 @pytest.mark.parametrize(
     ("found", "work"),
     [
         (None, True),  # stopped before it wrote anything
-        ({"contenders": {}}, True),
-        ({"contenders": {"fastgpt, no graphs": record()["contenders"]["fastgpt, no graphs"]}}, True),
+        ({"comparisons": []}, True),
+        (measured({}), True),
+        (measured({"fastgpt, no graphs": {"failure": None, "losses": [5.0, 4.0]}}), True),
         (record(5.0, failure="RuntimeError: capture"), False),
-        ({"contenders": {"fastgpt": {"failure": "RuntimeError: capture", "losses": []}}}, False),
+        (measured({"fastgpt": {"failure": "RuntimeError: capture", "losses": []}}), False),
         (record(5.0, 4.0), True),
         (record(5.0, 4.000001), True),
         (record(5.0, 4.5), False),
@@ -87,9 +92,9 @@ def test_graphs_are_given_up_only_where_they_failed_or_learnt_otherwise(found, w
 
 
 def test_a_record_that_was_cut_off_is_passed_over(tmp_path):
-    (tmp_path / "mfu-a.json").write_text('{"whole": 1}')
+    (tmp_path / "mfu-a.json").write_text('{"version": 1}')
     (tmp_path / "mfu-b.json").write_text('{"cut')
-    assert gpu.newest(tmp_path, "mfu-*.json", 0.0) == {"whole": 1}
+    assert gpu.newest(tmp_path, "mfu-*.json", 0.0) == {"version": 1}
     assert gpu.newest(tmp_path, "mfu-*.json", time.time() + 10) is None
 
 
@@ -160,8 +165,8 @@ def test_the_record_is_written_and_the_status_tells(stages, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "gpu" / "stages.json").read_text())
     assert [o["status"] for o in found["outcomes"]] == ["passed"]
     assert found["rehearsal"] is True
-    assert "all passed; records" in capsys.readouterr().out
-    assert "all passed; records" in (tmp_path / "out" / "gpu" / "summary.txt").read_text()
+    assert "all passed; the records" in capsys.readouterr().out
+    assert "all passed; the records" in (tmp_path / "out" / "gpu" / "summary.txt").read_text()
     assert gpu.main([*flags, "--stages", "dies"]) == 1
 
 
