@@ -163,6 +163,15 @@ def shape_words(comparison: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in comparison["shapes"].items() if value not in (0.0, None))
 
 
+# What a page says of the columns that it has.
+LEGEND = {
+    "ms": "Contenders take turns. *ms* is the median of their times, */ ours* that time divided by ours.",
+    "MFU": "*MFU* is the share of the device's dense peak.",
+    "of ceiling": "*of ceiling* is the share of the rate of a large matrix product, or of a copy, in the same run.",
+    "launch ms": "*launch ms* is the time that the host takes to launch a call.",
+    "peak memory": "*peak memory* is what a kernel's call allocates; in training steps, it includes the weights.",
+    "error": "*error* is the largest error, divided by the largest true value.",
+}
 TITLES = {"steps": "Training steps", "kernels": "Kernels", "integrations": "GPT-2 of transformers"}
 
 
@@ -177,17 +186,15 @@ def page(record: Record) -> str:
         f"`{record['command']}`, {record['date']}, {commit_words(record)};",
         f"{device_words(record)}, {record['dtype']}; {versions}{driver}.",
         "",
-        "Contenders take turns; *ms* is the median, *quartiles* are the first and the third. *of ceiling* divides by",
-        "the rate of a large matrix product, or of a copy, in the same run; *MFU* by the GPU's dense peak.",
-        "*error* is a part of the largest true value. *peak memory* of a kernel is what a call allocates.",
-        "",
     ]
+    rows = table(comparisons, _vram(comparisons))
+    lines += [words for column, words in LEGEND.items() if column in rows[0]] + [""]
     conditions = dict.fromkeys(f"{shape_words(c)}. {ceiling_words(c)}".rstrip() for c in comparisons)
     if len(conditions) == 1:
         lines += conditions
     else:
         lines += [f"- {c['name']}: {shape_words(c)}. {ceiling_words(c)}".rstrip() for c in comparisons]
-    lines += ["", *markdown(table(comparisons, _vram(comparisons)))]
+    lines += ["", *markdown(rows)]
     for comparison in comparisons:
         lines += more_about(comparison)
     return "\n".join(lines) + "\n"
