@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.contenders import AGREE, difference
-from fastgpt.units import gib, number, rate, size
+from fastgpt.units import number, rate, size
 
 Record = dict[str, Any]
 
