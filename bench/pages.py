@@ -80,7 +80,7 @@ COLUMNS: dict[str, Cell] = {
     "launch ms": _optional("host_ms", number),
     "peak memory": _optional("peak_bytes", size),
     "error": _optional("errors", lambda errors: f"{max(errors):.1e}"),
-    "last loss": _optional("losses", lambda losses: f"{losses[-1]:.4f}"),
+    "last loss": _optional("losses", lambda losses: f"{losses[-1]:.5f}"),
 }
 
 
@@ -219,11 +219,11 @@ def ceiling_words(comparison: Record) -> str:
 def prediction(comparison: Record) -> str:
     """The step time and memory that the plan predicts for fastgpt, next to the measured ones."""
     p, c = comparison["predicted"], comparison["contenders"].get("fastgpt", {})
-    text = f"The plan, from this run's ceilings, predicts {number(p['ms'])} ms and {gib(p['peak_bytes'], 2)}"
+    text = f"The plan, from this run's ceilings, predicts {number(p['ms'])} ms and {size(p['peak_bytes'])}"
     if c.get("ms") is not None:
         text += f"; measured {number(c['ms'])} ms ({p['ms'] / c['ms'] - 1:+.1%})"
         if c["peak_bytes"] is not None:
-            text += f" and {gib(c['peak_bytes'], 2)} ({p['peak_bytes'] / c['peak_bytes'] - 1:+.1%})"
+            text += f" and {size(c['peak_bytes'])} ({p['peak_bytes'] / c['peak_bytes'] - 1:+.1%})"
     return text + "."
 
 
