@@ -237,6 +237,7 @@ def more_about(comparison: Record) -> list[str]:
         predicted = comparison["predicted"]
         budgets["fastgpt, predicted"] = {**predicted["by_kind_ms"], "optimizer": predicted["update_ms"]}
         kinds = list(dict.fromkeys(kind for budget in budgets.values() for kind in budget))
+        kinds.sort(key=lambda kind: kind in ("other", "idle"))  # these last, the others as they are
         rows = [[name, *(f"{budget.get(kind, 0.0):.2f}" for kind in kinds)] for name, budget in budgets.items()]
         lines += ["", "Milliseconds of one update by kind of kernel, under the profiler:", ""]
         lines += markdown([["contender", *kinds], *rows], words=(0,))
