@@ -1,4 +1,8 @@
-"""The ops of ``bench.kernels``: inputs, work in FLOPs or bytes, and contenders, at GPT-2 124M's shapes."""
+"""The ops of ``bench.kernels``: their inputs, their work in FLOPs or bytes, and their contenders.
+
+Shapes are those of GPT-2 124M. Work is the least that an implementation must do, so a share of the ceiling can be read
+as the distance to the best possible kernel.
+"""
 
 import math
 from collections.abc import Callable
@@ -20,9 +24,9 @@ SDPA = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ops share: GPT-2 124M's shapes, but for the batch; device and dtype. Draws the tensors.
+    """Device, dtype and shapes, which all ops share: GPT-2 124M's, except for the batch. Also draws the tensors.
 
-    The optimizer's model may have fewer layers, ``L``, and a smaller vocabulary.
+    The model of the optimizer may have fewer layers, ``L``, and a smaller vocabulary, ``V``.
     """
 
     device: torch.device
@@ -50,10 +54,10 @@ class Contender:
     """One way to do an op's work.
 
     Attributes:
-        name: fastgpt's own start with its name.
-        function: takes the op's inputs, returns a tensor or several.
-        whole: does all of the work; one that does not is timed, but neither checked nor a peer.
-        main_grad: where it leaves the one gradient that autograd does not get.
+        name: starts with "fastgpt" if it is ours.
+        function: takes the op's inputs, returns one or more tensors.
+        whole: whether it does all of the work. If not, it is timed, but not checked and not a peer.
+        main_grad: the tensor with the gradient that autograd does not return, if any.
     """
 
     name: str
@@ -67,14 +71,14 @@ class Op:
     """An op at one shape.
 
     Attributes:
-        inputs: leaves; every one gets a gradient. An optimizer has none, and works on operands of its own.
+        inputs: leaves; each of them gets a gradient. An optimizer has none and uses its own operands.
         douts: gradients of the outputs; ``None`` for a loss.
-        contenders: the first is the kernel in question.
-        eager: the contender that gives the truth and whose error is the measure.
-        work: FLOPs or bytes by pass: ``fwd`` without gradients, ``fwd+bwd``, or an optimizer's ``step``.
+        contenders: the first is the kernel that the others are compared with.
+        eager: the contender that gives the true results; its error at the operands' dtype sets the limit for others.
+        work: FLOPs or bytes by pass: ``fwd`` without gradients, ``fwd+bwd``, or ``step`` of an optimizer.
         unit: ``FLOP/s`` or ``B/s``, the unit of work divided by time.
-        random: no two contenders compute the same, so there is nothing to compare.
-        before: puts operands that a call changes back as they were.
+        random: contenders draw random numbers, so their results cannot be compared.
+        before: restores operands that a call changes.
     """
 
     inputs: list[Tensor]
@@ -106,7 +110,7 @@ def attention_work(s: Setting) -> dict[str, float]:
 
 
 def attention_qkv(s: Setting, head_size: int = 64, dropout_p: float = 0.0) -> Op:
-    """From the packed output of one linear layer to the input of the next, as nanoGPT goes about it."""
+    """From the packed output of one linear layer, (B, T, 3C), to the input of the next, (B, T, C), as in nanoGPT."""
     n_head = s.C // head_size
 
     def unpacked(attend: Function, qkv: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def attention_qkv(s: Setting, head_size: int = 64, dropout_p: float = 0.0) -> Op
     packed = partial(ours.attention_qkv, n_head=n_head, dropout_p=dropout_p)
     on_views = partial(unpacked, partial(ours.attention, dropout_p=dropout_p))
     contenders = [Contender("fastgpt attention_qkv", packed), Contender("fastgpt attention", on_views)]
-    if s.device.type == "cuda":  # elsewhere it is the same
+    if s.device.type == "cuda":  # a CPU has no other backward
         contenders.append(Contender("fastgpt single pass", partial(packed, deterministic=False)))
     contenders += [Contender(name, partial(unpacked, attend)) for name, attend in sdpa_peers(dropout_p).items()]
     inputs, dout = [s.leaf(s.B, s.T, 3 * s.C)], s.draw(s.B, s.T, s.C)
@@ -124,7 +128,7 @@ def attention_qkv(s: Setting, head_size: int = 64, dropout_p: float = 0.0) -> Op
 
 
 def attention(s: Setting) -> Op:
-    """Three tensors (B, H, T, D) in, one out, laid out as the contender likes."""
+    """Three tensors (B, H, T, D) in, one out, in the layout that the contender chooses."""
     shape = (s.B, s.H, s.T, s.C // s.H)
     peers = [Contender(name, attend) for name, attend in sdpa_peers().items()]
     contenders = [Contender("fastgpt", ours.attention), *peers]
@@ -135,7 +139,7 @@ def attention(s: Setting) -> Op:
 def against_eager(
     kernel: Function, eager: Function, inputs: list[Tensor], douts: list[Tensor | None], forward: int, backward: int
 ) -> Op:
-    """An op bound by memory: each pass reads and writes so many tensors of the first input's size, each once."""
+    """An op bound by memory. ``forward`` and ``backward`` count the tensors of the first input's size that move."""
     compiled = torch.compile(eager, dynamic=False)
     contenders = [Contender("fastgpt", kernel), Contender("eager", eager), Contender("torch.compile", compiled)]
     size = float(inputs[0].numel() * inputs[0].element_size())
@@ -178,7 +182,7 @@ def gelu(s: Setting, with_bias: bool = False) -> Op:
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits of half precision are widened, as under autocast."""
+    """The mean loss, as under autocast, which widens logits of half precision."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return F.cross_entropy(wide, targets, ignore_index=-1)
 
@@ -194,7 +198,7 @@ def cross_entropy(s: Setting) -> Op:
 
 
 def in_place(kernel: Function, main_grad: Tensor) -> Contender:
-    """The kernel with its weight gradient, the second input's, added into ``main_grad``."""
+    """The kernel with the gradient of its weight, the second input, added to ``main_grad``."""
 
     def function(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
         weight = weight.detach().requires_grad_()
@@ -205,7 +209,7 @@ def in_place(kernel: Function, main_grad: Tensor) -> Contender:
 
 
 def linear(s: Setting) -> Op:
-    """The first linear layer of GPT-2's MLP; nothing for torch.compile to fuse."""
+    """The first linear layer of GPT-2's MLP. torch.compile has nothing to fuse here."""
     B, T, C = s.B, s.T, s.C
     contenders = [
         Contender("fastgpt", ours.linear),
@@ -233,7 +237,7 @@ def linear_cross_entropy(s: Setting) -> Op:
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
         theirs = partial(F.linear_cross_entropy, target=targets, ignore_index=-1)
         contenders.append(Contender("F.linear_cross_entropy", theirs))
-        if s.device.type == "cuda":  # saves memory; on a CPU it takes many times as long as all others together
+        if s.device.type == "cuda":  # on a CPU it takes many times as long as all others together
             chunked = partial(theirs, options=torch.nn.LinearCrossEntropyOptions())
             contenders.append(Contender("F.linear_cross_entropy chunks", chunked))
     inputs = [s.leaf(s.B * s.T, s.C), s.leaf(s.V, s.C, scale=0.02)]
@@ -268,15 +272,17 @@ def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) ->
 
     fused = optimizer(ours.FusedAdamW, max_grad_norm=1.0, copies=dict(zip(copied, copies, strict=True)))
     plain = optimizer(torch.optim.AdamW, fused=True)
-    fused.step()  # makes the state, which the two share
+    fused.step()  # creates the state, which both share
     plain.state.update({p: fused.state[p] for p in params})
 
     def before() -> None:
-        """The tenth step, with moments such as nine before it could have left."""
+        """Set up the tenth step, with moments as nine steps might have left them."""
         torch._foreach_copy_(params, first)
         torch._foreach_copy_(grads, drawn)
         for p, g in zip(params, drawn, strict=True):
-            fused.state[p]["step"].data.fill_(9.0)  # past autograd, or FusedAdamW would wait for it to count anew
+            fused.state[p]["step"].data.fill_(
+                9.0
+            )  # .data, so that FusedAdamW does not see a change and read the step from the device
             fused.state[p]["exp_avg"].copy_(g)
             torch.mul(g, g, out=fused.state[p]["exp_avg_sq"])
 
@@ -297,12 +303,12 @@ def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) ->
         Contender(f"torch fused, clip, {'copy, ' * bool(copies)}zero", peer),
         Contender("torch fused, step only", plain.step, whole=False),
     ]
-    # numbers a parameter: 1 for the norm; 4 read and 3 written by the update; 1 for the zero. And 2 bytes for the copy
+    # per parameter, the norm reads 1 number, the update reads 4 and writes 3, and zeroing writes 1; the copy has 2 bytes
     work = {"step": (9.0 * dtype.itemsize + 2.0 * bool(copies)) * sum(p.numel() for p in params)}
     return Op([], [], contenders, contenders[1].name, work, "B/s", before=before)
 
 
-# Name: how to build it, and the most rounds that it is timed for.
+# For each op, the function that builds it, and the largest number of rounds.
 OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
     "attention_qkv": (attention_qkv, 100),
     "attention_qkv_d32": (partial(attention_qkv, head_size=32), 30),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.kernels import OPS
+from bench.ops import OPS
 
 ROOT = Path(__file__).parents[2]
 RUN_SMALL = """
