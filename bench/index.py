@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.contenders import AGREE, OURS, difference
-from bench.pages import Record, isa, markdown, page, summarise
+from bench.pages import Record, isa, markdown, page, sizes, summarise
 from bench.records import REPOSITORY, RESULTS, collect
 from fastgpt.cli import Parser, run
 from fastgpt.model.config import GPTConfig
@@ -86,13 +86,6 @@ def index_rows(record: Record, path: Path) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def sizes(comparison: Record) -> str:
-    """``2 x 512``: sequences and tokens in each."""
-    shapes = comparison["shapes"]
-    batch_size, block_size = (shapes[key] for key in (("B", "T") if "B" in shapes else ("batch_size", "block_size")))
-    return f"{batch_size} x {block_size}"
 
 
 # ---- training speed by CPU ----

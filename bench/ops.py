@@ -280,9 +280,8 @@ def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) ->
         torch._foreach_copy_(params, first)
         torch._foreach_copy_(grads, drawn)
         for p, g in zip(params, drawn, strict=True):
-            fused.state[p]["step"].data.fill_(
-                9.0
-            )  # .data, so that FusedAdamW does not see a change and read the step from the device
+            # by .data, which leaves the version as it is; otherwise FusedAdamW would wait for the device to count anew
+            fused.state[p]["step"].data.fill_(9.0)
             fused.state[p]["exp_avg"].copy_(g)
             torch.mul(g, g, out=fused.state[p]["exp_avg_sq"])
 
@@ -303,7 +302,7 @@ def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) ->
         Contender(f"torch fused, clip, {'copy, ' * bool(copies)}zero", peer),
         Contender("torch fused, step only", plain.step, whole=False),
     ]
-    # per parameter, the norm reads 1 number, the update reads 4 and writes 3, and zeroing writes 1; the copy has 2 bytes
+    # per parameter, the norm reads 1 number, the update reads 4 and writes 3, zeroing writes 1; a copy has 2 bytes
     work = {"step": (9.0 * dtype.itemsize + 2.0 * bool(copies)) * sum(p.numel() for p in params)}
     return Op([], [], contenders, contenders[1].name, work, "B/s", before=before)
 

@@ -163,6 +163,13 @@ def shape_words(comparison: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in comparison["shapes"].items() if value not in (0.0, None))
 
 
+def sizes(comparison: Record) -> str:
+    """``2 x 512``: sequences and tokens in each."""
+    shapes = comparison["shapes"]
+    batch_size, block_size = (shapes[key] for key in (("B", "T") if "B" in shapes else ("batch_size", "block_size")))
+    return f"{batch_size} x {block_size}"
+
+
 # What a page says of the columns that it has.
 LEGEND = {
     "ms": "Contenders take turns. *ms* is the median of their times, */ ours* that time divided by ours.",
@@ -288,7 +295,8 @@ def draw(record: Record, stem: Path) -> None:
         axes.set_yticks(range(len(timed(c))), list(timed(c)), size=7)
         axes.invert_yaxis()
         axes.margins(x=0.25)
-        axes.set_title(f"{c['name']}, {shape_words(c)}", size=8)
+        axes.set_title(f"{c['name']}, {sizes(c)} tokens", size=8)
+        axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     each[-1].set_xlabel(f"time of a training step, {comparisons[-1]['ours']} = 1", size=8)
     figure.suptitle(f"{device_words(record)}, {record['dtype']}", size=9)
