@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.contenders import AGREE, OURS, difference
-from bench.pages import Record, isa, markdown, page, sizes, summarise
+from bench.pages import Record, isa, markdown, page, sizes, summarise, threads_words
 from bench.records import REPOSITORY, RESULTS, collect
 from fastgpt.cli import Parser, run
 from fastgpt.model.config import GPTConfig
@@ -64,10 +64,9 @@ def device_of(found: Sequence[Record]) -> str:
 
 def index_rows(record: Record, path: Path) -> list[list[str]]:
     """A row for each comparison of a record, without the device."""
-    device = record["device"]
     conditions = [record["dtype"]]
-    if device["type"] == "cpu":
-        conditions += [isa(record), f"{device['threads']} thread{'s'[: device['threads'] != 1]}"]
+    if record["device"]["type"] == "cpu":
+        conditions += [isa(record), threads_words(record)]
     rows = []
     for comparison in record["comparisons"]:
         s = summarise(comparison, record["dtype"])

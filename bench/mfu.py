@@ -138,10 +138,11 @@ def requested(flags: Any) -> Request:
     for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"):
         if getattr(flags, name) is not None:
             values[name] = getattr(flags, name)
-    if values["batch_size"] == AUTO:
+    if values["batch_size"] == AUTO:  # by the memory of the device; a comparison needs the same size on all of them
         values["batch_size"] = 16
     values |= {"preset": flags.preset, "total_batch_size": 0}
     config = TrainConfig(**values)
+    # GPT-2's 50257 tokens, padded to a multiple of 64; or bytes
     vocabulary = flags.vocab_size or (50304 if flags.preset.startswith("gpt2") else 256)
     model = replace(config.model(vocabulary), dropout=0.0)  # so that losses can be compared
     device = hardware.find_device(flags.device)

@@ -114,10 +114,8 @@ def aligned(rows: Sequence[Sequence[str]], words: Collection[int] = (0, 1), wide
     Cells longer than ``widest``, which are messages, do not widen their column.
     """
     widths = [max(len(cell) for cell in column if len(cell) <= widest) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(f"{cell:<{w}}" if i in words else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-        for row in rows
-    )
+    sides = ["<" if i in words else ">" for i in range(len(widths))]
+    lines = ("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -137,14 +135,14 @@ def commit_words(record: Record) -> str:
     return f"commit {record['commit']}{changes}"
 
 
-def isa(record: Record, dtype: str | None = None) -> str:
-    """The widest instruction set that products of a dtype, the record's by default, could use on a CPU.
+def isa(record: Record) -> str:
+    """The widest instruction set that products of the record's dtype could use on the CPU.
 
     AVX512_BF16 multiplies only bf16. On AMX, fastgpt's products of fp32 run too, in parts of bf16.
     """
-    device, dtype = record["device"], dtype or record["dtype"]
+    device = record["device"]
     found = device["cpu_capability"].lower()  # by PyTorch, which has one name for AVX-512 and all that is wider
-    if found == "avx512" and dtype == "bfloat16":
+    if found == "avx512" and record["dtype"] == "bfloat16":
         return device["isa"] or "avx512 or wider"  # the oldest records do not have it
     could = device["isa"] or found
     return "avx512" if could == "avx512_bf16" else could
@@ -155,7 +153,13 @@ def device_words(record: Record) -> str:
     device = record["device"]
     if device["type"] == "cuda":
         return f"{device['name']}, capability {device['capability']}"
-    return f"{device['name']}, {isa(record)}, {device['threads']} thread{'s'[: device['threads'] != 1]}"
+    return f"{device['name']}, {isa(record)}, {threads_words(record)}"
+
+
+def threads_words(record: Record) -> str:
+    """``1 thread``, ``2 threads``."""
+    n = record["device"]["threads"]
+    return f"{n} thread{'s'[: n != 1]}"
 
 
 def shape_words(comparison: Record) -> str:
