@@ -230,8 +230,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Any, Setting]:
         "--dtype", choices=["bfloat16", "float16", "float32"], help="default bfloat16; on a CPU float32"
     )
     parser.add_argument("--batch_size", type=int, help="sequences; default 8, on a CPU 1")
-    parser.add_argument("--block_size", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--seconds", type=float, default=150.0, help="for everything; a few rounds are run in any case")
+    parser.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for everything; at least a few rounds are run")
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP", help=", ".join(OPS))
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
     flags = parser.parse_args(argv)

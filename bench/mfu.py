@@ -184,21 +184,25 @@ def parse(argv: Sequence[str] | None) -> Any:
     """Parse the flags."""
     parser = Parser(prog="python -m bench.mfu", description=__doc__)
     parser.add_argument(
-        "--preset", choices=list(PRESETS), default="gpt2-124m", help="its model and micro-batch, 16 if it names none"
+        "--preset", choices=list(PRESETS), default="gpt2-124m", help="model and micro-batch; 16 if it sets none"
     )
     for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in an update; default 1")
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=None, help="default all")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto for a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+        parser.add_argument(f"--{name}", type=int, help="overrides the preset's")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per update; default 1")
     parser.add_argument(
-        "--recompute", choices=RECOMPUTE, help="by fastgpt; default none, on a CPU and for the largest cheap"
+        "--contenders", nargs="+", choices=list(CONTENDERS), default=None, help="default all that can run here"
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the turns; default 30")
-    parser.add_argument("--vram", help="limit for the largest micro-batch, such as 12GB; on a GPU")
-    parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of kernel")
-    parser.add_argument("--loss_steps", type=int, default=0, help="updates to train each for, beside fp32")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: as in training"
+    )
+    parser.add_argument(
+        "--recompute", choices=RECOMPUTE, help="by fastgpt; default none on a GPU, cheap on a CPU and with --vram"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="time for the turns of all contenders; default 30")
+    parser.add_argument("--vram", help="also find the largest micro-batch in so much GPU memory, such as 12GB")
+    parser.add_argument("--profile", action="store_true", help="also measure the time by kind of kernel")
+    parser.add_argument("--loss_steps", type=int, default=0, help="also train each contender for N updates")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
     return parser.parse_args(argv)
 

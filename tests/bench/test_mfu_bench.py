@@ -102,6 +102,26 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypa
     assert "no baseline was timed to the end, so there is nothing to compare with" in said
 
 
+def test_a_contender_that_fails_in_its_turn_keeps_its_times_and_the_others_train_on_the_same_tokens():
+    seen = {"works": [], "fails": []}
+
+    def update(name):
+        def step(batches):
+            if name == "fails" and len(seen[name]) == 2:
+                raise RuntimeError("no more")
+            seen[name].append(batches[0][0])
+            return torch.tensor(1.0)
+
+        return step
+
+    contenders = {name: steps.Contender(update(name)) for name in seen} | {"out": steps.Contender(failure="before")}
+    steps.take_turns(contenders, mfu.requested(mfu_flags()), 0.0, least=4)
+    assert [len(c.ms) for c in contenders.values()] == [4, 2, 0]
+    assert [c.failure for c in contenders.values()] == [None, "RuntimeError: no more", "before"]
+    assert contenders["fails"].update is None
+    assert all(torch.equal(a, b) for a, b in zip(seen["works"], seen["fails"], strict=False))
+
+
 def test_where_no_baseline_was_asked_for_none_is_missed(tmp_path):
     assert mfu.main([*TINY, "--contenders", "fastgpt", "--out", str(tmp_path)]) == 0
 
