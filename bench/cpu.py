@@ -52,7 +52,7 @@ from fastgpt.model.config import GPTConfig
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Each model's shape, its batch size, and the steps in one turn: enough to be long beside the change of processes.
+# Each model's shape, its batch size, and the steps in one turn, which are long compared with a change of processes.
 MODELS: dict[str, tuple[GPTConfig, int, int]] = {
     "char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 30),
     "30m": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=512, vocab_size=50304), 2, 1),
@@ -162,7 +162,7 @@ def forget_peak() -> None:
 
 
 class Pool:
-    """The processes of the contenders, of which one works at a time."""
+    """The processes of the contenders. Only one works at a time."""
 
     def __init__(self, contenders: Sequence[str], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process would share the parent's memory

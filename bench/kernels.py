@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparisons = benchmark(flags.ops, setting, timer, left, note)
     try:
         after = ceilings_of(device, dtype)
-    except RuntimeError:  # an illegal access by a kernel makes the GPU unusable; write what is known all the same
+    except RuntimeError:  # an illegal access by a kernel makes the GPU unusable; keep the first ceilings
         after = ceilings
     ceilings = {name: max(ceilings[name], after[name]) for name in ceilings}
     note(comparisons)

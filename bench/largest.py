@@ -42,7 +42,7 @@ def largest(name: str, request: Request, guess: int, note: Note, seconds: float 
     """A contender's largest micro-batch in the memory that the process may use, to a tenth, and its speed there.
 
     The search starts from ``guess``. After every try, ``note`` gets the best so far. torch.compile specialises on the
-    first size and makes the size a variable for the second, so what is compiled then serves all further sizes.
+    first size and makes the size a variable for the second, so the second compilation serves all further sizes.
     """
     best: dict[str, Any] = {"batch_size": 0}
 

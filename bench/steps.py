@@ -162,7 +162,7 @@ def take_turns(contenders: Mapping[str, Contender], request: Request, seconds: f
 
 
 def release() -> None:
-    """Return all memory without an owner, and forget what was compiled."""
+    """Free unused memory, and all compiled code."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -209,7 +209,7 @@ def describe(name: str, contender: Contender, request: Request, ceilings: Mappin
 
 
 def disagreeing(record: Record) -> tuple[list[str], float]:
-    """The contenders whose losses differ by more than the dtype allows, and the largest difference of all."""
+    """The contenders with losses that differ by more than the dtype allows, and the largest difference."""
     wrong, largest = [], 0.0
     for comparison in record["comparisons"]:
         losses = {

@@ -45,7 +45,7 @@ def test_the_records_hold_what_was_measured(tiny, tmp_path, capsys, dtype):
     assert number(ours["ms"]) in capsys.readouterr().out
 
 
-def test_a_record_is_named_after_the_threads_and_what_is_not_as_usual(tiny, tmp_path, monkeypatch):
+def test_a_record_is_named_after_the_threads_and_every_unusual_flag(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "USUAL", ())
     flags = ["--models", "tiny", "--dtype", "bfloat16", "--threads", "1", "--seconds", "0", "--out", str(tmp_path)]
     torch.set_num_threads(2)
@@ -64,13 +64,13 @@ def test_the_run_ends_with_its_rows_of_the_table(tiny, tmp_path, monkeypatch, ca
     assert "bench/results/a-cpu, bench/results/*.md and README.md to a pull request" in out
 
 
-def test_a_loss_that_is_no_number_agrees_with_none():
+def test_a_loss_that_is_not_finite_agrees_with_none():
     assert contenders.difference([2.0, 4.0], [2.0, 3.2]) == pytest.approx(0.25)
     assert contenders.difference([2.0, 4.0], [2.0, float("nan")]) == float("inf")
     assert contenders.difference([], [2.0]) == float("inf")
 
 
-def test_losses_are_compared_with_plain_pytorchs_and_without_it_with_ours():
+def test_losses_are_compared_with_plain_pytorchs_or_else_with_ours():
     losses = {"fastgpt": [2.0], "eager": [4.0], "compile": [5.0], "fastgpt, 8-bit moments": [9.0]}
     assert contenders.differences(losses) == {"fastgpt": 0.5, "eager": 0.0, "compile": 0.25}
     del losses["eager"]

@@ -58,13 +58,13 @@ def test_every_record_of_a_step_is_on_the_page():
         assert path.with_suffix(".md").exists()
 
 
-def test_a_row_has_the_speed_of_fastgpt_and_how_many_times_as_long_the_others_take():
+def test_a_row_has_the_speed_of_fastgpt_and_the_times_of_others_divided_by_its():
     ours = {"fastgpt": contender(50.0), "eager": contender(100.0), "compile": contender(75.0)}
     assert cells(record(**ours, memory_kept=contender(70.0), compile_kept=contender(60.0))) == {
         "CPU": "[a-cpu](a-cpu/step-4-threads.md)",
         "cores / threads": "8 / 4",
         "threads": "4",
-        "ISA": "amx",  # products of fp32 have no use for AMX
+        "ISA": "amx",  # products of fp32 also run on AMX
         "dtype": "float32",
         "tokens/s": "600",  # 3 x 10 tokens in 50 ms
         "ms a step": "50.0",
@@ -79,7 +79,7 @@ def test_a_row_has_the_speed_of_fastgpt_and_how_many_times_as_long_the_others_ta
 
 
 @pytest.mark.parametrize("losses", [(2.0, float("nan")), (2.0, 1.1)])
-def test_a_contender_whose_losses_are_others_is_compared_with_nothing(losses):
+def test_a_contender_with_other_losses_is_not_compared(losses):
     wrong = contender(40.0, losses)
     row = cells(record(fastgpt=contender(50.0), compile=wrong, memory_kept=contender(70.0), compile_kept=wrong))
     assert row["compile"] == "differs"
@@ -131,14 +131,14 @@ def test_fp32_runs_on_amx_and_not_on_avx512_bf16():
         assert cells(run)["ISA"] == used
 
 
-def test_a_run_that_was_held_to_less_says_so():
+def test_a_run_that_was_limited_shows_the_limit():
     for dtype in ("bfloat16", "float32"):
         held = record(dtype, fastgpt=contender(50.0))
         held["device"]["isa"] = "avx2"
         assert cells(held)["ISA"] == "avx2"
 
 
-def test_what_an_old_record_does_not_tell_is_not_made_up():
+def test_a_value_that_an_old_record_lacks_is_not_invented():
     for dtype, isa in (("float32", "avx512"), ("bfloat16", "avx512 or wider")):
         old = record(dtype, fastgpt=contender(50.0))
         old["device"]["cpu"] = old["device"]["isa"] = None
@@ -147,7 +147,7 @@ def test_what_an_old_record_does_not_tell_is_not_made_up():
 
 
 @pytest.mark.parametrize(("changed", "commit"), [(True, "0123456789, changed"), (False, "0123456789")])
-def test_a_commit_that_is_not_all_that_was_measured_says_so(changed, commit):
+def test_uncommitted_changes_are_shown(changed, commit):
     measured = record(fastgpt=contender(50.0))
     measured["uncommitted_changes"] = changed
     assert cells(measured)["commit"] == commit
@@ -169,7 +169,7 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_the_largest_model_comes_first_and_of_one_model_the_fastest_row(results):
+def test_the_largest_model_comes_first_then_the_fastest_row(results):
     found = index.cpu_rows(results)
     assert [(row.model, row.cells["ms a step"]) for row in found] == [
         ("124m", "20.0"), ("124m", "60.0"), ("124m", "100.0"), ("small", "1.0"),
@@ -178,7 +178,7 @@ def test_the_largest_model_comes_first_and_of_one_model_the_fastest_row(results)
     assert page.index("## 124m: 1 layers of 8") < page.index("## small")
 
 
-def test_the_short_form_has_each_cpus_best_and_leaves_the_rest_of_the_text_alone(results):
+def test_the_short_form_has_each_cpus_best_and_changes_no_other_text(results):
     text = f"before\n{index.START}old\n{index.END}after\n"
     short = index.readme(text, index.cpu_rows(results))
     lines = short.splitlines()

@@ -25,7 +25,7 @@ def _on_one_thread():
 
 
 class ScriptedTimer:
-    """Reads off a unit's time from its ``run``, which returns it, and moves its own clock by it."""
+    """Takes the time of a unit from the return value of ``run``, and advances its own clock by it."""
 
     def __init__(self, cache_bytes=0):
         self.cache_bytes = cache_bytes
@@ -47,7 +47,7 @@ class ScriptedTimer:
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """torch.compile takes everything and then fails at the first call, as without a C compiler."""
+    """Make compiled functions fail at the first call, as without a C compiler."""
 
     def compile(function, **options):
         def compiled(*inputs):
@@ -60,7 +60,7 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch, no_compiler):
-    """``main`` on tiny shapes, with ceilings that are given."""
+    """``main`` on tiny shapes, with fixed ceilings."""
     monkeypatch.setattr(kernels, "CPUTimer", lambda: CPUTimer(flush_bytes=1))
     monkeypatch.setattr(kernels, "Setting", lambda *args, **sizes: Setting(*args, **(sizes | TINY)))
     gemm, copy = iter([1e12, 2e12]), iter([50e9, 40e9])  # before and after
@@ -126,7 +126,7 @@ def test_a_contender_that_fails_while_timed_ends_only_its_own_part():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A stand-in for torch.cuda that writes down what it is asked for."""
+    """A stand-in for torch.cuda that records its calls."""
     log = []
 
     class Event:
@@ -170,7 +170,7 @@ def test_a_gpu_does_not_spin_forever_for_a_contender_that_waits_for_it(gpu):
     assert gpu[0] == timing.LONGEST_LEAD_MS * timing.CYCLES_PER_MS
 
 
-def test_warming_up_on_a_gpu_tells_memory_beyond_the_inputs_and_the_time_to_launch(gpu):
+def test_warming_up_on_a_gpu_measures_memory_beyond_the_inputs_and_the_time_to_launch(gpu):
     unit = Unit(lambda: gpu.append("run"), before=lambda: gpu.append("before"))
     CUDATimer(CPU).warm_up(unit)
     assert gpu == ["before", "run", "synchronize", "reset", "run", "synchronize", "run", "synchronize"]
@@ -178,7 +178,7 @@ def test_warming_up_on_a_gpu_tells_memory_beyond_the_inputs_and_the_time_to_laun
     assert unit.host_ms >= 0.0
 
 
-def test_on_a_gpu_a_row_tells_memory_and_launch_time_of_a_call(gpu, no_compiler):
+def test_on_a_gpu_a_contender_has_memory_and_launch_time_of_a_call(gpu, no_compiler):
     op = op_of(("fastgpt", lambda x: x * 2), ("eager", lambda x: x * 2))  # an input has 32 bytes, the cache twice 100
     row = measured(op, CUDATimer(CPU))["fwd+bwd", "fastgpt"]
     assert row["calls_per_round"] == 7
@@ -199,7 +199,7 @@ def test_a_contender_that_computes_something_else_is_wrong_and_not_timed():
     assert all(is_timed(rows["fwd", name]) for name in ("eager", "other"))
 
 
-def test_a_wrong_gradient_is_found_where_the_output_is_right():
+def test_a_wrong_gradient_is_found_if_the_output_is_right():
     op = op_of(("fastgpt", lambda x: x * 2 + (x - x.detach())), ("eager", lambda x: x * 2))
     rows = measured(op)
     assert is_timed(rows["fwd", "fastgpt"])
@@ -220,7 +220,7 @@ def test_a_contender_that_raises_is_skipped_and_says_why_in_a_line():
     assert is_timed(rows["fwd", "fastgpt"])
 
 
-def test_what_draws_at_random_is_timed_and_not_compared():
+def test_a_random_op_is_timed_and_not_compared():
     op = op_of(("fastgpt", lambda x: x * torch.rand(())), ("eager", lambda x: x * torch.rand(())), random=True)
     rows = measured(op)
     assert all(is_timed(row) and row["errors"] is None for row in rows.values())
@@ -304,7 +304,7 @@ def test_each_call_of_a_unit_has_inputs_of_its_own_until_they_exceed_the_cache()
     assert len(set(seen)) == 3
 
 
-def test_an_op_that_cannot_be_set_up_is_a_row(monkeypatch):
+def test_an_op_that_cannot_be_set_up_is_a_comparison_with_its_failure(monkeypatch):
     def build(setting):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -339,7 +339,7 @@ def test_the_overview_fits_100_columns():
 # ---- the command ----
 
 
-def test_the_record_names_what_it_was_measured_on(quick, tmp_path, capsys):
+def test_the_record_has_device_versions_shapes_and_ceilings(quick, tmp_path, capsys):
     argv = ["--device", "cpu", "--block_size", "16", "--ops", "gelu", "adamw_list", "--out", str(tmp_path)]
     assert kernels.main(argv) == 0
     record = json.loads((tmp_path / f"kernels-float32{conditions(CPU)}.json").read_text())
@@ -366,7 +366,7 @@ def test_the_record_names_what_it_was_measured_on(quick, tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_a_gpu_that_is_lost_on_the_way_leaves_a_record(quick, tmp_path, monkeypatch):
+def test_a_gpu_that_is_lost_during_the_run_leaves_a_record(quick, tmp_path, monkeypatch):
     def lost(*args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -396,7 +396,7 @@ def test_a_kernel_that_does_not_run_is_a_failure(quick, tmp_path, monkeypatch):
         ["--device", "cpu", "--batch_size", "0"],
     ],
 )
-def test_a_wrong_flag_is_a_line_and_status_2(argv, capsys):
+def test_a_wrong_flag_gives_one_line_and_status_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.run(kernels.main, argv)
     assert exit.value.code == 2

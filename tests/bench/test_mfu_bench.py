@@ -41,7 +41,7 @@ def test_the_record_holds_what_was_measured(measurement):
         assert contender["readings"] == 3
         assert contender["tokens_per_s"] == pytest.approx(2 * 2 * 16 / (contender["ms"] / 1e3))
         assert contender["share_of_ceiling"] == pytest.approx(contender["rate"] / record["ceilings"]["gemm_flops"])
-        assert contender["mfu"] is None  # nobody knows a CPU's peak
+        assert contender["mfu"] is None  # the table of peaks has no CPUs
     assert ours["losses"] == pytest.approx(eager["losses"], rel=1e-4)
     whole = json.loads(path.read_text())
     assert whole["commit"]
@@ -70,7 +70,7 @@ def test_the_losses_fall_and_agree_with_fp32(measurement):
     assert curves["fastgpt"] == pytest.approx(curves["eager, fp32"], rel=1e-4)
 
 
-def test_a_record_becomes_a_row_by_which_the_plan_tells_its_error(measurement):
+def test_a_record_becomes_a_row_for_the_error_of_the_plan(measurement):
     record, path = measurement
     (row,) = measured.rows(path.parents[1])
     assert row["record"] == f"a-device/{path.name}"
@@ -122,11 +122,11 @@ def test_a_contender_that_fails_in_its_turn_keeps_its_times_and_the_others_train
     assert all(torch.equal(a, b) for a, b in zip(seen["works"], seen["fails"], strict=False))
 
 
-def test_where_no_baseline_was_asked_for_none_is_missed(tmp_path):
+def test_a_run_without_baselines_is_not_a_failure(tmp_path):
     assert mfu.main([*TINY, "--contenders", "fastgpt", "--out", str(tmp_path)]) == 0
 
 
-def test_the_table_is_out_before_the_loss_curves_which_may_be_cut_off(tmp_path, monkeypatch, capsys):
+def test_the_table_is_printed_before_the_loss_curves(tmp_path, monkeypatch, capsys):
     def cut_off(*args):
         raise KeyboardInterrupt
 
@@ -138,7 +138,7 @@ def test_the_table_is_out_before_the_loss_curves_which_may_be_cut_off(tmp_path, 
 
 
 class Sizes:
-    """Stands in for a contender that fits up to so many sequences; remembers what was tried."""
+    """A stand-in for a contender that fits up to so many sequences; records what was tried."""
 
     def __init__(self, monkeypatch, fits):
         self.tried, self.resets = [], 0
@@ -158,7 +158,7 @@ class Sizes:
 
 
 @pytest.mark.parametrize("guess", [1, 8, 30, 200])
-def test_the_largest_micro_batch_is_found_from_any_guess_and_noted_on_the_way(monkeypatch, guess):
+def test_the_largest_micro_batch_is_found_from_any_guess_and_noted_after_every_try(monkeypatch, guess):
     sizes, notes = Sizes(monkeypatch, fits=40), []
     found = largest.largest("compile", mfu.requested(mfu_flags()), guess, lambda best: notes.append(best["batch_size"]))
     assert 36 <= found["batch_size"] <= 40
@@ -168,13 +168,13 @@ def test_the_largest_micro_batch_is_found_from_any_guess_and_noted_on_the_way(mo
     assert sizes.resets <= 1  # each would compile anew
 
 
-def test_where_nothing_fits_the_largest_is_none(monkeypatch):
+def test_if_nothing_fits_the_largest_is_zero(monkeypatch):
     Sizes(monkeypatch, fits=0)
     found = largest.largest("compile", mfu.requested(mfu_flags()), 8, lambda best: None)
     assert (found["batch_size"], found["beyond"]) == (0, "OutOfMemoryError: no more")
 
 
-def test_in_so_many_gb_what_cuda_takes_itself_is_taken_off(monkeypatch):
+def test_the_memory_of_cuda_itself_is_subtracted_from_the_limit(monkeypatch):
     fractions = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
@@ -192,7 +192,7 @@ def test_in_so_many_gb_what_cuda_takes_itself_is_taken_off(monkeypatch):
         (torch.float16, 1, {"fastgpt"}),  # without loss scaling it is no baseline
     ],
 )
-def test_who_would_train_wrong_takes_no_part(dtype, accumulation, left, capsys):
+def test_contenders_that_would_train_incorrectly_are_left_out(dtype, accumulation, left, capsys):
     request = replace(mfu.requested(mfu_flags()), device=torch.device("cuda"), dtype=dtype, accumulation=accumulation)
     asked = ["eager", "fastgpt", "compile", "compile, max-autotune", "strongest"]
     assert set(mfu.taking_part(asked, request)) == left
@@ -214,7 +214,7 @@ def test_a_failure_of_ours_is_a_failure_of_the_run(tmp_path, monkeypatch):
         (["--n_head", "5", "--device", "cpu"], "n_head"),
     ],
 )
-def test_a_wrong_request_is_refused_in_a_line(flags, said):
+def test_a_wrong_request_is_refused_in_one_line(flags, said):
     with pytest.raises(RequestError, match=said):
         mfu.main(flags)
 
@@ -248,14 +248,14 @@ def test_a_kernel_is_known_by_its_name(kernel, kind):
         ("adamw", "optimizer"), ("columns", "norm"), ("embedding", "embedding"),
     ],
 )  # fmt: skip
-def test_our_kernels_are_known_by_the_names_that_a_profile_tells(module, kind):
+def test_our_kernels_are_known_by_their_names_in_a_profile(module, kind):
     kernels = vars(importlib.import_module(f"fastgpt.kernels.triton.{module}"))
     names = [launch.name_of(kernel.fn) for name, kernel in kernels.items() if name.endswith("_kernel")]
     assert names
     assert {profiling.kind_of(name) for name in names} == {kind}
 
 
-def test_everybody_trains_on_the_same_tokens():
+def test_all_contenders_train_on_the_same_tokens():
     request = mfu.requested(mfu_flags())
     first, again = (next(request.batches()) for _ in range(2))
     for (x, y), (x_again, y_again) in zip(first, again, strict=True):

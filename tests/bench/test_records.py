@@ -17,7 +17,7 @@ XEON = Processor("Intel(R) Xeon(R) Processor", IDS, 2, AMX)
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Puts this process on a CPU, on two threads, with nothing that holds it to less."""
+    """Simulate a CPU, with two threads and no limit on its instruction set."""
     for variable in hardware.LIMITS:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -25,7 +25,7 @@ def on_cpu(monkeypatch):
     return lambda cpu: monkeypatch.setattr(hardware, "processor", lambda: cpu)
 
 
-def test_a_gpus_results_lie_under_its_name_and_its_capability(monkeypatch):
+def test_a_gpus_results_are_under_its_name_and_its_capability(monkeypatch):
     monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert records.results_folder("cuda").parts[-3:] == ("bench", "results", "nvidia-h100-80gb-hbm3-sm-90")
@@ -44,7 +44,7 @@ def test_a_gpus_results_lie_under_its_name_and_its_capability(monkeypatch):
         ("aarch64", (), "aarch64-family-6-model-167-stepping-1"),
     ],
 )
-def test_a_cpus_results_lie_under_its_name_its_generation_and_its_instructions(on_cpu, name, isas, folder):
+def test_a_cpus_results_are_under_its_name_its_generation_and_its_instructions(on_cpu, name, isas, folder):
     on_cpu(Processor(name, IDS, 2, isas))
     assert records.results_folder("cpu").name == folder
 
@@ -66,7 +66,7 @@ def test_a_file_is_named_after_the_threads(on_cpu, monkeypatch):
     assert records.conditions("cpu") == "-1-thread"
 
 
-def test_a_file_is_named_after_the_instructions_where_the_run_was_held_to_less(on_cpu, monkeypatch):
+def test_a_file_is_named_after_the_instructions_if_the_run_was_limited(on_cpu, monkeypatch):
     on_cpu(XEON)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     assert records.conditions("cpu") == "-2-threads-avx512"
@@ -74,7 +74,7 @@ def test_a_file_is_named_after_the_instructions_where_the_run_was_held_to_less(o
     assert records.conditions("cpu") == "-2-threads"
 
 
-def test_a_record_tells_the_cpu_and_what_held_it(on_cpu, monkeypatch):
+def test_a_record_has_the_cpu_and_the_limits_of_the_run(on_cpu, monkeypatch):
     on_cpu(XEON)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     record = records.begin("steps", "bench.cpu", ["--threads", "2"], CPU, "float32")
