@@ -22,18 +22,18 @@ test-all: $(VENV)/.installed  ## run the test suite with all that make test take
 	FASTGPT_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	$(BIN)/python -m tests.kernels.interpreted
 
-# Without a compiler or xdist it does without.
-gpu:  ## test and time everything on an NVIDIA GPU, in ten minutes, with the python3 at hand (PYTHON=…, ARGS=… for flags)
+# If there is no compiler or no xdist, this runs without.
+gpu:  ## test and time everything on an NVIDIA GPU in ten minutes, with this python3 (PYTHON=…, ARGS=… for flags)
 	-$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 gpu-rehearsal: $(VENV)/.installed  ## run the stages of make gpu, small, on a machine without a GPU
 	$(BIN)/python -m bench.gpu --rehearse --out build/gpu-rehearsal
 
-gpu-proof: $(VENV)/.installed  ## prove that the GPU's kernels stay in bounds and race with nobody, without a GPU
+gpu-proof: $(VENV)/.installed  ## check the GPU's kernels for illegal accesses and races, without a GPU
 	$(BIN)/python -m bench.gpu_proof
 
-mfu:  ## time whole training steps against torch.compile, on a GPU with the python3 at hand (ARGS=… for flags)
+mfu:  ## time whole training steps against torch.compile, on a GPU, with this python3 (ARGS=… for flags)
 	$(PYTHON) -m bench.mfu $(ARGS)
 
 bench: $(VENV)/.installed  ## time the kernels against their peers on this machine, a GPU if it has one

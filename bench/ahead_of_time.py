@@ -1,13 +1,13 @@
 """Compiles every Triton kernel in every shipped configuration for five architectures, without a GPU.
 
     python -m bench.ahead_of_time                     # all; writes bench/results/ahead_of_time/
-    python -m bench.ahead_of_time --changed           # what has changed since, and a sample; writes nothing
+    python -m bench.ahead_of_time --changed           # only what has changed since, and a sample; writes nothing
     python -m bench.ahead_of_time --arch 89 --only attention
     python -m bench.ahead_of_time --arch 89 --only attention --try BLOCK_M=64,128 num_warps=4,8
 
-Operators are called on tensors without data, at GPT-2 124M's shapes; each launch is compiled by the very path
-that a GPU would take and then read back: registers, shared memory, spills, instructions by pipe in the inner
-loops, and a bound on the time (bench/bounds.py).
+Operators are called on tensors without data, at GPT-2 124M's shapes. Each launch is compiled by the same code as on a
+GPU. The result is then read: registers, shared memory, spills, instructions by pipe in the inner loops, and a lower
+bound on the time (bench/bounds.py).
 """
 
 import argparse
@@ -42,11 +42,11 @@ from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
 RESULTS = Path(__file__).parent / "results" / "ahead_of_time"
-RECORD = RESULTS / "rows.json"  # what main wrote last: rows by case and architecture, with a digest of their sources
-SAMPLE = 4  # cases that --changed compiles although nothing of theirs has changed, others every day
+RECORD = RESULTS / "rows.json"  # written by main: rows by case and architecture, with a digest of their sources
+SAMPLE = 4  # unchanged cases that --changed compiles all the same, to check the record; different ones every day
 
 B, T, C, V = 8, 1024, 768, 50304  # GPT-2 124M; the micro-batch of a 12 GB card
-PARAMETERS = 124_475_904
+PARAMETERS = 124_475_904  # with T 1024 and the vocabulary padded to V
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class Row:
         kernel: file and function.
         case: dtype and shape.
         config: block sizes, warps, stages.
+        stack: bytes of local memory per thread; more than 0 means spills.
         serialised: whether Hopper's asynchronous products wait for each other.
-        loops: for each innermost loop, instructions by pipe.
-        bounds: microseconds that each resource alone would need; empty where no work is stated.
+        loops: instructions by pipe, for each innermost loop.
+        bounds: microseconds that each resource alone would need; empty if the work is not stated.
     """
 
     kernel: str
@@ -94,7 +95,7 @@ def _attention(D: int, dtype: torch.dtype, causal: bool = True, dropout_p: float
 
 
 def _layer_norm(width: int) -> None:
-    """With everything that is optional: residual, bias, gradient of the sum."""
+    """With all optional arguments: residual, bias, gradient of the sum."""
     x, w = _empty(B, T, width), _empty(width)
     _, _, mean, rstd = OPS["add_layer_norm"](x, x, w, w, 1e-5)
     OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True)
@@ -136,7 +137,7 @@ def _adamw(parameters: int = PARAMETERS) -> None:
 
 
 def _adamw_8bit() -> None:
-    """With all its savings: moments of 8 bits, bf16 parameters rounded stochastically."""
+    """With 8-bit moments and bf16 parameters that are rounded stochastically."""
     flat, codes = _empty(PARAMETERS), _empty(PARAMETERS, dtype=torch.uint8)
     scales, scalar = _empty(-(-PARAMETERS // 256), dtype=torch.float32), _empty(dtype=torch.float32)
     OPS["adamw_8bit_"](
@@ -174,7 +175,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 class _Driver:
-    """Stands in for a GPU's driver: names the target, and nothing more is asked of it."""
+    """A stand-in for a GPU's driver, which Triton asks only for the target."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -183,7 +184,7 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # kernels are cached by device
+        return self.capability  # a device for each architecture, because Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -195,7 +196,7 @@ def kernel_name(kernel: Any) -> str:
 
 
 def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) -> list[Row]:
-    """Every kernel that a case launches, compiled for one architecture; ``overrides`` replace configured values."""
+    """Compile every kernel that a case launches for one architecture; ``overrides`` replace configured values."""
     gpu = GPUS[arch]
     driver.set_active(_Driver(arch))  # type: ignore[arg-type]
     rows: list[Row] = []
@@ -243,27 +244,27 @@ def _attempt(job: tuple[str, int, dict[str, int]]) -> list[Row]:
     except Exception as error:
         if not job[2]:
             raise
-        print(f"{job}: {type(error).__name__}", file=sys.stderr)  # a block shape that does not exist: part of trying
+        print(f"{job}: {type(error).__name__}", file=sys.stderr)  # --try may combine values that do not work together
         return []
 
 
 def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
-    """Rows in the order of the jobs, compiled on all cores."""
+    """Compile on all cores; the rows are in the order of the jobs."""
     with ProcessPoolExecutor(limits.threads().amount, get_context("spawn")) as pool:
         for rows in pool.map(_attempt, jobs):
             yield from rows
 
 
-# ---- what has been compiled before ----
+# ---- the record of what was compiled ----
 
 
 def op_of(case: str) -> str:
-    """The file of fastgpt/kernels/triton/ whose kernels a case launches."""
+    """The file of fastgpt/kernels/triton/ with the kernels that a case launches."""
     return case.partition(" ")[0].removesuffix("_8bit")
 
 
 def digest(case: str, arch: int) -> str:
-    """Of all that decides what a case's rows are: Triton, the op's kernels and configurations, how they are read."""
+    """A digest of all that a case's rows depend on: Triton, the op's kernels and configurations, and this reader."""
     folder, others = Path(launch.__file__).parent, {op_of(name) for name in CASES} - {op_of(case)}
     sources = [path for path in sorted(folder.glob("*.py")) if path.stem not in others]
     sources += [folder / "configs" / f"{name}.json" for name in ("any", f"sm_{arch}")]
@@ -274,7 +275,7 @@ def digest(case: str, arch: int) -> str:
 
 
 def recorded() -> dict[tuple[str, int], list[Row]]:
-    """The rows of the record whose sources are what they were."""
+    """The rows of the record, without those of which a source has changed."""
     if not RECORD.exists():
         return {}
     return {
@@ -285,7 +286,7 @@ def recorded() -> dict[tuple[str, int], list[Row]]:
 
 
 def record(rows: list[Row]) -> None:
-    """Write rows, for :func:`recorded`."""
+    """Write rows, which :func:`recorded` reads."""
     entries = [
         {"case": case, "arch": arch, "digest": digest(case, arch), "rows": [_without_key(row) for row in group]}
         for (case, arch), group in itertools.groupby(rows, key=lambda row: (row.case, row.arch))
@@ -298,10 +299,10 @@ def _without_key(row: Row) -> dict[str, Any]:
 
 
 def changed_and_sample(jobs: list[tuple[str, int, dict[str, int]]]) -> list[Row]:
-    """All rows of the jobs, compiled only where a source has changed, and in a sample that another day chooses anew.
+    """All rows of the jobs. Only those with a changed source are compiled, and a sample that differs from day to day.
 
     Raises:
-        SystemExit: a row of the sample is not what the record says.
+        SystemExit: a row of the sample differs from the record.
     """
     known = recorded()
     unchanged = [job for job in jobs if job[:2] in known]
@@ -311,7 +312,7 @@ def changed_and_sample(jobs: list[tuple[str, int, dict[str, int]]]) -> list[Row]
         compiled.setdefault((row.case, row.arch), []).append(row)
     for case, arch, _ in sample:
         if list(map(asdict, compiled[case, arch])) != list(map(asdict, known[case, arch])):
-            sys.exit(f"error: {RECORD.name} is not what the compiler makes of '{case}' on sm_{arch}")
+            sys.exit(f"error: '{case}' on sm_{arch} now compiles to something other than {RECORD.name} says")
     return [row for job in jobs for row in (known | compiled)[job[:2]]]
 
 
@@ -319,7 +320,7 @@ def changed_and_sample(jobs: list[tuple[str, int, dict[str, int]]]) -> list[Row]
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, one line a kernel, in an order that makes two versions easy to compare."""
+    """A Markdown table with a row for each kernel, in a fixed order, so that two versions can be compared."""
     head = (
         "| kernel | case | configuration | registers | shared, bytes | spills, bytes | blocks per SM |"
         " inner loops: tensor/special/memory/other | bound, us |\n"
@@ -344,17 +345,17 @@ def main() -> None:
     """Compile, print and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.ahead_of_time", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(GPUS), default=sorted(GPUS))
-    parser.add_argument("--only", default="", help="cases whose name starts with this")
+    parser.add_argument("--only", default="", help="only cases with names that start with this")
     parser.add_argument(
-        "--try", nargs="+", default=[], dest="values", metavar="NAME=V,V", help="instead of the shipped"
+        "--try", nargs="+", default=[], dest="values", metavar="NAME=V,V", help="values to use instead of the shipped"
     )
-    parser.add_argument("--json", type=Path, help="write the rows there, and no tables")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, and no tables")
     parser.add_argument(
-        "--changed", action="store_true", help="compile only what has changed since the tables, and a sample"
+        "--changed", action="store_true", help="compile only what has changed since the last record, and a sample"
     )
     request = parser.parse_args()
     if request.changed and request.values:
-        parser.error("--changed reads what was recorded of the shipped configurations; --try replaces them")
+        parser.error("--changed reads the record of the shipped configurations, which --try replaces")
     names = [name for name in CASES if name.startswith(request.only)]
     options = {name: map(int, values.split(",")) for name, values in (v.split("=") for v in request.values)}
     combinations = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]

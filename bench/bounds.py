@@ -1,10 +1,10 @@
 """Lower bounds on a kernel's time from its machine code and the bytes it moves: a prediction, not a measurement.
 
-Four resources, each taken as if it alone mattered and were never idle: the tensor cores, the special-function
-units, the issue of instructions, the memory. A kernel cannot be faster than the slowest of them; of two
-configurations, the one with the lower bound deserves the first try. Loads and stores through shared memory count
-as issue slots in proportion to their width. Additions by atomics count as stores: at which rate L2 adds is not in
-NVIDIA's documents, so kernels with atomics may be further from their bound than others.
+There are four resources: the tensor cores, the special-function units, the issue of instructions, and the memory. Each
+is treated as if it were never idle and nothing else took time. A kernel cannot be faster than the slowest of them. Of
+two configurations, try the one with the lower bound first. Loads and stores through shared memory count as issue slots
+in proportion to their width. Atomic additions count as stores, because NVIDIA does not document the rate at which L2
+adds. So kernels with atomics may be further from their bound than others.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from bench.sass import Instruction, Machine
 from fastgpt import gpus
 from fastgpt.gpus import GPU
 
-# The card that stands for its architecture.
+# One card for each architecture.
 GPUS = {
     gpu.capability: gpu
     for gpu in (
@@ -30,11 +30,11 @@ THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 120: 1536}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 120: 24}
 SPECIAL = 16  # results of special functions a cycle
 REGISTERS_PER_SM = 65536
-RESERVED_SHARED = 1024  # bytes a block costs beyond its own; so an SM has that much more than a block may use
+RESERVED_SHARED = 1024  # bytes that the system takes in each block; an SM has that much more than a block may use
 
 
 def blocks_per_sm(gpu: GPU, registers: int, shared: int, warps: int) -> int:
-    """How many blocks of a kernel an SM holds at once."""
+    """The number of blocks of a kernel that an SM holds at the same time."""
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out to warps in units of 256
     return min(
         BLOCKS[gpu.capability],
@@ -47,7 +47,7 @@ def blocks_per_sm(gpu: GPU, registers: int, shared: int, warps: int) -> int:
 def bound(
     gpu: GPU, kernel: str, machine: Machine, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
 ) -> dict[str, float]:
-    """Microseconds that each resource needs at least; empty for kernels that no training step waits for."""
+    """Microseconds that each resource needs at least; empty for kernels that take no time in a training step."""
     work = _work(kernel, machine, grid, args, options)
     if work is None:
         return {}
@@ -55,7 +55,7 @@ def bound(
     warps = options.get("num_warps", 4) * repeats
     per_second = gpu.n_sm * gpu.boost_mhz * 1e6
     flops = sum(_mma_flops(i) for i in instructions)
-    special = 32 * sum(i.pipe == "special" for i in instructions)
+    special = 32 * sum(i.pipe == "special" for i in instructions)  # one result for each thread of a warp
     issue = sum(_issue_slots(i) for i in instructions)
     seconds = {
         "tensor": warps * flops / (gpu.flops_per_cycle * per_second),
@@ -69,7 +69,7 @@ def bound(
 def _work(
     kernel: str, machine: Machine, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[list[Instruction], float, float] | None:
-    """Instructions of one repeat, repeats over the whole launch, bytes that must move."""
+    """The instructions of one repeat, the number of repeats in the whole launch, and the bytes that must be moved."""
     programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
     if kernel == "attention delta":
         out = args[0]
@@ -78,11 +78,12 @@ def _work(
         sums, dq = args[:2]
         return machine.code, programs, sums.numel() * (4 + dq.element_size())
     if kernel.startswith("attention"):
-        # the loop without a mask stands for both: the masked one adds a compare and a select an element
+        # take the loop without a mask for both loops; the masked one has a compare and a select more for each element
         loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
         if not loops:
             return None
-        # tensors the size of q, and bytes an element of q besides: dq's sums in fp32 come to L2 once and leave it once
+        # the number of tensors of the size of q, and further bytes per element of q: the sums of dq, in fp32, enter L2
+        # once and leave it once
         moved, besides = {"forward": (4, 0), "dq": (6, 0), "dk_dv": (6, 0), "single_pass": (6, 8)}[kernel.split()[1]]
         q = args[0]
         n_bytes = q.numel() * (moved * q.element_size() + besides)
@@ -107,7 +108,7 @@ def _work(
         return _looped(machine), blocks, x.numel() * x.element_size()
     if kernel == "embedding runs":
         dy, _, _, main_grad = args[:4]
-        n_tokens = min(main_grad.shape[0], dy.shape[0])  # if all are different
+        n_tokens = min(main_grad.shape[0], dy.shape[0])  # at most, if all are different
         n_bytes = dy.numel() * dy.element_size() + 8 * n_tokens * dy.shape[1]
         return _looped(machine), dy.shape[0] * -(-dy.shape[1] // options["COLUMNS"]), n_bytes
     if kernel.startswith("cross_entropy"):
@@ -120,28 +121,30 @@ def _work(
     if kernel == "adamw compact":
         return machine.code, programs, 10 * programs * options["CHUNK"]
     if kernel == "adamw adamw":
+        # bytes per parameter: 4 fp32 read and 3 written, the bf16 copy, and the zeroed fp32 gradient
         return machine.code, programs, (28 + 2 + 4) * programs * options["CHUNK"]
     return None
 
 
 def _looped(machine: Machine) -> list[Instruction]:
-    """All innermost loops, one after the other; the whole kernel if it has none."""
+    """The instructions of all innermost loops; of the whole kernel if it has none."""
     return [i for loop in machine.loops for i in loop] or machine.code
 
 
 def _tiles(kernel: str, shape: Any, grid: tuple[int, ...], options: dict[str, Any]) -> int:
-    """How many (BLOCK_M, BLOCK_N) tiles of scores the launch computes."""
+    """The number of (BLOCK_M, BLOCK_N) tiles of scores that the launch computes."""
     B, H, T, _ = shape
     M, N = options["BLOCK_M"], options["BLOCK_N"]
     if not options["CAUSAL"]:
         return B * H * -(-T // M) * -(-T // N)
+    # causal: only tiles with an element on or below the diagonal
     if kernel in ("attention dk_dv", "attention single_pass"):
         return B * H * sum(-(-(T - n // M * M) // M) for n in range(0, T, N))
     return B * H * sum(-(-min(m + M, T) // N) for m in range(0, T, M))
 
 
 def _mma_flops(i: Instruction) -> int:
-    """Of one warp's share of a matrix instruction, from the shape in its name."""
+    """FLOPs of one warp's share of a matrix instruction, from the shape in its name."""
     if i.pipe != "tensor":
         return 0
     shape = i.opcode.split(".")[1]
@@ -153,7 +156,7 @@ def _mma_flops(i: Instruction) -> int:
 
 
 def _issue_slots(i: Instruction) -> int:
-    """Cycles of a scheduler; shared memory and L1 deliver 32 words a cycle to an SM, that is to four schedulers."""
+    """Cycles of a scheduler. Shared memory and L1 deliver 32 words a cycle to an SM, which has four schedulers."""
     if i.pipe != "memory":
         return 1
     if ".128" in i.opcode or ".F32x4" in i.opcode or (i.opcode.startswith("LDSM") and i.opcode.endswith(".4")):

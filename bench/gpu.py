@@ -1,19 +1,17 @@
-"""``python -m bench.gpu``: the first minutes on a GPU, in stages, those first that teach most.
+"""``python -m bench.gpu``: tests and timings on a GPU in a few minutes, in stages, the most informative first.
 
-    make gpu                              # the GPU at hand, with the python3 at hand as it is: at most 9.5 minutes
-    make gpu-rehearsal                    # the same stages on a machine without one, small, in about two minutes
+    make gpu                              # on the GPU of this machine, with its python3 as it is: at most 9.5 minutes
+    make gpu-rehearsal                    # the same stages, small, on a machine without a GPU, in about two minutes
     python -m bench.gpu --stages step kernels --minutes 4 --out DIR
 
-A stage is a few commands, each one that a person could type. Every command runs in a process of its own with a limit
-of its own: one that dies or hangs takes nothing else with it. If recorded CUDA graphs fail in the first stage, the
-others go on without them. How many sequences a step takes depends on the GPU's memory.
+A stage is a few commands that a user could type. Every command runs in its own process with its own time limit, so that
+one that crashes or hangs does not affect the others. If CUDA graphs fail in the first stage, the other stages run
+without them. The micro-batch of a step depends on the GPU's memory.
 
-Writes into bench/results/DEVICE what each command records and prints (``gpu/NAME.txt``), and after every command
-``gpu/stages.json`` and ``gpu/summary.txt``. Exit status: 0 all passed; 1 something failed; 2 the request was wrong.
+Writes into bench/results/DEVICE what each command records, its output (gpu/NAME.txt), and after every command
+gpu/stages.json and gpu/summary.txt. Exit status: 0 all passed; 1 a command failed; 2 the request was wrong.
 """
 
-import json
-import math
 import os
 import signal
 import subprocess
@@ -29,26 +27,28 @@ from typing import Any
 
 import torch
 
-from bench.timing import REPOSITORY, provenance, results_folder
+from bench.contenders import NO_GRAPHS, OURS, difference
+from bench.records import REPOSITORY, begin, read, results_folder, write
 from fastgpt import hardware
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError
 
-MEMORY_A_WORKER = 3 << 30  # bytes of the GPU's: CUDA's context, and the tests at GPT-2's size
-SHOWN = {"mfu": 8, "mfu-compiled": 7, "kernels": 8}  # lines of what they print, in the summary
-GRACE_SECONDS = 10  # from an interrupt, at which a command writes what it has, to the end of it
+MEMORY_PER_WORKER = 3 << 30  # bytes on the GPU: CUDA's context, and the tests at GPT-2's size
+SHOWN = {"mfu": 8, "mfu-compiled": 7, "kernels": 8}  # lines of their output in the summary: their tables
+GRACE_SECONDS = 10  # from an interrupt, at which a command writes its results so far, to a kill
+GRAPHS_AGREE = 1e-3  # the largest relative difference of a loss with CUDA graphs from the same without
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a stage runs.
+    """One command of a stage.
 
     Attributes:
-        name: of its output's file.
-        module: after ``python -m``.
+        name: of the file with its output.
+        module: what ``python -m`` runs.
         flags: on a GPU.
-        seconds: after which it is stopped.
-        small: the flags in a rehearsal; ``None`` where it has no place in one.
+        seconds: the time limit.
+        small: the flags in a rehearsal; ``None`` if a rehearsal leaves it out.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command: ``passed``, ``failed``, ``stopped`` by its limit, or ``no time`` was left for it."""
+    """How a command ended: ``passed``, ``failed``, ``stopped`` by its time limit, or ``no time``, which is not run."""
 
     stage: str
     command: str
@@ -71,7 +71,7 @@ class Outcome:
 
 TINY = ("--preset", "quickstart", "--device", "cpu", "--n_layer", "1", "--n_head", "2", "--n_embd", "64",
         "--block_size", "32", "--batch_size", "2", "--seconds", "0")  # fmt: skip
-BATCH, KERNELS_BATCH = "BATCH", "KERNELS_BATCH"  # in place of a number, which depends on the GPU's memory
+BATCH, KERNELS_BATCH = "BATCH", "KERNELS_BATCH"  # placeholders for numbers that depend on the GPU's memory
 GPT2 = ("--preset", "gpt2-124m", "--batch_size", BATCH)
 SMOKE = "tests/kernels/test_at_gpt2_size.py"
 
@@ -82,7 +82,7 @@ TESTS = (
 )  # fmt: skip
 
 STAGES: dict[str, tuple[Command, ...]] = {
-    # what is here, and does a step run at all, with graphs and without, and train as plain PyTorch does
+    # the machine; whether a step runs with and without CUDA graphs, and has the losses of plain PyTorch
     "first": (
         Command("doctor", "fastgpt.doctor", ("--quick",), 25, ("--quick",)),
         Command(
@@ -93,12 +93,12 @@ STAGES: dict[str, tuple[Command, ...]] = {
             75, (*TINY, "--loss_steps", "20", "--contenders", "fastgpt", "eager"),
         ),
     ),
-    # every operator, forward and backward, at GPT-2's shapes and in every dtype, against float64
+    # every operator against float64, forward and backward, at GPT-2's shapes and in every dtype
     "operators": (
         Command("smoke", "pytest", (SMOKE, "--tb=short"), 80, (SMOKE, "-k", "gelu")),
     ),
-    # the headline: whole steps of GPT-2 124M, where their time goes, and what they learn. First those that compile in
-    # a moment; torch.compile takes its time
+    # whole steps of GPT-2 124M, the time by kind of kernel, and the losses; torch.compile, which is slow to compile,
+    # comes last
     "step": (
         Command(
             "mfu", "bench.mfu",
@@ -111,7 +111,7 @@ STAGES: dict[str, tuple[Command, ...]] = {
             (*GPT2, "--seconds", "10", "--profile", "--contenders", "fastgpt", "compile", "strongest"), 150, None,
         ),
     ),
-    # the kernels against their best peers
+    # each kernel against its best peers
     "kernels": (
         Command(
             "kernels", "bench.kernels",
@@ -120,7 +120,7 @@ STAGES: dict[str, tuple[Command, ...]] = {
             80, ("--device", "cpu", "--block_size", "32", "--seconds", "0", "--ops", "layer_norm"),
         ),
     ),
-    # the rest, as far as there is time
+    # the remaining tests and timings, in the time that is left
     "rest": (
         Command("tests", "pytest", TESTS, 150, None),
         Command(
@@ -139,18 +139,19 @@ STAGES: dict[str, tuple[Command, ...]] = {
 
 
 def examine(argv: Sequence[str] | None, device: torch.device) -> tuple[dict[str, Any], Path, int, int]:
-    """What a record begins with, the folder of this device, how many processes may share the tests, a micro-batch."""
+    """An empty record, the folder of this device, the number of processes for the tests, and the micro-batch."""
     memory = hardware.memory(device)[1].amount
-    workers = min(12, os.cpu_count() or 1, memory // MEMORY_A_WORKER) if device.type == "cuda" else 1
-    return provenance("bench.gpu", argv, device), results_folder(device), workers, micro_batch(memory)
+    workers = min(12, os.cpu_count() or 1, memory // MEMORY_PER_WORKER) if device.type == "cuda" else 1
+    return begin("stages", "bench.gpu", argv, device), results_folder(device), workers, micro_batch(memory)
 
 
 def micro_batch(memory: int) -> int:
-    """Sequences of 1024 tokens, B, with which all contenders of stage ``step`` fit a GPU with so many bytes.
+    """Sequences of 1024 tokens, B, with which all contenders of stage ``step`` together fit a GPU of ``memory`` bytes.
 
-    They stay there together. GiB that they take in bf16, counted on tensors without data: eager 1.6 + 0.92 B while it
-    runs, fastgpt's graphs 2.5 + 0.29 B all the time, fastgpt without graphs 2.1 at rest, and CUDA itself 0.7. That is
-    6.9 + 1.21 B: 9.3 for 2, 11.7 for 4, 16.6 for 8, 26.3 for 16. A card of 12 GB may have a screen to feed too.
+    All of them are in memory at the same time. In bf16 they take, in GiB, counted on tensors without data: eager
+    1.6 + 0.92 B while it runs, fastgpt's graphs 2.5 + 0.29 B always, fastgpt without graphs 2.1 at rest, CUDA itself
+    0.7. The sum is 6.9 + 1.21 B: 9.3 for 2, 11.7 for 4, 16.6 for 8, 26.3 for 16. A card of 12 GB may also drive a
+    display.
     """
     return next((size for least, size in ((40e9, 16), (20e9, 8), (14e9, 4)) if memory >= least), 2)
 
@@ -158,19 +159,29 @@ def micro_batch(memory: int) -> int:
 def arguments(
     command: Command, rehearsal: bool, graphs: bool, folder: Path, workers: int, batch_size: int
 ) -> list[str]:
-    """The command line; where CUDA graphs have failed it does without. ``workers`` share the tests.
+    """The command line of a command.
 
-    Kernels are timed on 8 sequences at least: they fit where all contenders of a step do not, and less says little.
+    Kernels are timed on at least 8 sequences, which fit where all contenders of a step do not; fewer are too short.
+
+    Args:
+        command: of a stage.
+        rehearsal: use the small flags.
+        graphs: whether CUDA graphs work; if not, "fastgpt, no graphs" takes the place of "fastgpt".
+        folder: of the records.
+        workers: processes for the tests.
+        batch_size: the micro-batch of a step.
     """
     sizes = {BATCH: batch_size, KERNELS_BATCH: max(8, batch_size)}
     flags = [str(sizes.get(flag, flag)) for flag in (command.small or () if rehearsal else command.flags)]
-    if not graphs:
-        flags = [flag for flag in flags if flag != "fastgpt"]
+    if not graphs and OURS in flags:
+        flags.remove(OURS)
+        if NO_GRAPHS not in flags:  # so that no stage is left without a contender of ours
+            flags.insert(flags.index("--contenders") + 1, NO_GRAPHS)
     if command.module.startswith("bench."):
         flags += ["--out", str(folder)]
     if command.module == "pytest":
         flags += ["-p", "no:cacheprovider"]
-        if find_spec("pytest_timeout"):  # an interrupt does not end a thread that waits for a GPU
+        if find_spec("pytest_timeout"):  # by a thread, because a process that waits for a GPU ignores interrupts
             flags += ["--timeout=60", "--timeout-method=thread"]
         if find_spec("xdist") and workers > 1:
             flags += ["-n", str(workers)]
@@ -178,51 +189,51 @@ def arguments(
 
 
 def execute(line: Sequence[str], output: Path, seconds: float) -> str:
-    """Run a command line; its status in a word."""
-    record = output.with_suffix(".jsonl")  # of tests
+    """Run a command line for at most ``seconds``. Returns its status (see :class:`Outcome`)."""
+    record = output.with_suffix(".jsonl")  # of the tests that passed
     record.unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1",
                                 "FASTGPT_TEST_RECORD": str(record)}  # fmt: skip
-    if not torch.cuda.is_available():  # the few tests of a rehearsal run also where they have passed before
+    if not torch.cuda.is_available():  # a rehearsal runs its few tests even if they have passed before
         environment["FASTGPT_TEST_ALL"] = "1"
     with output.open("w") as file:
         process = subprocess.Popen(
             line, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
             start_new_session=True,
-            # a shell's background jobs, and all that they start, ignore interrupts
+            # background jobs of a shell ignore interrupts, and their children inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             return "passed" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
             return "stopped"
-        finally:  # the compilers' processes that it has started too
+        finally:  # end the whole group, which includes the compilers that the command started
             for number in (signal.SIGINT, signal.SIGKILL):
                 try:
                     os.killpg(process.pid, number)
                     process.wait(GRACE_SECONDS)
-                except (ProcessLookupError, subprocess.TimeoutExpired):  # one that hangs in the driver is left there
+                except (ProcessLookupError, subprocess.TimeoutExpired):  # gone, or hangs in the driver for good
                     pass
 
 
 def graphs_work(record: dict[str, Any] | None) -> bool:
-    """Whether nothing speaks against recorded graphs: no failure in the first stage, no losses other than without.
+    """Whether CUDA graphs did not fail in the first stage, and had the same losses as without.
 
-    A stage that was stopped before it came to them has nothing to say.
+    True if the stage was stopped before it ran them.
     """
-    contenders = {} if record is None else record["contenders"]
-    ours, without = contenders.get("fastgpt"), contenders.get("fastgpt, no graphs", {})
+    contenders = record["comparisons"][0]["contenders"] if record and record["comparisons"] else {}
+    ours, without = contenders.get(OURS), contenders.get(NO_GRAPHS, {})
     if ours is None:
         return True
-    pairs = zip(ours["losses"], without.get("losses", []), strict=False)
-    return ours["failure"] is None and all(math.isclose(a, b, rel_tol=1e-3) for a, b in pairs)
+    comparable = ours["losses"] and without.get("losses")
+    return ours["failure"] is None and (not comparable or difference(ours["losses"], without["losses"]) <= GRAPHS_AGREE)
 
 
 def run_stages(
     names: Sequence[str], folder: Path, seconds: float, rehearsal: bool, workers: int, batch_size: int,
     note: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:  # fmt: skip
-    """All commands of these stages in turn; ``note`` gets the outcomes so far."""
+    """Run all commands of these stages, for at most ``seconds``; ``note`` gets the outcomes after each command."""
     started, deadline = time.time(), time.monotonic() + seconds
     outcomes: list[Outcome] = []
     graphs = True
@@ -244,26 +255,26 @@ def run_stages(
             print(f"{stage}: {command.name} {status} after {outcomes[-1].seconds:.0f} s", flush=True)
             if command.name == "first-step" and not graphs_work(newest(folder, "mfu-*.json", started)):
                 graphs = False
-                print("with recorded CUDA graphs a step failed or learnt otherwise: the other stages do without")
+                print("CUDA graphs failed or changed the losses: the other stages run without them")
     return outcomes
 
 
-# ---- what a person reads ----
+# ---- the summary ----
 
 
 def newest(folder: Path, pattern: str, since: float) -> dict[str, Any] | None:
-    """The record that was written last, and since then; ``None`` without one."""
+    """The newest record that was written at or after ``since``; ``None`` if there is none."""
     found = [path for path in folder.glob(pattern) if path.stat().st_mtime >= since]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            return json.loads(path.read_text())
-        except ValueError:  # cut off
+            return read(path)
+        except ValueError:  # its command was stopped while it wrote
             continue
     return None
 
 
 def tail(output: Path, n: int) -> list[str]:
-    """The last lines of what a command printed."""
+    """The last lines of a command's output."""
     try:
         lines = [line.rstrip() for line in output.read_text(errors="replace").splitlines()]
     except OSError:
@@ -272,7 +283,7 @@ def tail(output: Path, n: int) -> list[str]:
 
 
 def summary(outcomes: Sequence[Outcome], folder: Path, so_far: bool = False) -> str:
-    """At most 40 lines: what passed, the figures that count, and where to look next; ``so_far`` if more is to come."""
+    """At most 40 lines: what passed, the main figures, and the next step; ``so_far`` if commands are still to run."""
     lines = [f"{o.stage:<10} {o.command:<14} {o.status:<8} {o.seconds:5.0f} s" for o in outcomes]
     for o in outcomes:
         if o.command in SHOWN and o.status != "no time":
@@ -280,26 +291,28 @@ def summary(outcomes: Sequence[Outcome], folder: Path, so_far: bool = False) -> 
     bad = [o for o in outcomes if o.status in ("failed", "stopped")]
     for o in [o for o in bad if o.command not in SHOWN][:3]:
         lines += ["", f"{o.command} {o.status}; {o.output} ends:", *(f"  {line}" for line in tail(Path(o.output), 3))]
-    passed = "all passed so far" if so_far else "all passed"
-    lines += ["", f"{passed}; records are in {folder}" if not bad else "next: mend the first that failed, and run "
-              f"python -m bench.gpu --stages {bad[0].stage}"]  # fmt: skip
+    if bad:
+        last = f"next: fix {bad[0].command}, then run python -m bench.gpu --stages {bad[0].stage}"
+    else:
+        last = f"{'all passed so far' if so_far else 'all passed'}; the records are in {folder}"
+    lines += ["", last]
     return "\n".join([*lines[:-2][:37], *lines[-2:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages, print the summary."""
+    """Run the stages and print the summary."""
     parser = Parser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="default all, in order")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything; default 9.5")
-    parser.add_argument("--rehearse", action="store_true", help="on a machine without a GPU: the same stages, small")
+    parser.add_argument("--rehearse", action="store_true", help="run the stages small, on a machine without a GPU")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
     flags = parser.parse_args(argv)
     if not flags.rehearse and not torch.cuda.is_available():
-        raise RequestError("torch sees no GPU here; --rehearse runs the stages without one")
+        raise RequestError("PyTorch finds no GPU here; --rehearse runs the stages without one")
     if flags.minutes <= 0:
-        raise RequestError("--minutes is more than 0")
+        raise RequestError("--minutes must be more than 0")
     device = torch.device("cpu" if flags.rehearse else "cuda")
-    # in a process of its own, so that this one holds none of the GPU's memory
+    # in another process, so that this one has no CUDA context, which would take GPU memory
     with ProcessPoolExecutor(1, get_context("spawn")) as child:
         about, own_folder, workers, batch_size = child.submit(examine, argv, device).result()
     folder = (flags.out or own_folder).absolute()
@@ -307,8 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def note(outcomes: list[Outcome]) -> None:
         record = about | {"rehearsal": flags.rehearse, "outcomes": [asdict(o) for o in outcomes]}
-        (folder / "gpu" / "stages.json").write_text(json.dumps(record, indent=1) + "\n")
-        # in case the machine is taken away
+        write(record, folder / "gpu" / "stages")
+        # now, in case the machine is taken away
         (folder / "gpu" / "summary.txt").write_text(summary(outcomes, folder, so_far=True) + "\n")
 
     outcomes = run_stages(flags.stages, folder, 60.0 * flags.minutes, flags.rehearse, workers, batch_size, note)

@@ -1,26 +1,25 @@
-"""``python -m bench.integrations``: a training step of transformers' GPT-2, as it is and patched, on this very device.
+"""``python -m bench.integrations``: a training step of transformers' GPT-2, unchanged and patched, on this device.
 
-Two copies of one model with random weights, at GPT-2 124M's widths and without dropout, take the same tokens in
-turns; a step is forward, backward and ``torch.optim.AdamW``. Medians count, and the losses are shown to agree.
+Two copies of one model with random weights, at GPT-2 124M's widths and without dropout, train on the same tokens in
+turns. A step is forward, backward and ``torch.optim.AdamW``. Medians are reported, and the losses must agree.
 
-Writes gpt2.json into bench/results/DEVICE; a CPU's is named after its threads too. Exit status: 0 done; 1 the losses
-differ; 2 the request was wrong.
+Writes gpt2.json and .md into bench/results/DEVICE; a CPU's names also have the threads. Exit status: 0 done; 1 the
+losses disagree; 2 the request was wrong.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from statistics import median, quantiles
 
 import torch
 
-from bench.timing import CPUTimer, CUDATimer, Timer, Unit, conditions, interleave, provenance, results_folder
+from bench.contenders import AGREE, difference
+from bench.pages import aligned, table
+from bench.records import begin, conditions, results_folder, write
+from bench.timing import CPUTimer, CUDATimer, Timer, Unit, figures, interleave, turn_of
 from fastgpt.cli import Parser, run
 from fastgpt.hardware import find_device
 from fastgpt.integrations import patch_gpt2
-
-AGREE = 1e-4  # largest relative difference of two losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m bench.integrations", description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences")
-    parser.add_argument("--block_size", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--block_size", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each model that are timed")
     flags = parser.parse_args(argv)
     device = find_device(flags.device)
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def unit(name: str) -> Unit:
         model = models[name]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        tokens = torch.Generator().manual_seed(1)
+        tokens = torch.Generator().manual_seed(1)  # the same tokens for both
 
         def step() -> None:
             shape = (flags.batch_size, flags.block_size)
@@ -59,31 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     timer: Timer = CPUTimer() if device.type == "cpu" else CUDATimer(device)
     for warmed in units.values():
         timer.warm_up(warmed)
-    readings = interleave(units, timer, 0.0, (flags.rounds, flags.rounds))
-    times = {}
-    for name, ms in readings.items():
-        if isinstance(ms, Exception):
-            raise ms
-        times[name] = ms
-    apart = max(abs(a - b) / a for a, b in zip(losses["transformers"], losses["patched"], strict=True))
-    record = {
-        **provenance("bench.integrations", argv, device),
-        "shapes": {"batch_size": flags.batch_size, "block_size": flags.block_size, **plain.config.to_diff_dict()},
-        "dtype": "float32",
-        "median_ms": {name: median(ms) for name, ms in times.items()},
-        "quartiles_ms": {name: quantiles(ms, n=4)[::2] for name, ms in times.items()},
-        "ratio": median(times["transformers"]) / median(times["patched"]),
-        "losses": losses,
-        "loss_difference": apart,
-    }
-    record["environment"]["transformers"] = version("transformers")
-    folder = results_folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"gpt2{conditions(device)}.json").write_text(json.dumps(record, indent=1) + "\n")
-    for name, ms in times.items():
-        print(f"{name:<14}{median(ms):>9.1f} ms a step")
-    print(f"{'ratio':<14}{record['ratio']:>9.2f}      losses differ by at most {apart:.1e} of themselves")
-    return int(apart > AGREE)
+    turns = {name: turn_of(unit, timer) for name, unit in units.items()}
+    contenders = {}
+    for name, readings in interleave(turns, 0.0, (flags.rounds, flags.rounds)).items():
+        if readings.failure is not None:
+            raise readings.failure
+        about = {"ours": name == "patched", "whole": True, "failure": None}
+        contenders[name] = about | figures(readings.ms) | {"losses": losses[name]}
+    record = begin("integrations", "bench.integrations", argv, device, "float32")
+    record["versions"]["transformers"] = version("transformers")
+    shapes = {"batch_size": flags.batch_size, "block_size": flags.block_size, **plain.config.to_diff_dict()}
+    record["comparisons"] = [
+        {"name": "gpt2", "shapes": shapes, "ceilings": {}, "ours": "patched", "contenders": contenders}
+    ]
+    write(record, results_folder(device) / f"gpt2{conditions(device)}")
+    print(aligned(table(record["comparisons"])))
+    apart = difference(losses["patched"], losses["transformers"])
+    print(f"losses differ by at most {apart:.1e}")
+    return int(apart > AGREE[torch.float32])
 
 
 if __name__ == "__main__":

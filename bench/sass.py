@@ -1,4 +1,4 @@
-"""Reads a compiled kernel: registers, spills, and what its inner loops ask of each part of the chip."""
+"""Reads a compiled kernel: registers, spills, and the instructions of its inner loops by pipe."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import triton
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton's package carries NVIDIA's
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # NVIDIA's tools are in Triton's package
 
 TENSOR = ("HMMA", "HGMMA", "IMMA", "QMMA", "OMMA", "UTCHMMA", "UTCQMMA")
 SPECIAL = ("MUFU",)
@@ -20,14 +20,14 @@ MEMORY = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of machine code: the opcode with its modifiers, and the label it jumps to, if any."""
+    """One line of machine code: the opcode with its modifiers, and the label that it jumps to, if any."""
 
     opcode: str
     target: str | None
 
     @property
     def pipe(self) -> str:
-        """The part of the chip that limits such instructions."""
+        """The part of the SM that executes the instruction."""
         name = self.opcode.partition(".")[0]
         if name in TENSOR:
             return "tensor"
@@ -38,7 +38,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the assembler made of a kernel.
+    """The machine code of a kernel.
 
     Attributes:
         registers: per thread.
@@ -58,7 +58,7 @@ class Machine:
 
     @property
     def serialised(self) -> bool:
-        """Whether Hopper's asynchronous products are waited for one by one: ptxas then found no way to overlap them."""
+        """Whether the kernel waits for each of Hopper's asynchronous products, as ptxas could not overlap them."""
         names = [i.opcode for i in self.code]
         products = sum(name.startswith("HGMMA") for name in names)
         return 0 < products <= sum(name.startswith("WARPGROUP.DEPBAR") for name in names)
@@ -73,7 +73,7 @@ def read(cubin: bytes) -> Machine:
         listing = _output("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage.strip()[:200]}")
+        raise RuntimeError(f"cuobjdump did not report registers: {usage.strip()[:200]}")
     code, labels = _parse(listing)
     return Machine(int(found[1]), int(found[2]), code, _innermost_loops(code, labels))
 
@@ -83,7 +83,7 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def _parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions, and for each label the index of the instruction after it."""
+    """The instructions, and the index of the instruction after each label."""
     code: list[Instruction] = []
     labels = {}
     for line in listing.splitlines():
@@ -96,13 +96,14 @@ def _parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _innermost_loops(code: list[Instruction], labels: dict[str, int]) -> list[list[Instruction]]:
+    # a jump backwards closes a loop
     spans = {(labels[i.target], at + 1) for at, i in enumerate(code) if i.target and labels[i.target] < at}
-    # the assembler ends a kernel with an endless jump to itself, which is no loop, and may jump back for waits
+    # not a loop: the jump to itself at the end of a kernel, and short jumps back that wait
     spans = {(a, b) for a, b in spans if b - a > 8}
     inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [code[a:b] for a, b in sorted(inner)]
 
 
 def pipes(instructions: list[Instruction]) -> Counter[str]:
-    """How many of them each pipe gets."""
+    """The number of instructions on each pipe."""
     return Counter(i.pipe for i in instructions)

@@ -1,51 +1,124 @@
-"""Timing side by side, and what a record of it must say about the machine.
+"""The engine of every benchmark: contenders take turns, and what each turn took is kept.
 
-A *unit* is what one reading of the clock covers: on a CPU one call, on a GPU as many calls as it takes for
-their inputs, of which each call has its own copy, to exceed the L2 cache; a time is a unit's divided by its
-calls. Before every unit a buffer larger than the caches is written, so nobody's inputs lie in them already.
+Taking turns means that a drift of the machine (clock, temperature, other processes) affects all contenders alike.
+Medians and quartiles are reported, because a single interruption would dominate a mean.
+
+A turn returns one or more times in milliseconds. Three clocks make turns:
+
+- :func:`wall_ms` for a whole training step, which is long enough to include launching and waiting;
+- :class:`CPUTimer` and :class:`CUDATimer` for a single kernel, with cold caches.
 """
 
-import platform
-import re
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any, TypeVar
 
 import torch
 
-from fastgpt import hardware
+Result = TypeVar("Result")
+Turn = Callable[[], Sequence[float]]
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "bench" / "results"
-
-# In the name of a CPU: trademarks, its kind, its cores and its clock.
-NOISE = r"\((?:R|TM)\)|\b(?:CPU|Processor|\d+-Core)\b|@\s*[\d.]+\s*GHz"
-
-# A GPU spins this many cycles a millisecond at most, whatever its clock (Ada boosts to 2.8 GHz).
+# An upper bound on the cycles that a GPU spins in a millisecond; Ada boosts to 2.8 GHz.
 CYCLES_PER_MS = 3_000_000
 
-# Longest head start given to the host: one that waits for the GPU itself would ask for more each time.
+# The longest head start of the host. A contender that waits for the GPU would otherwise ask for more each time.
 LONGEST_LEAD_MS = 20.0
+
+
+# ---- the engine ----
+
+
+@dataclass
+class Readings:
+    """The times of one contender.
+
+    Attributes:
+        ms: in the order of the turns.
+        failure: the exception that ended its part, if any.
+    """
+
+    ms: list[float] = field(default_factory=list)
+    failure: Exception | None = None
+
+
+def interleave(
+    turns: Mapping[str, Turn],
+    seconds: float,
+    rounds: tuple[float, float],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Readings]:
+    """Run contenders in turns, one turn of each per round.
+
+    A contender that raises takes no further turns; the others continue.
+
+    Args:
+        turns: by name; each returns its times in milliseconds.
+        seconds: no round starts later than this, except that
+        rounds: at least the first and at most the second number of rounds are run.
+        clock: measures ``seconds``.
+    """
+    readings = {name: Readings() for name in turns}
+    start, n = clock(), 0
+    while n < rounds[0] or (n < rounds[1] and clock() - start < seconds):
+        n += 1
+        for name, turn in turns.items():
+            if readings[name].failure is None:
+                try:
+                    readings[name].ms += turn()
+                except Exception as error:
+                    readings[name].failure = error.with_traceback(None)  # the traceback holds tensors
+    return readings
+
+
+def figures(ms: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of at least two readings, as a record has them."""
+    return {"ms": median(ms), "quartiles_ms": quantiles(ms, n=4)[::2], "readings": len(ms)}
+
+
+def error_in_a_line(error: Exception) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:150]
+
+
+# ---- the clock for a whole step ----
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for all work queued on a GPU; do nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_ms(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Milliseconds from an idle device to an idle device, and what ``run`` returned."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = run()
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - start), result
+
+
+# ---- the clocks for a kernel ----
 
 
 @dataclass
 class Unit:
-    """What one reading of the clock covers.
+    """What one reading of a kernel's clock covers.
+
+    On a CPU that is one call. On a GPU it is as many calls, each on its own copy of the inputs, as it takes for the
+    inputs together to exceed the L2 cache. A reading is divided by the number of calls. Before every unit, a buffer
+    larger than the caches is written, so that no inputs are in the caches already.
 
     Attributes:
-        run: ``calls`` calls.
-        calls: how many.
-        before: puts the operands back as they were; not timed.
-        host_ms: milliseconds until ``run`` returns on an idle GPU: what launching costs, and waiting where a
-            call waits for the GPU. Set by ``warm_up``.
-        peak_bytes: memory that ``run`` takes beyond what was there before, at its peak. Set by ``warm_up``.
+        run: makes ``calls`` calls.
+        calls: their number.
+        before: restores the operands; not timed.
+        host_ms: milliseconds until ``run`` returns on an idle GPU: the cost of launching, and of waiting where a call
+            waits for the GPU. Set by ``warm_up``.
+        peak_bytes: the peak of the memory that ``run`` allocates. Set by ``warm_up``.
     """
 
     run: Callable[[], object]
@@ -56,9 +129,9 @@ class Unit:
 
 
 class CPUTimer:
-    """Wall clock. One call is long enough to be read, so the flush alone keeps the cache cold."""
+    """Wall clock. One call is long enough to be read, so flushing is enough to keep the cache cold."""
 
-    cache_bytes = 0  # inputs of this size together defeat the cache
+    cache_bytes = 0  # inputs of this size together do not fit the cache
 
     def __init__(self, flush_bytes: int = 128 << 20) -> None:
         self._flush = torch.empty(flush_bytes, dtype=torch.uint8)
@@ -78,10 +151,10 @@ class CPUTimer:
 
 
 class CUDATimer:
-    """CUDA events around work that was queued while the GPU was still spinning: launch gaps are not timed.
+    """CUDA events around work that is queued while the GPU spins, so that gaps between launches are not timed.
 
-    That is how kernels run in a captured graph, and in an eager step whose kernels are long enough; what
-    launching costs is told apart, as ``host_ms``.
+    Kernels run without gaps in a CUDA graph, and in an eager step where each kernel is long enough. The cost of
+    launching is reported separately, as ``host_ms``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,7 +165,7 @@ class CUDATimer:
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def warm_up(self, unit: Unit) -> None:
-        """Run three times: to compile, for the peak of memory, and for the host's time."""
+        """Run three times: to compile, to measure the peak of memory, and to measure the host's time."""
         unit.before()
         unit.run()
         torch.cuda.synchronize(self._device)
@@ -110,6 +183,7 @@ class CUDATimer:
         """Milliseconds of one unit on the GPU."""
         unit.before()
         self._flush.zero_()
+        # spin for half as long again as launching takes, so that all kernels are queued before the first one starts
         lead = min(1.5 * (unit.host_ms or 0.0) + 0.1, LONGEST_LEAD_MS)
         torch.cuda._sleep(int(lead * CYCLES_PER_MS))
         self._start.record()
@@ -122,117 +196,6 @@ class CUDATimer:
 Timer = CPUTimer | CUDATimer
 
 
-def interleave(
-    units: Mapping[str, Unit],
-    timer: Timer,
-    seconds: float,
-    rounds: tuple[int, int],
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float] | Exception]:
-    """Milliseconds a call of every unit, once a round in turn, so that a drift of the machine meets all alike.
-
-    Args:
-        units: by name.
-        timer: reads the clock of the device.
-        seconds: no round starts later than this, but
-        rounds: at least the first and at most the second number of them are run.
-        clock: tells ``seconds``.
-
-    Returns:
-        The times by name, in the order of the rounds; or what was raised, which ends that unit's part.
-    """
-    times: dict[str, list[float] | Exception] = {name: [] for name in units}
-    start = clock()
-    for n in range(rounds[1]):
-        if n >= rounds[0] and clock() - start >= seconds:
-            break
-        for name, unit in units.items():
-            readings = times[name]
-            if isinstance(readings, Exception):
-                continue
-            try:
-                readings.append(timer.ms(unit) / unit.calls)
-            except Exception as error:
-                times[name] = error.with_traceback(None)  # which holds its tensors
-    return times
-
-
-def results_folder(device: torch.device | str) -> Path:
-    """Where the records of this device lie: its full name in lower case and hyphens, under ``bench/results``.
-
-    A CPU's goes without the words that say nothing, and ends with the widest instruction set that the CPU has, which a
-    hypervisor may hide from one machine and not from another.
-    """
-    name = hardware.device_name(torch.device(device))
-    if torch.device(device).type == "cpu":
-        name = " ".join([re.sub(NOISE, " ", name), *hardware.processor().isas[-1:]])
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def conditions(device: torch.device | str) -> str:
-    """What the names of a CPU's records end with: ``-2-threads``, and ``-avx2`` where the run was held to that.
-
-    The number of threads is always included, because the usual number depends on the machine. Empty for a GPU.
-    """
-    if torch.device(device).type != "cpu":
-        return ""
-    threads, isa, has = torch.get_num_threads(), hardware.isa(), hardware.processor().isas
-    held = f"-{isa}" if has and isa != has[-1] else ""
-    return f"-{threads}-thread{'s'[: threads != 1]}{held}"
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a record must name: device, versions, commit. A figure that cannot be had is ``None``.
-
-    ``cpu`` is the host's where the device is a GPU; ``isa`` is the widest instruction set that the run could use, and
-    ``held_to`` what held it.
-    """
-    cuda, cpu = device.type == "cuda", hardware.processor()
-    status = _output("git", "status", "--porcelain", "--untracked-files=no")
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
-    return {
-        "device": hardware.device_name(device),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else None,
-        "driver": driver.splitlines()[0] if driver else None,
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "cpu": {"name": cpu.name, **cpu.ids, "cores": cpu.cores, "isas": cpu.isas},
-        "isa": hardware.isa(),
-        "held_to": hardware.held_to(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "uncommitted_changes": None if status is None else bool(status),
-    }
-
-
-def provenance(module: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
-    """What every record begins with: environment, command and date."""
-    command = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
-    return {
-        "environment": environment(device),
-        "command": " ".join([*(f"{name}={value}" for name, value in hardware.held_to().items()), command]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def commit(environment: Mapping[str, Any]) -> str:
-    """The commit that was measured, and whether the tree was that commit's."""
-    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
-    return f"commit {environment['commit']}{changes}"
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def turn_of(unit: Unit, timer: Timer) -> Turn:
+    """A turn of one unit: milliseconds of a call."""
+    return lambda: [timer.ms(unit) / unit.calls]

@@ -1,5 +1,6 @@
 """Numbers as people read them, and as they write them on a command line. Nothing else formats or parses a unit."""
 
+import math
 import re
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from fastgpt.errors import RequestError
 
 GIB = 2**30  # bytes
+MIB = 2**20
 SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -29,6 +31,24 @@ def count_of(n: int, what: str) -> str:
 def gib(n_bytes: float, decimals: int = 1) -> str:
     """``7.7 GiB``."""
     return f"{n_bytes / GIB:.{decimals}f} GiB"
+
+
+def size(n_bytes: float) -> str:
+    """``7.70 GiB``, ``0.5 MiB``: for amounts of any size."""
+    return gib(n_bytes, 2) if n_bytes >= GIB else f"{number(n_bytes / MIB, 3)} MiB"
+
+
+def number(x: float, digits: int = 4) -> str:
+    """``1,186``, ``18.39``, ``0.00452``: at least so many significant digits, and never an exponent."""
+    # the digits before the point, less one; negative for a fraction
+    magnitude = math.floor(math.log10(abs(x))) if x and math.isfinite(x) else 0
+    return f"{x:,.{max(0, digits - 1 - magnitude)}f}"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """``58.30 TFLOP/s``, ``159.0 GFLOP/s``, ``504.0 GB/s``: four digits; ``unit`` is ``FLOP/s`` or ``B/s``."""
+    prefix, factor = ("T", 1e12) if per_second >= 1e12 else ("G", 1e9)
+    return f"{number(per_second / factor)} {prefix}{unit}"
 
 
 def seconds(x: float) -> str:

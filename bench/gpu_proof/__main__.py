@@ -1,11 +1,11 @@
-"""``python -m bench.gpu_proof``: whether the GPU's kernels do what they must not, without a GPU.
+"""``python -m bench.gpu_proof``: looks for illegal accesses and races in the GPU's kernels, without a GPU.
 
     python -m bench.gpu_proof                          # everything, in about a minute and a half
     python -m bench.gpu_proof --only plants kernels    # the interpreter at small shapes, in seconds
 
-Plants faults and finds them, then finds none in the kernels as they are: accesses outside a tensor, races, int32 that
-overflows, memory that nobody has written, grids too large, barriers that are missing. Exit status: 0 if all is as
-expected, 1 if it is not, 2 if the request was wrong. bench/gpu_proof/__init__.py says what it cannot see.
+Plants faults and must find them, then must find none in the kernels as they are: accesses outside a tensor, races,
+overflow of int32, reads of unwritten memory, grids that are too large, missing barriers. Exit status: 0 all as
+expected; 1 not as expected; 2 the request was wrong. bench/gpu_proof/__init__.py says what is not checked.
 """
 
 import json
@@ -20,9 +20,10 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from bench.gpu_proof.cases import LARGE, OPS, SMALL, Case, Ops, Outcome
+from bench.gpu_proof.memory import Pair
 from bench.gpu_proof.plants import KERNELS, LARGE_PLANTS, SMALL_PLANTS, CannotPlant, Plant, planted
-from bench.gpu_proof.watch import Pair, fault_of
-from bench.timing import REPOSITORY
+from bench.gpu_proof.watch import fault_of
+from bench.records import REPOSITORY
 from fastgpt.cli import Parser, run
 from tests.kernels import interpreter
 
@@ -32,7 +33,7 @@ PARTS = ("plants", "kernels", "large", "barriers")
 def look(
     name: str, expected: str, case: Case, ops: Ops = OPS, large: bool = False, seen: dict[Pair, bool] | None = None
 ) -> Outcome:
-    """What comes of a case in the interpreter; ``seen`` gathers what its kernels overwrite, for the barriers."""
+    """Run a case in the interpreter; ``seen`` collects what its kernels overwrite, for the barriers."""
     began = time.monotonic()
     found, watch = fault_of(case, ops, large)
     if seen is not None:
@@ -42,7 +43,7 @@ def look(
 
 
 def look_at_plants(plants: Sequence[Plant], folder: Path, large: bool) -> Iterator[Outcome]:
-    """What comes of copies of ours with faults in them; ``folder`` is where they are written."""
+    """Run copies of the kernels with planted faults; ``folder`` is where they are written."""
     for plant in plants:
         try:
             _, ops = planted(plant, folder)
@@ -53,12 +54,12 @@ def look_at_plants(plants: Sequence[Plant], folder: Path, large: bool) -> Iterat
 
 
 def look_at_barriers(overwritten: dict[Pair, bool], folder: Path) -> Iterator[Outcome]:
-    """What comes of bench/gpu_proof/barriers.py, in a process that compiles.
+    """Run bench/gpu_proof/barriers.py in another process, which compiles.
 
     Args:
-        overwritten: what the interpreter has seen the kernels overwrite.
-        folder: for the pairs, for planted copies and for what is compiled, since the lines of code in Triton's own
-            cache may be those of another checkout.
+        overwritten: the pairs of loads and stores that the interpreter has seen.
+        folder: for the pairs, the planted copies and Triton's cache. The usual cache may have kernels of another
+            checkout, with other line numbers.
     """
     began, path = time.monotonic(), folder / "pairs.json"
     path.write_text(json.dumps([(*pair, alike) for pair, alike in sorted(overwritten.items())]))
@@ -73,7 +74,7 @@ def look_at_barriers(overwritten: dict[Pair, bool], folder: Path) -> Iterator[Ou
 
 
 def outcomes(parts: Sequence[str], folder: Path) -> Iterator[Outcome]:
-    """All that the parts come to, as it comes."""
+    """The outcomes of the parts, one after the other."""
     overwritten: dict[Pair, bool] = {}
     if "plants" in parts:
         for name, expected, case in KERNELS:
@@ -96,7 +97,7 @@ def row(outcome: Outcome) -> str:
 
 
 def verdict(all_outcomes: Sequence[Outcome], seconds: float) -> str:
-    """The line below the table."""
+    """The last line, below the table."""
     if bad := [outcome.name for outcome in all_outcomes if not outcome.good]:
         return f"not as expected: {'; '.join(bad)}"
     n_found = sum(bool(outcome.expected) for outcome in all_outcomes)

@@ -1,18 +1,18 @@
-"""Between the threads of a program: none overwrites what another has yet to read.
+"""Checks that no thread of a program overwrites what another thread of the program still has to read.
 
-The interpreter runs a program as one thread, so it sees only which loads read memory that a later store of the same
-program overwrites (``Watch.overwritten``). Here the kernels that do so are compiled, and each such pair is safe by one
-of
+The interpreter runs a program as one thread. It only finds the loads of memory that a later store of the same program
+overwrites (``Watch.overwritten``). This file compiles the kernels that have such pairs, and proves each pair safe for
+one of three reasons:
 
-- same thread: every element has the same position in both tiles, whose layouts are one and give no element to two
-  threads: each thread overwrites what it alone has read;
-- same value: positions are the same, and what is stored is computed from what was loaded, which goes nowhere else: no
-  element is overwritten before it has been read. Where threads hold copies of an element, Triton lets one of them
-  store, and what the others have read is of no use to anybody;
+- same thread: every element has the same position in both tiles, the tiles have the same layout, and the layout gives
+  no element to two threads. So each thread overwrites only what it alone has read;
+- same value: positions are the same, what is stored is computed from what was loaded, and the loaded value has no other
+  use. So no element is overwritten before it is read. If several threads hold copies of an element, Triton lets one of
+  them store, and nothing uses what the others have read;
 - barrier: every path of the PTX from the load to the store crosses a ``bar.sync``.
 
-This runs in a process of its own, because Triton decides at import whether it interprets: ``__main__.py`` hands it the
-pairs in a file and reads outcomes from its output, a line of JSON each.
+This runs in its own process, because Triton decides at import whether it interprets. ``__main__.py`` passes the pairs
+in a file and reads one outcome per line, as JSON, from the output.
 """
 
 import json
@@ -35,13 +35,13 @@ from bench.gpu_proof.cases import IN_PLACE, OPS, Case, Ops, Outcome
 from bench.gpu_proof.plants import BARRIER_PLANTS, CannotPlant, planted
 from fastgpt.kernels.triton import launch
 
-Pair = tuple[str, str, int, int, bool]  # file, kernel, lines of load and store; whether tiles and positions are alike
+Pair = tuple[str, str, int, int, bool]  # file, kernel, lines of load and store; whether tiles and positions agree
 
-# MLIR's operations that leave every element of a tile at its position
+# the operations of MLIR that keep every element of a tile at its position
 ELEMENTWISE = re.compile(r" *(%\w+) = (?:arith\.|math\.|tt\.extern_elementwise |ttg\.convert_layout )")
 
 
-# ---- what the compiler has made ----
+# ---- reading compiled kernels ----
 
 
 class Ttgir:
@@ -52,7 +52,7 @@ class Ttgir:
         self.locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
         layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.M))
         self.threads = 32 * int(re.findall(r'"ttg.num-warps" = (\d+)', text)[0])
-        # by kind and line of the source: by line of the TTGIR, the type of the tile, its layout written out
+        # kind and line of the source -> line of the TTGIR -> type of the tile, with its layout written out
         self.accesses: dict[tuple[str, int], dict[int, str]] = {}
         for i, line in enumerate(self.lines):
             if access := re.search(r"tt\.(load|store) %.*?: (.*) loc\((.*)\)$", line):
@@ -60,22 +60,22 @@ class Ttgir:
                 self.accesses.setdefault((access[1], self._source_line(access[3])), {})[i] = tile
 
     def _source_line(self, location: str) -> int:
-        """The line of a location, innermost of those inlined into each other."""
+        """The source line of a location; the innermost one if functions are inlined."""
         while not (line := re.search(r'"[^"]*":(\d+):\d+', location)):
             location = self.locations[re.findall(r"#loc\d*", location)[0]]
         return int(line[1])
 
     def has(self, load: int, store: int) -> bool:
-        """Whether this configuration of the kernel has both."""
+        """Whether this configuration of the kernel has both accesses."""
         return ("load", load) in self.accesses and ("store", store) in self.accesses
 
     def same_thread(self, load: int, store: int) -> bool:
-        """Whether a thread stores only what it alone has loaded, given that positions are the same."""
+        """Whether each thread stores only what it alone has loaded, given that positions are the same."""
         tiles = {*self.accesses["load", load].values(), *self.accesses["store", store].values()}
         return len(tiles) == 1 and self._each_element_once(*tiles)
 
     def _each_element_once(self, tile: str) -> bool:
-        """Whether no two threads hold the same element of a tile."""
+        """Whether each element of a tile belongs to only one thread."""
         shape, per_thread = re.match(r"tensor<((?:\d+x)+)", tile), re.search(r"sizePerThread = \[([\d, ]+)\]", tile)
         if not shape or not per_thread or "slice" in tile:
             return False
@@ -83,17 +83,17 @@ class Ttgir:
         return elements >= prod(int(n) for n in per_thread[1].split(",")) * self.threads
 
     def same_value(self, load: int, store: int) -> bool:
-        """Whether all that is stored is computed, element by element, from what is loaded, which goes nowhere else."""
+        """Whether all that is stored is computed element by element from what is loaded, which has no other use."""
         fed = [self._stores_fed_by(i) for i in self.accesses["load", load]]
         return set().union(*fed) == self.accesses["store", store].keys()
 
     def _stores_fed_by(self, load: int) -> set[int]:
-        """The lines that store what has become of a load; none if it goes anywhere else."""
+        """The lines that store values computed from a load; none if the load has another use."""
         stores: set[int] = set()
         indent, name = re.findall(r"^( *)(%\w+) = ", self.lines[load])[0]
         values = {name}
         for i, line in enumerate(self.lines[load + 1 :], load + 1):
-            if not line.startswith(indent):  # the end of the block that the name is known in
+            if not line.startswith(indent):  # the end of the block, and of the name's scope
                 break
             used = values.intersection(re.findall(r"%[\w-]+", line.partition(" = ")[2] or line))
             if used and (result := ELEMENTWISE.match(line)):
@@ -112,12 +112,12 @@ class Ptx:
         numbers = {number for number, name in re.findall(r'^\s*\.file\s+(\d+) "(.*?)"', text, re.M) if name == file}
         self.code: list[tuple[str, int]] = []
         labels: dict[str, int] = {}
-        here, inside, begun = 0, False, False  # inside a piece of assembly, past its first instruction
+        here, inside, begun = 0, False, False  # the source line; in inline assembly; past its first instruction
         for line in map(str.strip, text.partition(".entry")[2].splitlines()):
             if line.endswith("inline asm"):
                 inside, begun = line.startswith("// begin"), False
             elif location := re.match(r"\.loc\s+(\d+) (\d+)", line):
-                if not begun:  # after the first in a piece of assembly, LLVM counts its lines on top
+                if not begun:  # within inline assembly, LLVM adds the lines of the assembly to the number
                     here = int(location[2]) if location[1] in numbers else 0
             elif label := re.match(r"(\$\w+):", line):
                 labels[label[1]] = len(self.code)
@@ -131,17 +131,18 @@ class Ptx:
     def _following(self, i: int, labels: dict[str, int]) -> list[int]:
         line, _ = self.code[i]
         target = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
-        falls_through = i + 1 < len(self.code) and not re.match(r"(bra|ret|exit)\b", line)  # not so under a predicate
+        # a branch with a predicate, which precedes the opcode, also falls through
+        falls_through = i + 1 < len(self.code) and not re.match(r"(bra|ret|exit)\b", line)
         return ([labels[target[1]]] if target else []) + ([i + 1] if falls_through else [])
 
     def _at(self, word: str, line: int) -> set[int]:
         return {i for i, (code, at) in enumerate(self.code) if at == line and word in code}
 
     def unguarded(self, load: int, store: int) -> bool:
-        """Whether a load of one line reaches a store of the other without a barrier.
+        """Whether there is a path from a load of one line to a store of the other without a barrier.
 
         Raises:
-            LookupError: there is no such load, or no such store.
+            LookupError: there is no such load or store.
         """
         loads, stores = self._at("ld.global", load), self._at("st.global", store)
         if not loads or not stores:
@@ -157,7 +158,7 @@ class Ptx:
 
 
 def how_safe(asm: dict[str, Any], pairs: list[Pair]) -> Iterator[tuple[Pair, str]]:
-    """What makes each pair safe that this compiled kernel has; "race" if nothing does."""
+    """The reason why each pair in this compiled kernel is safe; "race" if there is none."""
     ttgir = Ttgir(asm["ttgir"])
     for pair in pairs:
         file, _, load, store, alike = pair
@@ -175,7 +176,7 @@ def how_safe(asm: dict[str, Any], pairs: list[Pair]) -> Iterator[tuple[Pair, str
 
 
 def _check(case: Case, ops: Ops, arch: int, pairs: list[Pair]) -> list[tuple[Pair, str]]:
-    """:func:`how_safe` for every kernel that a case launches."""
+    """Apply :func:`how_safe` to every kernel that a case launches."""
     gpu = GPUS[arch]
     driver.set_active(_Driver(arch))
     found: list[tuple[Pair, str]] = []
@@ -192,7 +193,7 @@ def _check(case: Case, ops: Ops, arch: int, pairs: list[Pair]) -> list[tuple[Pai
 
 
 def _races(found: list[tuple[Pair, str]]) -> str:
-    """The unsafe pairs, in words; an empty string if there are none."""
+    """The unsafe pairs as a message; empty if there are none."""
     pairs = dict.fromkeys(pair for pair, how in found if how == "race")
     lines = [f"{kernel}: line {load} reads what line {store} overwrites" for _, kernel, load, store, _ in pairs]
     return f"race: {'; '.join(lines)}" if lines else ""
@@ -211,7 +212,7 @@ def _plants(arch: int, pairs: list[Pair], folder: Path) -> Iterator[Outcome]:
 
 
 def _kernels(arch: int, pairs: list[Pair]) -> Iterator[Outcome]:
-    """One outcome for all cases that are safe, and one for each that is not."""
+    """One outcome for all cases together, and one more for each unsafe case."""
     began, ways, seen = time.monotonic(), Counter[str](), set()
     for name, case in IN_PLACE.items():
         found = _check(case, OPS, arch, pairs)
@@ -226,10 +227,10 @@ def _kernels(arch: int, pairs: list[Pair]) -> Iterator[Outcome]:
 
 
 def main() -> None:
-    """Check the pairs of the file that is named first; planted copies go into the folder that is named second."""
+    """Check the pairs in the file that is the first argument; the second is the folder for planted copies."""
     path, folder = map(Path, sys.argv[1:])
     pairs: list[Pair] = [(*pair,) for pair in json.loads(path.read_text())]
-    CUDABackend.make_cubin = lambda *args: b""  # only PTX is read, and ptxas takes most of the time
+    CUDABackend.make_cubin = lambda *args: b""  # skip ptxas, which takes most of the time; only the PTX is read
     for arch in sorted(GPUS):
         for outcome in _plants(arch, pairs, folder):
             print(json.dumps(asdict(outcome)), flush=True)

@@ -1,6 +1,6 @@
-"""What runs: every operator at small shapes, at shapes of more than 2**31 elements, and in place on no data at all.
+"""The cases: every operator at small shapes, at shapes of more than 2**31 elements, and in place without data.
 
-A case is called with the operators by name, so that a copy with a fault in it can take an operator's place.
+A case is called with the operators by name, so that a copy with a planted fault can replace an operator.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ BF16, FP32, INT64, UINT8 = torch.bfloat16, torch.float32, torch.int64, torch.uin
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
-        name: of the case, or of what was planted.
-        expected: how the fault that must be found begins; empty if there must be none.
-        found: the fault; empty if there is none.
-        note: what has been looked at.
+        name: of the case, or of the planted fault.
+        expected: the start of the fault that must be found; empty if there must be none.
+        found: the fault that was found; empty if there is none.
+        note: what was checked.
     """
 
     name: str
@@ -39,18 +39,18 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether it is as expected."""
+        """Whether the outcome is as expected."""
         return self.found.startswith(self.expected) if self.expected else not self.found
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """The outcome in one word."""
         if self.expected:
             return "found" if self.good else "MISSED"
         return "quiet" if self.good else "FAULT"
 
 
-# ---- small: every element of every tensor is watched ----
+# ---- small: every access to every tensor is checked ----
 
 
 def _random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -68,7 +68,7 @@ def _attention(
 
 
 def _attention_across(ops: Ops, T: int, S: int, deterministic: bool = True) -> None:
-    """From T queries to S keys, which lie in a wider tensor."""
+    """From T queries to S keys, which are a view of a wider tensor."""
     q, k, v = _random(1, 2, T, 40), _random(1, 2, S, 64)[..., :40], _random(1, 2, S, 40)
     out, lse = ops["attention"](q, k, v, False, 0.1, 0.0, None)
     ops["attention_backward"](_random(1, 2, T, 40), q, k, v, out, lse, False, 0.1, 0.0, None, deterministic)
@@ -81,7 +81,7 @@ def _layer_norm(ops: Ops, rows: int, C: int) -> None:
 
 
 def _add_layer_norm(ops: Ops, rows: int, C: int) -> None:
-    """With everything that is optional."""
+    """With all optional arguments."""
     x, dy, weight, bias = _random(rows, C + 8)[:, :C], _random(rows, C), _random(C), _random(C)
     _, total, mean, rstd = ops["add_layer_norm"](x, _random(rows, C), weight, bias, 1e-5)
     ops["layer_norm_backward"](dy, x, total, weight, mean, rstd, True)
@@ -101,7 +101,7 @@ def _column_sums(ops: Ops, rows: int, C: int) -> None:
 
 
 def _embedding(ops: Ops, rows: int, C: int) -> None:
-    """Half of the rows have one token, which fills whole blocks."""
+    """Half of the rows have the same token, so that its run fills whole blocks."""
     tokens = torch.randint(0, 9, (rows,))
     tokens[: rows // 2] = 4
     ops["embedding_backward_"](torch.zeros(9, C), _random(rows, C), tokens)
@@ -172,7 +172,7 @@ SMALL: dict[str, Case] = {
 }
 
 
-# ---- large: a sample of the programs runs, in memory that is reserved but never touched ----
+# ---- large: a sample of the programs runs, on memory that is reserved but never touched ----
 
 
 def _untouched(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -188,7 +188,7 @@ def _large_attention(ops: Ops) -> None:
 
 
 def _wide_attention(ops: Ops) -> None:
-    """As far apart as positions may lie before a copy is made."""
+    """Positions with the largest distance for which no copy is made."""
     q = _untouched(1, 400, 1, 2**23 - 1)[..., :64].transpose(1, 2)
     out, lse = ops["attention"](q, q, q, True, 0.125, 0.0, None)
     for deterministic in (True, False):
@@ -275,7 +275,7 @@ LARGE: dict[str, Case] = {
 }
 
 
-# ---- in place: what is compiled, for tensors without data ----
+# ---- in place: these are compiled, for tensors without data ----
 
 
 def _no_data(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -301,14 +301,14 @@ def _embedding_in_place(ops: Ops, C: int) -> None:
 
 
 def _adamw_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, copy: bool) -> None:
-    """Moments have the parameter's dtype."""
+    """With moments in the parameter's dtype."""
     lists = [[_no_data(n, dtype=dtype)] for dtype in (param, grad, param, param)]
     scalar = _no_data(dtype=FP32)
     ops["adamw_"](*lists, [_no_data(n)] if copy else [], scalar, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, True)
 
 
 def _compact_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, moment: torch.dtype) -> None:
-    """fp32 parameters have a copy."""
+    """With a bf16 copy of fp32 parameters."""
     lists = [[_no_data(n, dtype=dtype)] for dtype in (param, grad, moment, moment)]
     scales = [[_no_data(-(-n // 256), dtype=FP32)] if moment == UINT8 else [] for _ in range(2)]
     scalar, copies = _no_data(dtype=FP32), [_no_data(n)] if param == FP32 else []
@@ -321,7 +321,7 @@ def _named(word: str, run: Callable[..., None], *choices: dict[str, Any]) -> dic
     return {f"{word} {' '.join(str(v).removeprefix('torch.') for v in c.values())}": partial(run, **c) for c in choices}
 
 
-SIZES = (4096, 4099)  # of lists that are aligned to 16 bytes, and of those that are not
+SIZES = (4096, 4099)  # aligned to 16 bytes, and not
 IN_PLACE: dict[str, Case] = {
     **_named(
         "cross_entropy", _cross_entropy_in_place,

@@ -1,6 +1,6 @@
-"""Faults that are planted, and what they must be found as: small kernels, and copies of ours with a line changed.
+"""Planted faults and what they must be reported as: small kernels, and copies of our modules with lines changed.
 
-Copies lie in a temporary folder. A text that is no longer in the source cannot be planted, which is a failure.
+Copies are written to a temporary folder. If the text to change is no longer in the source, that is a failure.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ import triton.language as tl
 from bench.gpu_proof.cases import IN_PLACE, LARGE, OPS, SMALL, Case, Ops
 from fastgpt.kernels.triton import adamw, attention, columns, cross_entropy, embedding, gelu, layer_norm, linear
 
-# ---- small kernels: x and y have n elements, one for each thread of the programs, and a few threads too many ----
+# ---- small kernels: x and y have n elements, one for each thread; the last program has a few threads too many ----
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _run(kernel: Any, ops: Ops) -> None:
     kernel[(4,)](torch.arange(100.0), torch.zeros(100), 100, BLOCK=32)
 
 
-# What the kernel does, how the fault begins that must be found (empty: none), and the case that runs it.
+# What the kernel does, the start of the expected fault (empty: no fault), and the case that runs it.
 KERNELS: list[tuple[str, str, Case]] = [
     (kernel.__name__.strip("_").replace("_", " "), expected, partial(_run, kernel))
     for expected, kernel in [
@@ -92,19 +92,19 @@ KERNELS: list[tuple[str, str, Case]] = [
 ]
 
 
-# ---- copies of ours ----
+# ---- copies of our modules ----
 
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault in a copy of a module of ours.
+    """A fault in a copy of one of our modules.
 
     Attributes:
-        name: what is wrong.
-        expected: how the fault that must be found begins.
-        module: what is copied.
-        case: what shows the fault.
-        changes: what stands in the source, wherever it does, and what is put there.
+        name: of the fault.
+        expected: the start of the message that must be reported.
+        module: the module that is copied.
+        case: the case that shows the fault.
+        changes: texts of the source, and what replaces each of them, at every place.
     """
 
     name: str
@@ -115,14 +115,14 @@ class Plant:
 
 
 class CannotPlant(Exception):
-    """A text that was to be changed is no longer in the source."""
+    """The text to change is no longer in the source."""
 
 
 def source_with(plant: Plant) -> str:
-    """The source of the plant's module, changed.
+    """The changed source of the plant's module.
 
     Raises:
-        CannotPlant: it does not have what was to be changed.
+        CannotPlant: a text to change is not in the source.
     """
     source = Path(str(plant.module.__file__)).read_text()
     for old, new in plant.changes.items():
@@ -133,7 +133,7 @@ def source_with(plant: Plant) -> str:
 
 
 def planted(plant: Plant, folder: Path) -> tuple[Path, Ops]:
-    """The copy, in a folder of its own under ``folder``, and all operators with those of the copy among them."""
+    """Write the copy into a new folder under ``folder``. Returns its path, and all operators including the copy's."""
     source = source_with(plant)
     path = Path(tempfile.mkdtemp(prefix="planted_", dir=folder)) / Path(str(plant.module.__file__)).name
     path.write_text(source)

@@ -1,4 +1,4 @@
-"""``python -m bench.gpu_proof`` finds what is planted; ``make gpu-proof`` looks at all kernels, and compiles them."""
+"""``python -m bench.gpu_proof`` finds planted faults. ``make gpu-proof`` checks all kernels and compiles them."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from bench.gpu_proof.cases import Outcome
 from bench.gpu_proof.plants import BARRIER_PLANTS, KERNELS, LARGE_PLANTS, SMALL_PLANTS, CannotPlant, source_with
-from bench.timing import REPOSITORY
+from bench.records import REPOSITORY
 
 PLANTS = SMALL_PLANTS + LARGE_PLANTS + BARRIER_PLANTS
 CASES = ["layer_norm C100", "adamw"]
@@ -20,8 +20,8 @@ sys.exit(proof.main(sys.argv[1:]))
 """
 
 
-def test_what_is_planted_is_found_and_the_kernels_are_quiet():
-    """In a process of its own, whose interpreter may be changed."""
+def test_planted_faults_are_found_and_the_kernels_have_none():
+    """In its own process, because it changes the interpreter."""
     command = [sys.executable, "-c", RUN_TWO_CASES, "--only", "plants", "kernels"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,11 +33,11 @@ def test_what_is_planted_is_found_and_the_kernels_are_quiet():
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
-def test_every_plant_has_its_place_in_the_sources(plant):
+def test_the_text_that_a_plant_changes_is_in_the_source(plant):
     compile(source_with(plant), plant.name, "exec")
 
 
-def test_a_plant_without_a_place_is_a_failure():
+def test_a_plant_without_its_text_is_a_failure():
     with pytest.raises(CannotPlant, match=r"gelu no longer has: gone") as error:
         source_with(replace(PLANTS[3], changes={"gone": ""}))
     outcome = Outcome("gelu", PLANTS[3].expected, str(error.value), "", 0.0)
@@ -45,7 +45,7 @@ def test_a_plant_without_a_place_is_a_failure():
     assert outcome.verdict == "MISSED"
 
 
-def test_a_fault_other_than_the_one_expected_is_none_that_was_found():
+def test_only_the_expected_fault_counts_as_found():
     assert Outcome("plant", "race", "race: program 1 reads", "", 0.0).good
     assert not Outcome("plant", "race", "bounds: reads", "", 0.0).good
     assert not Outcome("plant", "race", "", "", 0.0).good

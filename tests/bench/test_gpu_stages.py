@@ -1,4 +1,4 @@
-"""``python -m bench.gpu``: a stage that fails takes nothing with it. ``make gpu-rehearsal`` runs the real stages."""
+"""``python -m bench.gpu``: a stage that fails does not affect others. ``make gpu-rehearsal`` runs the real stages."""
 
 import json
 import time
@@ -36,7 +36,7 @@ def run(stages, folder, seconds=60.0):
     return {outcome.command: outcome for outcome in outcomes}
 
 
-def test_one_that_dies_or_hangs_takes_nothing_with_it(stages, tmp_path):
+def test_a_command_that_dies_or_hangs_does_not_affect_the_others(stages, tmp_path):
     outcomes = run(stages, tmp_path)
     assert {name: o.status for name, o in outcomes.items()} == {
         "no-module": "failed", "sleep": "stopped", "quick": "passed",
@@ -44,15 +44,15 @@ def test_one_that_dies_or_hangs_takes_nothing_with_it(stages, tmp_path):
     assert outcomes["sleep"].seconds < 1.0 + gpu.GRACE_SECONDS + 5
     words = gpu.summary(list(outcomes.values()), tmp_path)
     assert "No module named nosuchmodule" in words
-    assert words.endswith("next: mend the first that failed, and run python -m bench.gpu --stages dies")
+    assert words.endswith("next: fix no-module, then run python -m bench.gpu --stages dies")
 
 
-def test_the_last_ones_get_what_time_is_left(stages, tmp_path):
+def test_without_time_left_a_command_does_not_run(stages, tmp_path):
     outcomes = run(stages, tmp_path, seconds=0.0)
     assert {o.status for o in outcomes.values()} == {"no time"}
 
 
-def test_nothing_that_a_stopped_command_has_started_goes_on(monkeypatch, tmp_path):
+def test_the_children_of_a_stopped_command_are_stopped(monkeypatch, tmp_path):
     """As Inductor's compiling processes would."""
     late = "import time; time.sleep(3); open('late', 'w')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
@@ -62,38 +62,43 @@ def test_nothing_that_a_stopped_command_has_started_goes_on(monkeypatch, tmp_pat
     assert not (tmp_path / "late").exists()
 
 
+def measured(contenders):
+    return {"comparisons": [{"contenders": contenders}]}
+
+
 def record(*losses, failure=None):
     plain = {"failure": None, "ms": 1.0, "losses": [5.0, 4.0]}
-    return {"contenders": {"fastgpt, no graphs": plain, "fastgpt": {**plain, "failure": failure, "losses": losses}}}
+    return measured({"fastgpt, no graphs": plain, "fastgpt": {**plain, "failure": failure, "losses": losses}})
 
 
 @pytest.mark.parametrize(
     ("found", "work"),
     [
         (None, True),  # stopped before it wrote anything
-        ({"contenders": {}}, True),
-        ({"contenders": {"fastgpt, no graphs": record()["contenders"]["fastgpt, no graphs"]}}, True),
+        ({"comparisons": []}, True),
+        (measured({}), True),
+        (measured({"fastgpt, no graphs": {"failure": None, "losses": [5.0, 4.0]}}), True),
         (record(5.0, failure="RuntimeError: capture"), False),
-        ({"contenders": {"fastgpt": {"failure": "RuntimeError: capture", "losses": []}}}, False),
+        (measured({"fastgpt": {"failure": "RuntimeError: capture", "losses": []}}), False),
         (record(5.0, 4.0), True),
         (record(5.0, 4.000001), True),
         (record(5.0, 4.5), False),
         (record(5.0, float("nan")), False),
     ],
 )
-def test_graphs_are_given_up_only_where_they_failed_or_learnt_otherwise(found, work):
-    """Of a stage that was stopped before it came to them nothing is known."""
+def test_graphs_are_not_used_only_if_they_failed_or_changed_the_losses(found, work):
+    """A stage that was stopped before it ran them says nothing about graphs."""
     assert gpu.graphs_work(found) == work
 
 
-def test_a_record_that_was_cut_off_is_passed_over(tmp_path):
-    (tmp_path / "mfu-a.json").write_text('{"whole": 1}')
+def test_a_record_that_was_cut_off_is_skipped(tmp_path):
+    (tmp_path / "mfu-a.json").write_text('{"version": 1}')
     (tmp_path / "mfu-b.json").write_text('{"cut')
-    assert gpu.newest(tmp_path, "mfu-*.json", 0.0) == {"whole": 1}
+    assert gpu.newest(tmp_path, "mfu-*.json", 0.0) == {"version": 1}
     assert gpu.newest(tmp_path, "mfu-*.json", time.time() + 10) is None
 
 
-def test_a_first_stage_that_was_stopped_early_leaves_the_graphs_on(monkeypatch, tmp_path):
+def test_a_first_stage_that_was_stopped_does_not_turn_graphs_off(monkeypatch, tmp_path):
     step = command("mfu", flags=("-n1", "-r1", "pass", "fastgpt"))
     monkeypatch.setattr(gpu, "STAGES", {"first": (command("first-step", flags=SLEEP, seconds=1.0),), "step": (step,)})
     lines = []
@@ -104,16 +109,23 @@ def test_a_first_stage_that_was_stopped_early_leaves_the_graphs_on(monkeypatch, 
     assert "fastgpt" in lines[1]
 
 
-def test_without_graphs_the_contenders_are_those_without(tmp_path):
-    step, _ = gpu.STAGES["step"]
-    line = gpu.arguments(step, False, False, tmp_path, 1, 16)
+MFU = [one for commands in gpu.STAGES.values() for one in commands if one.module == "bench.mfu"]
+
+
+@pytest.mark.parametrize("one", MFU, ids=lambda one: one.name)
+def test_if_graphs_fail_every_stage_has_the_contender_without_them(tmp_path, one):
+    line = gpu.arguments(one, False, False, tmp_path, 1, 16)
     assert "fastgpt" not in line
-    assert "fastgpt, no graphs" in line
+    assert line.count("fastgpt, no graphs") == 1
+    request = mfu.parse(line[3:])
+    assert "fastgpt, no graphs" in request.contenders
+    others = set(mfu.parse(gpu.arguments(one, False, True, tmp_path, 1, 16)[3:]).contenders) - {"fastgpt"}
+    assert set(request.contenders) == others | {"fastgpt, no graphs"}
 
 
 @pytest.mark.parametrize(
     ("gib", "sequences"),
-    [(79.2, 16), (39.4, 16), (23.5, 8), (19.6, 8), (15.6, 4), (11.99, 2), (7.6, 2)],  # as the cards of 80 GB … tell
+    [(79.2, 16), (39.4, 16), (23.5, 8), (19.6, 8), (15.6, 4), (11.99, 2), (7.6, 2)],  # as cards of 80 GB … report
 )
 def test_a_small_card_gets_a_small_micro_batch(tmp_path, gib, sequences):
     size = gpu.micro_batch(int(gib * 2**30))
@@ -124,7 +136,7 @@ def test_a_small_card_gets_a_small_micro_batch(tmp_path, gib, sequences):
         assert line[line.index("--batch_size") + 1] == str(expected)
 
 
-def test_every_command_is_one_that_its_module_takes(tmp_path):
+def test_every_command_is_accepted_by_its_module(tmp_path):
     parsers = {"bench.mfu": mfu.parse, "bench.kernels": kernels.parse}
     parsed = 0
     for commands in gpu.STAGES.values():
@@ -142,19 +154,19 @@ def test_the_tests_that_it_runs_exist():
     assert [path for path in named if not (gpu.REPOSITORY / path).exists()] == []
 
 
-def test_all_of_it_takes_less_than_the_device_is_lent_for():
+def test_the_time_limits_of_the_first_stages_fit_the_default():
     first = sum(c.seconds for stage in ("first", "operators", "step", "kernels") for c in gpu.STAGES[stage])
     assert first <= 9.5 * 60 - 60  # and the rest has a minute at least
 
 
-def test_the_record_is_written_and_the_status_tells(stages, tmp_path, capsys):
+def test_the_record_is_written_and_the_exit_status_is_right(stages, tmp_path, capsys):
     flags = ["--rehearse", "--out", str(tmp_path / "out")]
     assert gpu.main([*flags, "--stages", "passes"]) == 0
     found = json.loads((tmp_path / "out" / "gpu" / "stages.json").read_text())
     assert [o["status"] for o in found["outcomes"]] == ["passed"]
     assert found["rehearsal"] is True
-    assert "all passed; records" in capsys.readouterr().out
-    assert "all passed; records" in (tmp_path / "out" / "gpu" / "summary.txt").read_text()
+    assert "all passed; the records" in capsys.readouterr().out
+    assert "all passed; the records" in (tmp_path / "out" / "gpu" / "summary.txt").read_text()
     assert gpu.main([*flags, "--stages", "dies"]) == 1
 
 

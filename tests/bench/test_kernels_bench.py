@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import kernels, report, timing
-from bench.kernels import Contender, Op, Setting
-from bench.timing import CPUTimer, CUDATimer, Unit, interleave
+from bench import kernels, ops, timing
+from bench.ops import Contender, Op, Setting
+from bench.records import conditions
+from bench.timing import CPUTimer, CUDATimer, Readings, Unit, interleave, turn_of
 from fastgpt import cli
 
 CPU = torch.device("cpu")
 TINY = {"C": 128, "H": 2, "V": 61, "adamw_L": 1, "adamw_V": 61}
 FIGURES = {
-    "median_ms", "quartiles_ms", "rate", "unit", "host_ms", "peak_mib", "calls_per_round",
-    "rounds_ms",
+    "ms", "quartiles_ms", "readings", "rate", "unit", "host_ms", "peak_bytes", "calls_per_round", "rounds_ms",
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def _on_one_thread():
 
 
 class ScriptedTimer:
-    """Reads off a unit's time from its ``run``, which returns it, and moves its own clock by it."""
+    """Takes the time of a unit from the return value of ``run``, and advances its own clock by it."""
 
     def __init__(self, cache_bytes=0):
         self.cache_bytes = cache_bytes
@@ -47,7 +47,7 @@ class ScriptedTimer:
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """torch.compile takes everything and then fails at the first call, as without a C compiler."""
+    """Make compiled functions fail at the first call, as without a C compiler."""
 
     def compile(function, **options):
         def compiled(*inputs):
@@ -60,7 +60,7 @@ def no_compiler(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch, no_compiler):
-    """``main`` on tiny shapes, with ceilings that are given."""
+    """``main`` on tiny shapes, with fixed ceilings."""
     monkeypatch.setattr(kernels, "CPUTimer", lambda: CPUTimer(flush_bytes=1))
     monkeypatch.setattr(kernels, "Setting", lambda *args, **sizes: Setting(*args, **(sizes | TINY)))
     gemm, copy = iter([1e12, 2e12]), iter([50e9, 40e9])  # before and after
@@ -68,16 +68,25 @@ def quick(monkeypatch, no_compiler):
     monkeypatch.setattr(kernels, "measure_bandwidth", lambda *args: next(copy))
 
 
+def is_timed(contender):
+    return contender["failure"] is None and "ms" in contender
+
+
 def op_of(*contenders, inputs=None, **fields):
     inputs = [torch.linspace(-1, 1, 8).requires_grad_()] if inputs is None else inputs
     contenders = [Contender(name, function) for name, function in contenders]
-    fields = {"eager": "eager", "work": {"fwd": 4e6, "fwd+bwd": 8e6}, "unit": "GB/s"} | fields
+    fields = {"eager": "eager", "work": {"fwd": 4e6, "fwd+bwd": 8e6}, "unit": "B/s"} | fields
     return Op(inputs, [torch.ones_like(inputs[0])], contenders, **fields)
 
 
 def measured(op, timer=None):
-    rows = kernels.measure(op, timer or CPUTimer(flush_bytes=1), torch.float32, (2, 2), 0.0)
-    return {(row["pass"], row["contender"]): row for row in rows}
+    """The contenders, by pass and name."""
+    passes = kernels.measure(op, timer or CPUTimer(flush_bytes=1), torch.float32, (2, 2), 0.0)
+    return {(each, name): contender for each, found in passes.items() for name, contender in found.items()}
+
+
+def turns(timer, **units):
+    return {name: turn_of(unit, timer) for name, unit in units.items()}
 
 
 # ---- timing ----
@@ -85,34 +94,39 @@ def measured(op, timer=None):
 
 def test_contenders_take_turns():
     timer = ScriptedTimer()
-    times = interleave({"a": Unit(lambda: 1.0), "b": Unit(lambda: 2.0)}, timer, 1.0, (3, 3), timer.clock)
+    times = interleave(turns(timer, a=Unit(lambda: 1.0), b=Unit(lambda: 2.0)), 1.0, (3, 3), timer.clock)
     assert timer.order == [1.0, 2.0] * 3
-    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert times == {"a": Readings([1.0] * 3), "b": Readings([2.0] * 3)}
 
 
 @pytest.mark.parametrize(("seconds", "rounds", "n"), [(0.0, (3, 9), 3), (0.05, (3, 9), 5), (9.0, (3, 9), 9)])
 def test_rounds_go_on_until_the_time_is_up_within_bounds(seconds, rounds, n):
     timer = ScriptedTimer()
-    assert len(interleave({"a": Unit(lambda: 10.0)}, timer, seconds, rounds, timer.clock)["a"]) == n
+    assert len(interleave(turns(timer, a=Unit(lambda: 10.0)), seconds, rounds, timer.clock)["a"].ms) == n
+
+
+def test_a_turn_may_have_several_times():
+    """As a turn of a few steps has in a process of its own."""
+    assert interleave({"a": lambda: [1.0, 2.0]}, 0.0, (2, math.inf)) == {"a": Readings([1.0, 2.0, 1.0, 2.0])}
 
 
 def test_a_time_is_that_of_a_call():
     timer = ScriptedTimer()
-    assert interleave({"a": Unit(lambda: 6.0, calls=3)}, timer, 0.0, (1, 1), timer.clock) == {"a": [2.0]}
+    assert interleave(turns(timer, a=Unit(lambda: 6.0, calls=3)), 0.0, (1, 1)) == {"a": Readings([2.0])}
 
 
 def test_a_contender_that_fails_while_timed_ends_only_its_own_part():
     calls = iter([1.0])
     timer = ScriptedTimer()
-    units = {"a": Unit(lambda: next(calls)), "b": Unit(lambda: 2.0)}
-    times = interleave(units, timer, 0.0, (3, 3), timer.clock)
-    assert isinstance(times["a"], StopIteration)
-    assert times["b"] == [2.0] * 3
+    times = interleave(turns(timer, a=Unit(lambda: next(calls)), b=Unit(lambda: 2.0)), 0.0, (3, 3), timer.clock)
+    assert isinstance(times["a"].failure, StopIteration)
+    assert times["a"].ms == [1.0]
+    assert times["b"] == Readings([2.0] * 3)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A stand-in for torch.cuda that writes down what it is asked for."""
+    """A stand-in for torch.cuda that records its calls."""
     log = []
 
     class Event:
@@ -156,7 +170,7 @@ def test_a_gpu_does_not_spin_forever_for_a_contender_that_waits_for_it(gpu):
     assert gpu[0] == timing.LONGEST_LEAD_MS * timing.CYCLES_PER_MS
 
 
-def test_warming_up_on_a_gpu_tells_memory_beyond_the_inputs_and_the_time_to_launch(gpu):
+def test_warming_up_on_a_gpu_measures_memory_beyond_the_inputs_and_the_time_to_launch(gpu):
     unit = Unit(lambda: gpu.append("run"), before=lambda: gpu.append("before"))
     CUDATimer(CPU).warm_up(unit)
     assert gpu == ["before", "run", "synchronize", "reset", "run", "synchronize", "run", "synchronize"]
@@ -164,12 +178,12 @@ def test_warming_up_on_a_gpu_tells_memory_beyond_the_inputs_and_the_time_to_laun
     assert unit.host_ms >= 0.0
 
 
-def test_on_a_gpu_a_row_tells_memory_and_launch_time_of_a_call(gpu, no_compiler):
+def test_on_a_gpu_a_contender_has_memory_and_launch_time_of_a_call(gpu, no_compiler):
     op = op_of(("fastgpt", lambda x: x * 2), ("eager", lambda x: x * 2))  # an input has 32 bytes, the cache twice 100
     row = measured(op, CUDATimer(CPU))["fwd+bwd", "fastgpt"]
     assert row["calls_per_round"] == 7
     assert row["rounds_ms"] == [1.0, 1.0]
-    assert row["peak_mib"] == 500 / 2**20
+    assert row["peak_bytes"] == 500
     assert row["host_ms"] >= 0.0
 
 
@@ -179,22 +193,22 @@ def test_on_a_gpu_a_row_tells_memory_and_launch_time_of_a_call(gpu, no_compiler)
 def test_a_contender_that_computes_something_else_is_wrong_and_not_timed():
     op = op_of(("fastgpt", lambda x: x * 2.001), ("eager", lambda x: x * 2), ("other", lambda x: x + x))
     rows = measured(op)
-    assert rows["fwd", "fastgpt"]["status"].startswith("wrong: error 5.0e-04")
+    assert rows["fwd", "fastgpt"]["failure"].startswith("wrong: error 5.0e-04")
     assert rows["fwd", "fastgpt"]["errors"] == pytest.approx([5e-4], rel=1e-3)
-    assert "median_ms" not in rows["fwd", "fastgpt"]
-    assert {rows["fwd", name]["status"] for name in ("eager", "other")} == {"timed"}
+    assert "ms" not in rows["fwd", "fastgpt"]
+    assert all(is_timed(rows["fwd", name]) for name in ("eager", "other"))
 
 
-def test_a_wrong_gradient_is_found_where_the_output_is_right():
+def test_a_wrong_gradient_is_found_if_the_output_is_right():
     op = op_of(("fastgpt", lambda x: x * 2 + (x - x.detach())), ("eager", lambda x: x * 2))
     rows = measured(op)
-    assert rows["fwd", "fastgpt"]["status"] == "timed"
-    assert rows["fwd+bwd", "fastgpt"]["status"].startswith("wrong")
+    assert is_timed(rows["fwd", "fastgpt"])
+    assert rows["fwd+bwd", "fastgpt"]["failure"].startswith("wrong")
 
 
 def test_nan_is_wrong():
     rows = measured(op_of(("fastgpt", lambda x: x * math.nan), ("eager", lambda x: x * 2)))
-    assert rows["fwd", "fastgpt"]["status"].startswith("wrong: error nan")
+    assert rows["fwd", "fastgpt"]["failure"].startswith("wrong: error nan")
 
 
 def test_a_contender_that_raises_is_skipped_and_says_why_in_a_line():
@@ -202,51 +216,53 @@ def test_a_contender_that_raises_is_skipped_and_says_why_in_a_line():
         raise RuntimeError("no kernel image\nsecond line")
 
     rows = measured(op_of(("fastgpt", lambda x: x * 2), ("eager", lambda x: x * 2), ("broken", raises)))
-    assert rows["fwd", "broken"]["status"] == "skipped: RuntimeError: no kernel image"
-    assert rows["fwd", "fastgpt"]["status"] == "timed"
+    assert rows["fwd", "broken"]["failure"] == "skipped: RuntimeError: no kernel image"
+    assert is_timed(rows["fwd", "fastgpt"])
 
 
-def test_what_draws_at_random_is_timed_and_not_compared():
+def test_a_random_op_is_timed_and_not_compared():
     op = op_of(("fastgpt", lambda x: x * torch.rand(())), ("eager", lambda x: x * torch.rand(())), random=True)
     rows = measured(op)
-    assert {(row["status"], row["errors"]) for row in rows.values()} == {("timed", None)}
+    assert all(is_timed(row) and row["errors"] is None for row in rows.values())
 
 
 def test_a_gradient_left_in_main_grad_is_checked_there(no_compiler):
-    op = kernels.linear_cross_entropy(Setting(CPU, torch.bfloat16, 1, 16, **TINY))
+    op = ops.linear_cross_entropy(Setting(CPU, torch.bfloat16, 1, 16, **TINY))
     function = op.contenders[0].function
     forgetful = Contender("forgetful", lambda x, weight: function(x, weight.detach()), main_grad=torch.zeros(61, 128))
     found = kernels.check(
         replace(op, contenders=[*op.contenders, forgetful]), True, kernels.true_results(op, torch.bfloat16)
     )
     assert len(found["fastgpt main_grad"]["errors"]) == 3
-    assert found["fastgpt main_grad"]["status"] == "right"
-    assert found["forgetful"]["status"].startswith("wrong: error 1.0e+00")
+    assert found["fastgpt main_grad"]["failure"] is None
+    assert found["forgetful"]["failure"].startswith("wrong: error 1.0e+00")
 
 
 # ---- the ops ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", list(kernels.OPS))
+@pytest.mark.parametrize("name", list(ops.OPS))
 def test_every_op_is_right_and_timed_in_every_pass(name, dtype, no_compiler):
     setting = Setting(CPU, dtype, 2, 16, **TINY)
-    rows = kernels.benchmark([name], setting, CPUTimer(flush_bytes=1), 0.0, note=len)
-    passes = {"step"} if name.startswith("adamw") else {"fwd", "fwd+bwd"}
-    assert {(row["op"], row["pass"]) for row in rows} == {(name, p) for p in passes}
-    assert {row["status"] for row in rows if row["ours"]} == {"timed"}
-    for row in rows:
-        if row["status"] == "timed":
-            assert row.keys() >= FIGURES
-            assert len(row["rounds_ms"]) == 3
-            assert row["quartiles_ms"][0] <= row["median_ms"] <= row["quartiles_ms"][1]
-        if row["contender"] == "torch.compile":
-            assert row["status"] == "skipped: RuntimeError: no compiler"
-    assert any(row["status"] == "timed" and row["whole"] and not row["ours"] for row in rows)
+    comparisons = kernels.benchmark([name], setting, CPUTimer(flush_bytes=1), 0.0, note=len)
+    passes = ["step"] if name.startswith("adamw") else ["fwd", "fwd+bwd"]
+    assert [c["name"] for c in comparisons] == [f"{name} {each}" for each in passes]
+    for comparison in comparisons:
+        contenders = comparison["contenders"]
+        assert is_timed(contenders[comparison["ours"]])
+        assert all(is_timed(c) for c in contenders.values() if c["ours"])
+        for contender in filter(is_timed, contenders.values()):
+            assert contender.keys() >= FIGURES
+            assert len(contender["rounds_ms"]) == 3
+            assert contender["quartiles_ms"][0] <= contender["ms"] <= contender["quartiles_ms"][1]
+        if "torch.compile" in contenders:
+            assert contenders["torch.compile"]["failure"] == "skipped: RuntimeError: no compiler"
+        assert any(is_timed(c) and c["whole"] and not c["ours"] for c in contenders.values())
 
 
 def test_the_optimizers_model_is_gpt2_124m():
-    shapes = kernels.gpt2_shapes(12, 50304, 1024, 768)
+    shapes = ops.gpt2_shapes(12, 50304, 1024, 768)
     assert len(shapes) == 148
     assert sum(map(math.prod, shapes)) == 124_475_904
     assert [len(shape) for shape in shapes] == sorted(map(len, shapes), reverse=True)
@@ -256,22 +272,22 @@ def test_work_is_counted_as_stated():
     s = Setting(CPU, torch.bfloat16, 2, 16, **TINY)
     B, T, H, D, N, C, V = 2, 16, 2, 64, 32, 128, 61
     product = 2 * B * H * T * T * D
-    assert kernels.attention_work(s) == {"fwd": 2 * product / 2, "fwd+bwd": 2 * product / 2 * 3.5}
-    assert kernels.layer_norm(s).work == {"fwd": 2 * N * C * 2, "fwd+bwd": 5 * N * C * 2}
-    assert kernels.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
-    assert kernels.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
-    assert kernels.cross_entropy(s).work == {"fwd": N * V * 2, "fwd+bwd": 3 * N * V * 2}
-    assert kernels.linear(s).work == {"fwd": 2 * N * C * 4 * C, "fwd+bwd": 6 * N * C * 4 * C}
-    assert kernels.linear_cross_entropy(s).work == {"fwd": 2 * N * C * V, "fwd+bwd": 6 * N * C * V}
-    n_params = sum(map(math.prod, kernels.gpt2_shapes(1, V, T, C)))
-    assert kernels.adamw(s).work == {"step": 38 * n_params}
-    assert kernels.adamw(s, dtype=torch.bfloat16).work == {"step": 18 * n_params}
+    assert ops.attention_work(s) == {"fwd": 2 * product / 2, "fwd+bwd": 2 * product / 2 * 3.5}
+    assert ops.layer_norm(s).work == {"fwd": 2 * N * C * 2, "fwd+bwd": 5 * N * C * 2}
+    assert ops.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
+    assert ops.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
+    assert ops.cross_entropy(s).work == {"fwd": N * V * 2, "fwd+bwd": 3 * N * V * 2}
+    assert ops.linear(s).work == {"fwd": 2 * N * C * 4 * C, "fwd+bwd": 6 * N * C * 4 * C}
+    assert ops.linear_cross_entropy(s).work == {"fwd": 2 * N * C * V, "fwd+bwd": 6 * N * C * V}
+    n_params = sum(map(math.prod, ops.gpt2_shapes(1, V, T, C)))
+    assert ops.adamw(s).work == {"step": 38 * n_params}
+    assert ops.adamw(s, dtype=torch.bfloat16).work == {"step": 18 * n_params}
 
 
 def test_a_rate_is_work_by_the_median_time():
-    row = kernels.figures([3.0, 1.0, 2.0], Unit(lambda: None), 5e7, "GB/s")
-    assert row["median_ms"] == 2.0
-    assert row["rate"] == pytest.approx(25.0)
+    row = kernels.describe([3.0, 1.0, 2.0], Unit(lambda: None), 5e7, "B/s")
+    assert row["ms"] == 2.0
+    assert row["rate"] == pytest.approx(25e9)
     assert row["rounds_ms"] == [3.0, 1.0, 2.0]
 
 
@@ -288,54 +304,34 @@ def test_each_call_of_a_unit_has_inputs_of_its_own_until_they_exceed_the_cache()
     assert len(set(seen)) == 3
 
 
-def test_an_op_that_cannot_be_set_up_is_a_row(monkeypatch):
+def test_an_op_that_cannot_be_set_up_is_a_comparison_with_its_failure(monkeypatch):
     def build(setting):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(kernels.OPS, "gelu", (build, 1))
-    rows = kernels.benchmark(["gelu"], Setting(CPU, torch.float32, 1), CPUTimer(1), 0.0, note=len)
-    assert [row["status"] for row in rows] == ["skipped: OutOfMemoryError: out of memory"]
-    assert "out of memory" in report.table(report.summarise(rows))
+    monkeypatch.setitem(ops.OPS, "gelu", (build, 1))
+    found = kernels.benchmark(["gelu"], Setting(CPU, torch.float32, 1), CPUTimer(1), 0.0, note=len)
+    assert [c["contenders"]["all"]["failure"] for c in found] == ["skipped: OutOfMemoryError: out of memory"]
+    assert "out of memory" in kernels.overview({"dtype": "float32", "comparisons": found})
 
 
-# ---- the report ----
+# ---- the overview ----
 
 
-def row(contender, ms, ours=False, whole=True, status="timed", op="gelu"):
-    figures = {"median_ms": ms, "share_of_ceiling": 0.5} if status == "timed" else {}
-    return {"op": op, "pass": "fwd", "contender": contender, "ours": ours, "whole": whole, "status": status} | figures
+def contender(ms, ours=False, failure=None):
+    figures = {} if failure else {"ms": ms, "share_of_ceiling": 0.5}
+    return {"ours": ours, "whole": True, "failure": failure} | figures
 
 
-def test_the_ratio_is_the_best_peers_time_over_the_kernels():
-    rows = [
-        row("fastgpt", 2.0, ours=True),
-        row("fastgpt, another", 1.0, ours=True),
-        row("slow", 5.0),
-        row("best", 3.0),
-        row("does less", 0.1, whole=False),
-        row("broken", None, status="skipped: why"),
-    ]
-    (entry,) = report.summarise(rows)
-    assert (entry["ours_ms"], entry["best_peer"], entry["best_peer_ms"], entry["ratio"]) == (2.0, "best", 3.0, 1.5)
-
-
-@pytest.mark.parametrize(
-    ("ours", "peer"), [("timed", "skipped: why"), ("wrong: error", "timed"), ("skipped: why", "skipped: why")]
-)
-def test_there_is_no_ratio_without_both_times(ours, peer):
-    (entry,) = report.summarise([row("fastgpt", 2.0, ours=True, status=ours), row("peer", 3.0, status=peer)])
-    assert entry["ratio"] is None
-    assert entry["status"] == ours
-
-
-def test_the_table_fits_100_columns():
-    rows = [
-        row("fastgpt", 123456.789, ours=True, op="an_op_with_a_very_long_name_indeed"),
-        row("a peer with a very long name indeed, chunks", 123456.789, op="an_op_with_a_very_long_name_indeed"),
-        row("fastgpt", None, ours=True, status="skipped: " + "x" * 200, op="other"),
-        row("fastgpt", 1e-3, ours=True, op="alone"),
-    ]
-    lines = report.table(report.summarise(rows)).splitlines()
+def test_the_overview_fits_100_columns():
+    long_name = "an_op_with_a_very_long_name_indeed fwd+bwd"
+    peer = "a peer with a very long name indeed, chunks"
+    groups = {
+        long_name: {"fastgpt": contender(123456.789, ours=True), peer: contender(123456.789)},
+        "other": {"fastgpt": contender(None, ours=True, failure="skipped: " + "x" * 200)},
+        "alone": {"fastgpt": contender(1e-3, ours=True)},
+    }
+    comparisons = [{"name": name, "ours": "fastgpt", "contenders": group} for name, group in groups.items()]
+    lines = kernels.overview({"dtype": "float32", "comparisons": comparisons}).splitlines()
     assert len(lines) == 4
     assert max(map(len, lines)) <= 100
 
@@ -343,51 +339,51 @@ def test_the_table_fits_100_columns():
 # ---- the command ----
 
 
-def test_the_record_names_what_it_was_measured_on(quick, tmp_path, capsys):
+def test_the_record_has_device_versions_shapes_and_ceilings(quick, tmp_path, capsys):
     argv = ["--device", "cpu", "--block_size", "16", "--ops", "gelu", "adamw_list", "--out", str(tmp_path)]
     assert kernels.main(argv) == 0
-    record = json.loads((tmp_path / f"kernels-float32{timing.conditions(CPU)}.json").read_text())
+    record = json.loads((tmp_path / f"kernels-float32{conditions(CPU)}.json").read_text())
     assert record.keys() == {
-        "environment", "command", "date", "shapes", "dtype", "ceilings", "rows", "summary", "seconds",
+        "version", "kind", "device", "versions", "commit", "uncommitted_changes", "command", "date", "dtype", "backend",
+        "comparisons", "seconds",
     }  # fmt: skip
-    assert record["environment"].keys() >= {
-        "device", "capability", "driver", "torch", "triton", "python", "commit", "backend",
-    }  # fmt: skip
-    assert record["shapes"] == {"B": 1, "T": 16} | TINY
-    assert record["ceilings"] == {"TFLOP/s": 2.0, "GB/s": 50.0}
-    shares = [r["share_of_ceiling"] for r in record["rows"] if r["status"] == "timed"]
-    assert shares == [r["rate"] / 50.0 for r in record["rows"] if r["status"] == "timed"]
+    assert record["device"].keys() >= {"name", "type", "capability", "driver", "isa", "threads"}
+    assert record["versions"].keys() >= {"torch", "triton", "python"}
+    for comparison in record["comparisons"]:
+        assert comparison["shapes"] == {"B": 1, "T": 16} | TINY
+        assert comparison["ceilings"] == {"gemm_flops": 2e12, "bandwidth": 50e9}
+        for contender in comparison["contenders"].values():
+            if is_timed(contender):
+                assert contender["share_of_ceiling"] == contender["rate"] / 50e9
     assert "python -m bench.kernels --device cpu --block_size 16 --ops gelu adamw_list" in record["command"]
-    page = (tmp_path / f"kernels-float32{timing.conditions(CPU)}.md").read_text()
+    page = (tmp_path / f"kernels-float32{conditions(CPU)}.md").read_text()
     assert page.count("\n|---") == 1
-    assert page.count("\n| ") == 1 + len(record["rows"])
+    assert page.count("\n| ") == 1 + sum(len(c["contenders"]) for c in record["comparisons"])
     out = capsys.readouterr().out
-    assert report.table(record["summary"]) in out
+    assert kernels.overview(record) in out
     assert [line.split()[:2] for line in out.splitlines()[-3:]] == [
         ["gelu", "fwd"], ["gelu", "fwd+bwd"], ["adamw_list", "step"],
     ]  # fmt: skip
 
 
-def test_a_gpu_that_is_lost_on_the_way_leaves_a_record(quick, tmp_path, monkeypatch):
+def test_a_gpu_that_is_lost_during_the_run_leaves_a_record(quick, tmp_path, monkeypatch):
     def lost(*args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     gemm = iter([lambda: 2e12, lost])
     monkeypatch.setattr(kernels, "measure_gemm_peak", lambda *args: next(gemm)())
     kernels.main(["--device", "cpu", "--block_size", "16", "--ops", "gelu", "--out", str(tmp_path)])
-    assert (
-        json.loads((tmp_path / f"kernels-float32{timing.conditions(CPU)}.json").read_text())["ceilings"]["TFLOP/s"]
-        == 2.0
-    )
+    record = json.loads((tmp_path / f"kernels-float32{conditions(CPU)}.json").read_text())
+    assert {c["ceilings"]["gemm_flops"] for c in record["comparisons"]} == {2e12}
 
 
 def test_a_kernel_that_does_not_run_is_a_failure(quick, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(kernels.ours, "gelu", broken)
+    monkeypatch.setattr(ops.ours, "gelu", broken)
     assert kernels.main(["--device", "cpu", "--block_size", "16", "--ops", "gelu", "--out", str(tmp_path)]) == 1
-    assert "skipped: RuntimeError: broken" in (tmp_path / f"kernels-float32{timing.conditions(CPU)}.md").read_text()
+    assert "skipped: RuntimeError: broken" in (tmp_path / f"kernels-float32{conditions(CPU)}.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -400,7 +396,7 @@ def test_a_kernel_that_does_not_run_is_a_failure(quick, tmp_path, monkeypatch):
         ["--device", "cpu", "--batch_size", "0"],
     ],
 )
-def test_a_wrong_flag_is_a_line_and_status_2(argv, capsys):
+def test_a_wrong_flag_gives_one_line_and_status_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.run(kernels.main, argv)
     assert exit.value.code == 2

@@ -1,4 +1,4 @@
-"""``pytest bench/ --benchmark-only``: every op is timed beside PyTorch's."""
+"""``pytest bench/ --benchmark-only`` times every op and PyTorch's."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.kernels import OPS
+from bench.ops import OPS
 
 ROOT = Path(__file__).parents[2]
 RUN_SMALL = """
@@ -20,7 +20,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 ONE_ROUND = ["--benchmark-only", "--benchmark-min-rounds=1", "--benchmark-max-time=0"]
 
 
-def test_every_op_is_timed_beside_pytorchs_in_fp32_and_bf16(tmp_path):
+def test_every_op_and_pytorchs_are_timed_in_fp32_and_bf16(tmp_path):
     record = tmp_path / "record.json"
     command = [sys.executable, "-c", RUN_SMALL, "bench", *ONE_ROUND, f"--benchmark-json={record}"]
     # pytest-benchmark would take the child for a worker of xdist's, where it does not time

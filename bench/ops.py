@@ -1,0 +1,327 @@
+"""The ops of ``bench.kernels``: their inputs, their work in FLOPs or bytes, and their contenders.
+
+Shapes are those of GPT-2 124M. Work is the least that an implementation must do, so a share of the ceiling can be read
+as the distance to the best possible kernel.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastgpt.kernels as ours
+
+Function = Callable[..., Any]
+
+SDPA = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Device, dtype and shapes, which all ops share: GPT-2 124M's, except for the batch. Also draws the tensors.
+
+    The model of the optimizer may have fewer layers, ``L``, and a smaller vocabulary, ``V``.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    B: int
+    T: int = 1024
+    C: int = 768
+    H: int = 12
+    V: int = 50304
+    adamw_L: int = 12
+    adamw_V: int = 50304
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def leaf(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self.draw(*shape).mul_(scale).requires_grad_()
+
+    def targets(self) -> Tensor:
+        return torch.randint(self.V, (self.B * self.T,), device=self.device)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do an op's work.
+
+    Attributes:
+        name: starts with "fastgpt" if it is ours.
+        function: takes the op's inputs, returns one or more tensors.
+        whole: whether it does all of the work. If not, it is timed, but not checked and not a peer.
+        main_grad: the tensor with the gradient that autograd does not return, if any.
+    """
+
+    name: str
+    function: Function
+    whole: bool = True
+    main_grad: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op at one shape.
+
+    Attributes:
+        inputs: leaves; each of them gets a gradient. An optimizer has none and uses its own operands.
+        douts: gradients of the outputs; ``None`` for a loss.
+        contenders: the first is the kernel that the others are compared with.
+        eager: the contender that gives the true results; its error at the operands' dtype sets the limit for others.
+        work: FLOPs or bytes by pass: ``fwd`` without gradients, ``fwd+bwd``, or ``step`` of an optimizer.
+        unit: ``FLOP/s`` or ``B/s``, the unit of work divided by time.
+        random: contenders draw random numbers, so their results cannot be compared.
+        before: restores operands that a call changes.
+    """
+
+    inputs: list[Tensor]
+    douts: list[Tensor | None]
+    contenders: list[Contender]
+    eager: str
+    work: dict[str, float]
+    unit: str
+    random: bool = False
+    before: Callable[[], object] = lambda: None
+
+
+# ---- the ops ----
+
+
+def sdpa(backend: str, dropout_p: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+
+
+def sdpa_peers(dropout_p: float = 0.0) -> dict[str, Function]:
+    return {"sdpa " + name.split("_")[0].lower(): partial(sdpa, name, dropout_p) for name in SDPA}
+
+
+def attention_work(s: Setting) -> dict[str, float]:
+    """Two products of 2 B T T C FLOPs forward and five backward, half of each above the diagonal."""
+    forward = 2.0 * s.B * s.T * s.T * s.C
+    return {"fwd": forward, "fwd+bwd": 3.5 * forward}
+
+
+def attention_qkv(s: Setting, head_size: int = 64, dropout_p: float = 0.0) -> Op:
+    """From the packed output of one linear layer, (B, T, 3C), to the input of the next, (B, T, C), as in nanoGPT."""
+    n_head = s.C // head_size
+
+    def unpacked(attend: Function, qkv: Tensor) -> Tensor:
+        q, k, v = (t.view(s.B, s.T, n_head, head_size).transpose(1, 2) for t in qkv.split(s.C, dim=2))
+        return attend(q, k, v).transpose(1, 2).contiguous().view(s.B, s.T, s.C)
+
+    packed = partial(ours.attention_qkv, n_head=n_head, dropout_p=dropout_p)
+    on_views = partial(unpacked, partial(ours.attention, dropout_p=dropout_p))
+    contenders = [Contender("fastgpt attention_qkv", packed), Contender("fastgpt attention", on_views)]
+    if s.device.type == "cuda":  # a CPU has no other backward
+        contenders.append(Contender("fastgpt single pass", partial(packed, deterministic=False)))
+    contenders += [Contender(name, partial(unpacked, attend)) for name, attend in sdpa_peers(dropout_p).items()]
+    inputs, dout = [s.leaf(s.B, s.T, 3 * s.C)], s.draw(s.B, s.T, s.C)
+    return Op(inputs, [dout], contenders, "sdpa math", attention_work(s), "FLOP/s", random=dropout_p > 0.0)
+
+
+def attention(s: Setting) -> Op:
+    """Three tensors (B, H, T, D) in, one out, in the layout that the contender chooses."""
+    shape = (s.B, s.H, s.T, s.C // s.H)
+    peers = [Contender(name, attend) for name, attend in sdpa_peers().items()]
+    contenders = [Contender("fastgpt", ours.attention), *peers]
+    inputs = [s.leaf(*shape) for _ in range(3)]
+    return Op(inputs, [s.draw(*shape)], contenders, "sdpa math", attention_work(s), "FLOP/s")
+
+
+def against_eager(
+    kernel: Function, eager: Function, inputs: list[Tensor], douts: list[Tensor | None], forward: int, backward: int
+) -> Op:
+    """An op bound by memory. ``forward`` and ``backward`` count the tensors of the first input's size that move."""
+    compiled = torch.compile(eager, dynamic=False)
+    contenders = [Contender("fastgpt", kernel), Contender("eager", eager), Contender("torch.compile", compiled)]
+    size = float(inputs[0].numel() * inputs[0].element_size())
+    work = {"fwd": forward * size, "fwd+bwd": (forward + backward) * size}
+    return Op(inputs, douts, contenders, "eager", work, "B/s")
+
+
+def layer_norm(s: Setting) -> Op:
+    B, T, C = s.B, s.T, s.C
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (C,), weight, bias)
+
+    inputs = [s.leaf(B, T, C), s.leaf(C), s.leaf(C)]
+    return against_eager(ours.layer_norm, eager, inputs, [s.draw(B, T, C)], 2, 3)
+
+
+def add_layer_norm(s: Setting) -> Op:
+    B, T, C = s.B, s.T, s.C
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.layer_norm(total, (C,), weight, bias), total
+
+    inputs = [s.leaf(B, T, C), s.leaf(B, T, C), s.leaf(C), s.leaf(C)]
+    return against_eager(ours.add_layer_norm, eager, inputs, [s.draw(B, T, C), s.draw(B, T, C)], 4, 4)
+
+
+def gelu(s: Setting, with_bias: bool = False) -> Op:
+    shape = (s.B, s.T, 4 * s.C)
+
+    def kernel(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ours.gelu(x, bias=bias)
+
+    def eager(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.gelu(x if bias is None else x + bias, approximate="tanh")
+
+    inputs = [s.leaf(*shape)] + ([s.leaf(shape[-1])] if with_bias else [])
+    return against_eager(kernel, eager, inputs, [s.draw(*shape)], 2, 3)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss, as under autocast, which widens logits of half precision."""
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.cross_entropy(wide, targets, ignore_index=-1)
+
+
+def cross_entropy(s: Setting) -> Op:
+    targets = s.targets()
+
+    def eager(logits: Tensor) -> Tensor:
+        return mean_loss(logits, targets)
+
+    kernel = partial(ours.cross_entropy, targets=targets)
+    return against_eager(kernel, eager, [s.leaf(s.B * s.T, s.V)], [None], 1, 2)
+
+
+def in_place(kernel: Function, main_grad: Tensor) -> Contender:
+    """The kernel with the gradient of its weight, the second input, added to ``main_grad``."""
+
+    def function(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+        weight = weight.detach().requires_grad_()
+        weight.main_grad = main_grad  # type: ignore[attr-defined]
+        return kernel(x, weight, *others)
+
+    return Contender("fastgpt main_grad", function, main_grad=main_grad)
+
+
+def linear(s: Setting) -> Op:
+    """The first linear layer of GPT-2's MLP. torch.compile has nothing to fuse here."""
+    B, T, C = s.B, s.T, s.C
+    contenders = [
+        Contender("fastgpt", ours.linear),
+        in_place(ours.linear, torch.zeros(4 * C, C, device=s.device)),
+        Contender("eager", F.linear),
+    ]
+    inputs = [s.leaf(B, T, C), s.leaf(4 * C, C, scale=0.02), s.leaf(4 * C)]
+    forward = 2.0 * B * T * C * 4 * C
+    return Op(inputs, [s.draw(B, T, 4 * C)], contenders, "eager", {"fwd": forward, "fwd+bwd": 3 * forward}, "FLOP/s")
+
+
+def linear_cross_entropy(s: Setting) -> Op:
+    targets = s.targets()
+    kernel = partial(ours.linear_cross_entropy, targets=targets)
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        return mean_loss(F.linear(x, weight), targets)
+
+    contenders = [
+        Contender("fastgpt", kernel),
+        in_place(kernel, torch.zeros(s.V, s.C, device=s.device)),
+        Contender("eager", eager),
+        Contender("torch.compile", torch.compile(eager, dynamic=False)),
+    ]
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        theirs = partial(F.linear_cross_entropy, target=targets, ignore_index=-1)
+        contenders.append(Contender("F.linear_cross_entropy", theirs))
+        if s.device.type == "cuda":  # on a CPU it takes many times as long as all others together
+            chunked = partial(theirs, options=torch.nn.LinearCrossEntropyOptions())
+            contenders.append(Contender("F.linear_cross_entropy chunks", chunked))
+    inputs = [s.leaf(s.B * s.T, s.C), s.leaf(s.V, s.C, scale=0.02)]
+    forward = 2.0 * s.B * s.T * s.C * s.V
+    return Op(inputs, [None], contenders, "eager", {"fwd": forward, "fwd+bwd": 3 * forward}, "FLOP/s")
+
+
+def gpt2_shapes(L: int, V: int, T: int, C: int) -> list[tuple[int, ...]]:
+    """GPT-2's parameters, matrices before vectors; 124,475,904 numbers at L 12, V 50304, T 1024, C 768."""
+    block: list[tuple[int, ...]] = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (3 * C,), (4 * C,), *[(C,)] * 6]
+    return sorted([(V, C), (T, C), *block * L, (C,), (C,)], key=len, reverse=True)
+
+
+def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) -> Op:
+    """Clip to norm 1, update the parameters, copy them to bf16 if they are fp32, zero the gradients."""
+    shapes = gpt2_shapes(s.adamw_L, s.adamw_V, s.T, s.C)
+    n_decayed = sum(len(shape) > 1 for shape in shapes)
+    if flat:
+        shapes = [(sum(map(math.prod, part)),) for part in (shapes[:n_decayed], shapes[n_decayed:])]
+        n_decayed = 1
+    first, drawn = ([0.02 * torch.randn(shape, device=s.device, dtype=dtype) for shape in shapes] for _ in range(2))
+    params, grads = ([torch.zeros_like(p) for p in first] for _ in range(2))
+    copied = params if dtype == torch.float32 else []
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in copied]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+
+    def optimizer(kind: Function, **options: Any) -> Any:
+        groups = {0.1: params[:n_decayed], 0.0: params[n_decayed:]}
+        parameters = [{"params": part, "weight_decay": decay} for decay, part in groups.items()]
+        return kind(parameters, lr=1e-3, betas=(0.9, 0.95), **options)
+
+    fused = optimizer(ours.FusedAdamW, max_grad_norm=1.0, copies=dict(zip(copied, copies, strict=True)))
+    plain = optimizer(torch.optim.AdamW, fused=True)
+    fused.step()  # creates the state, which both share
+    plain.state.update({p: fused.state[p] for p in params})
+
+    def before() -> None:
+        """Set up the tenth step, with moments as nine steps might have left them."""
+        torch._foreach_copy_(params, first)
+        torch._foreach_copy_(grads, drawn)
+        for p, g in zip(params, drawn, strict=True):
+            # by .data, which leaves the version as it is; otherwise FusedAdamW would wait for the device to count anew
+            fused.state[p]["step"].data.fill_(9.0)
+            fused.state[p]["exp_avg"].copy_(g)
+            torch.mul(g, g, out=fused.state[p]["exp_avg_sq"])
+
+    def kernel() -> list[Tensor]:
+        fused.step(zero_grad=True)
+        return params + copies + grads
+
+    def peer() -> list[Tensor]:
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        plain.step()
+        if copies:
+            torch._foreach_copy_(copies, params)
+        torch._foreach_zero_(grads)
+        return params + copies + grads
+
+    contenders = [
+        Contender("fastgpt", kernel),
+        Contender(f"torch fused, clip, {'copy, ' * bool(copies)}zero", peer),
+        Contender("torch fused, step only", plain.step, whole=False),
+    ]
+    # per parameter, the norm reads 1 number, the update reads 4 and writes 3, zeroing writes 1; a copy has 2 bytes
+    work = {"step": (9.0 * dtype.itemsize + 2.0 * bool(copies)) * sum(p.numel() for p in params)}
+    return Op([], [], contenders, contenders[1].name, work, "B/s", before=before)
+
+
+# For each op, the function that builds it, and the largest number of rounds.
+OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
+    "attention_qkv": (attention_qkv, 100),
+    "attention_qkv_d32": (partial(attention_qkv, head_size=32), 30),
+    "attention_qkv_d128": (partial(attention_qkv, head_size=128), 30),
+    "attention_qkv_dropout": (partial(attention_qkv, dropout_p=0.1), 30),
+    "attention": (attention, 100),
+    "layer_norm": (layer_norm, 100),
+    "add_layer_norm": (add_layer_norm, 100),
+    "gelu": (gelu, 100),
+    "gelu_bias": (partial(gelu, with_bias=True), 100),
+    "cross_entropy": (cross_entropy, 100),
+    "linear": (linear, 100),
+    "linear_cross_entropy": (linear_cross_entropy, 100),
+    "adamw_flat": (partial(adamw, flat=True), 50),
+    "adamw_list": (adamw, 50),
+    "adamw_bf16": (partial(adamw, dtype=torch.bfloat16), 50),
+}
