@@ -72,7 +72,7 @@ def _statistics(x: Tensor) -> Tensor:
 def _(
     out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, accumulate: bool, row_sums: Tensor | None
 ) -> None:  # fmt: skip
-    """Out = a @ b + bias and row_sums = a.sum(1); or with accumulate out += a @ b and row_sums += a.sum(1).
+    """out = a @ b + bias and row_sums = a.sum(1); or with accumulate out += a @ b and row_sums += a.sum(1).
 
     a: (M, K). b: (K, N). bias: (N,), excluded by accumulate.
     out: (M, N), rows contiguous; dtype of a, or fp32 with accumulate.
@@ -82,7 +82,7 @@ def _(
 
 @operator("add_column_sums_", "(Tensor(a!) sums, Tensor x) -> ()")
 def _(sums: Tensor, x: Tensor) -> None:
-    """Sums += x.sum(0), added up in fp32.
+    """sums += x.sum(0), added up in fp32.
 
     sums: (C,) fp32, contiguous. x: (N, C).
     """
@@ -105,7 +105,7 @@ def _(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
     kind="norm",
 )
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """Y = (x - mean) * rstd * weight + bias, with the mean and rstd = 1 / sqrt(variance + eps) of each row.
+    """y = (x - mean) * rstd * weight + bias, with the mean and rstd = 1 / sqrt(variance + eps) of each row.
 
     x, y: (..., C). weight, bias: (C,). mean, rstd: (...) fp32.
     """
@@ -119,7 +119,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tenso
     kind="norm",
 )
 def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """Sum = x + residual, rounded to the dtype of x; y, mean and rstd are those of layer_norm(sum).
+    """sum = x + residual, rounded to the dtype of x; y, mean and rstd are those of layer_norm(sum).
 
     x, residual, y, sum: (..., C). weight, bias: (C,). mean, rstd: (...) fp32.
     """
@@ -206,7 +206,7 @@ def _(
 def _(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Out = softmax(q k^T * scale) v, with dropout of the weights; lse is the logsumexp of each row of scores.
+    """out = softmax(q k^T * scale) v, with dropout of the weights; lse is the logsumexp of each row of scores.
 
     q: (B, H, T, D). k, v: (B, H, S, D); S = T with causal. seed: () int64, or None without dropout.
     out: (B, H, T, D), laid out in memory as (B, T, H, D). lse: (B, H, T) fp32.
