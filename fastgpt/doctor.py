@@ -1,6 +1,6 @@
-"""``python -m fastgpt.doctor``: what this machine has, what each kernel runs on, and why not something better.
+"""``python -m fastgpt.doctor``: what this machine has, what each kernel runs on, and how to make it faster.
 
-Exit status 1 when what was asked for by ``--device`` or ``FASTGPT_BACKEND`` cannot work here.
+Exit status 1 if the device or the backend that ``--device`` and ``FASTGPT_BACKEND`` request cannot work here.
 """
 
 import json
@@ -25,19 +25,20 @@ from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.kernels import backends, dispatch
 from fastgpt.limits import Bound
+from fastgpt.units import dtype_name, gib
 
 CPU = torch.device("cpu")
 RUNS = Path("runs")  # where fastgpt.train puts its runs
 
 SECONDS = 0.2  # for each measurement
 
-LITTLE_DISK = 5e9  # bytes; three checkpoints of GPT-2 124M, the best, the newest and the one being written
+LITTLE_DISK = 5e9  # bytes: three checkpoints of GPT-2 124M (the best, the newest, and the one being written)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings."""
     parser = Parser(prog="python -m fastgpt.doctor", description=__doc__)
-    parser.add_argument("--device", default="auto", help="what a run is to use: cpu, cuda, cuda:N; auto as in training")
+    parser.add_argument("--device", default="auto", help="as in training: cpu, cuda, cuda:N or auto")
     parser.add_argument("--quick", action="store_true", help="measure nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -55,11 +56,11 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     """Everything that ``doctor`` prints.
 
     Args:
-        device_name: what ``--device`` says.
-        quick: leave out the ceilings, which take seconds to measure.
+        device_name: the value of ``--device``.
+        quick: do not measure the ceilings, which takes seconds.
 
     Raises:
-        RequestError: ``device_name`` is no device's name.
+        RequestError: ``device_name`` is not the name of a device.
     """
     device, problems = _device(device_name)
     gpu = device if device.type == "cuda" else torch.device("cuda", 0) if torch.cuda.is_available() else None
@@ -76,11 +77,11 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     }
     devices = {
         "CPU": f"{hardware.device_name(CPU)}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": f"{threads.amount}, the limit is {threads.source}",
+        "threads": f"{threads.amount}, limited by {threads.source}",
         "RAM": _free(free, total),
         **(_gpu(gpu, seen_by_driver) if gpu else {"GPU": _why_no_gpu()}),
     }
-    a_run = {  # as fastgpt.train would have it
+    a_run = {  # what fastgpt.train would choose
         "--device": str(device),
         "--dtype auto": _training_dtype(device),
         "disk": f"{shutil.disk_usage(_existing(RUNS)).free / 1e9:.0f} GB free for {RUNS.absolute()}",
@@ -89,7 +90,7 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     return {
         "software": software,
         "devices": devices,
-        "limits": {  # bytes and threads, each with what sets it
+        "limits": {  # bytes and threads, and where each limit comes from
             name: bound._asdict() for name, bound in (("free", free), ("total", total), ("threads", threads))
         },
         "run": a_run,
@@ -100,11 +101,11 @@ def examine(device_name: str = "auto", quick: bool = False) -> dict[str, Any]:
     }
 
 
-# ---- what was asked for ----
+# ---- the requested device and backend ----
 
 
 def _device(name: str) -> tuple[torch.device, list[str]]:
-    """The device that ``--device`` names, or the CPU and why that one cannot be had."""
+    """The device that ``--device`` names; or the CPU, and why the device cannot be used."""
     try:
         return hardware.find_device(name), []
     except RequestError as error:
@@ -114,32 +115,32 @@ def _device(name: str) -> tuple[torch.device, list[str]]:
 
 
 def _backend_problems(device: torch.device | None) -> list[str]:
-    """Why ``FASTGPT_BACKEND`` cannot be had, on ``device`` if there is one."""
+    """Why the backend that ``FASTGPT_BACKEND`` names cannot be used on ``device``."""
     name = os.environ.get("FASTGPT_BACKEND", "auto")
     if name not in dispatch.BACKENDS:
         known = ", ".join(dispatch.BACKENDS)
-        return [f"FASTGPT_BACKEND={name} is no backend{did_you_mean(name, dispatch.BACKENDS)} (there are {known})"]
+        return [f"FASTGPT_BACKEND={name} is not a backend{did_you_mean(name, dispatch.BACKENDS)} (there are {known})"]
     if device is None:
         return []
     try:
         dispatch.backend_of(device, hardware.training_dtype(device))
     except RuntimeError as error:
-        return [f"{error}; unset FASTGPT_BACKEND, and fastgpt takes the best there is"]
+        return [f"{error}; unset FASTGPT_BACKEND to use the best one"]
     return []
 
 
 def _training_dtype(device: torch.device) -> str:
     dtype = hardware.training_dtype(device)
     why = {
-        ("cuda", torch.bfloat16): "this GPU multiplies it natively",
+        ("cuda", torch.bfloat16): "this GPU has it in hardware",
         ("cuda", torch.float16): "this GPU has no bfloat16",
-        ("cpu", torch.bfloat16): "this CPU multiplies it faster",
-        ("cpu", torch.float32): "this CPU does not multiply bfloat16 faster",
+        ("cpu", torch.bfloat16): "this CPU is faster in it",
+        ("cpu", torch.float32): "this CPU is not faster in bfloat16",
     }
-    return f"{_short(dtype)}: {why[device.type, dtype]}"
+    return f"{dtype_name(dtype)}: {why[device.type, dtype]}"
 
 
-# ---- what there is ----
+# ---- the machine ----
 
 
 def _triton(gpu: torch.device | None) -> str:
@@ -147,34 +148,33 @@ def _triton(gpu: torch.device | None) -> str:
         installed = version("triton")
     except PackageNotFoundError:
         there = platform.system() == "Linux" and platform.machine() == "x86_64"
-        return "not installed" if there else "not installed: fastgpt asks for it on Linux on x86-64 only"
+        return "not installed" if there else "not installed: fastgpt requires it only on Linux on x86-64"
     return installed if gpu else f"{installed}, unused without a GPU"
 
 
 def _compiler() -> str | None:
-    """Path and version of what would compile the C++ kernels, ``CXX`` or the usual names."""
+    """Path and version of the compiler for the C++ kernels: ``CXX``, or the first of the usual names."""
     command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
     path = shutil.which(command[0])
     return path and ", ".join([path, *_output(*command, "--version").splitlines()[:1]])
 
 
 def _free(free: Bound, total: Bound) -> str:
-    amounts = f"{free.amount / 2**30:.1f} of {total.amount / 2**30:.1f} GiB free"
+    amounts = f"{gib(free.amount).removesuffix(' GiB')} of {gib(total.amount)} free"
     if free.source == total.source:
-        return f"{amounts}, the limit is {free.source}"
-    return f"{amounts}, the limits are {free.source} for what is free and {total.source} for all"
+        return f"{amounts}, limited by {free.source}"
+    return f"{amounts}; free memory is limited by {free.source}, the total by {total.source}"
 
 
 def _gpu(gpu: torch.device, seen_by_driver: list[str]) -> dict[str, str]:
     properties = torch.cuda.get_device_properties(gpu)
     driver = seen_by_driver[0].rpartition(", ")[2] if seen_by_driver else "unknown"
     known = hardware.known_gpu(gpu)
-    ceiling = "unknown to the table: MFU will not be shown"
+    ceiling = "unknown: this GPU is not in the table, so MFU is not shown"
     if known is not None:
         dtype = hardware.training_dtype(gpu)
-        ceiling = (
-            f"dense {_short(dtype)} {known.tflops(dtype):.1f} TFLOP/s, {known.bandwidth_gb_s:g} GB/s ({known.source})"
-        )
+        peak = f"dense {dtype_name(dtype)} {known.tflops(dtype):.1f} TFLOP/s"
+        ceiling = f"{peak}, {known.bandwidth_gb_s:g} GB/s ({known.source})"
     n = torch.cuda.device_count()
     return {
         "GPU": f"{hardware.device_name(gpu)}, {properties.multi_processor_count} SMs, compute capability "
@@ -192,11 +192,11 @@ def _why_no_gpu() -> str:
 
 
 def _ceilings(device: torch.device) -> dict[str, float | None]:
-    """GEMM rates and bandwidth of a copy; ``None`` where the device has no memory free to measure."""
+    """GEMM rates and bandwidth of a copy; ``None`` if the device has too little free memory to measure."""
     ceilings: dict[str, float | None] = {}
     try:
         for dtype in dict.fromkeys((torch.float32, hardware.training_dtype(device))):
-            name = f"{_short(dtype)} TFLOP/s"
+            name = f"{dtype_name(dtype)} TFLOP/s"
             ceilings[name] = None
             ceilings[name] = hardware.gemm_ceiling(device, dtype, SECONDS) / 1e12
         ceilings["copy GB/s"] = None
@@ -207,25 +207,27 @@ def _ceilings(device: torch.device) -> dict[str, float | None]:
 
 
 def _advice(gpu: torch.device | None, seen_by_driver: list[str], threads: Bound) -> list[str]:
-    """What would make the slow parts fast."""
+    """How to make the slow parts faster."""
     advice = [_about_cpp(), _about_gpu(seen_by_driver) if gpu is None else _about_triton()]
     if threads.source in hardware.THREADS:
         asked, possible = f"{threads.source}={os.environ[threads.source]}", limits.threads()
         if 2 * threads.amount < possible.amount:  # PyTorch's own choice may be half
-            advice.append(f"{asked} leaves most of {possible.amount} cores unused: unset it.")
+            advice.append(f"{asked} leaves most of the {possible.amount} cores unused: unset it.")
         if threads.amount > possible.amount:
             advice.append(
-                f"{asked} is more than the {possible.amount} that can run at a time ({possible.source}): unset it."
+                f"{asked} is more than the {possible.amount} that can run at once ({possible.source}): unset it."
             )
     if gpu is not None:
         free, total = (bound.amount for bound in hardware.memory(gpu))
         if free < 0.8 * total:
             advice.append(
-                f"{(total - free) / 2**30:.1f} GiB of the GPU's memory are in use: what else runs there (nvidia-smi "
-                "tells) takes memory and time from training."
+                f"{gib(total - free)} of the GPU's memory are in use. Other programs there (see nvidia-smi) take "
+                "memory and time from training."
             )
     if shutil.disk_usage(_existing(RUNS)).free < LITTLE_DISK:
-        advice.append("The disk is nearly full: GPT-2 124M's checkpoints take 4.5 GB; --out_dir puts a run elsewhere.")
+        advice.append(
+            "The disk is nearly full. GPT-2 124M's checkpoints take 4.5 GB; --out_dir puts a run on another disk."
+        )
     return [line for line in advice if line]
 
 
@@ -236,13 +238,13 @@ def _about_cpp() -> str:
     if "ATEN_CPU_CAPABILITY" in os.environ:
         return f"The C++ kernels are not used ({reason}): unset ATEN_CPU_CAPABILITY."
     if _compiler() is None:
-        mend = "install g++ or clang++, then reinstall fastgpt"
+        remedy = "Install g++ or clang++, then reinstall fastgpt."
     else:
-        mend = (
-            "a compiler is here: reinstall fastgpt with pip install --force-reinstall --no-cache-dir --no-deps "
-            "--no-build-isolation -v and read the build's messages"
+        remedy = (
+            "There is a compiler: reinstall fastgpt with pip install --force-reinstall --no-cache-dir --no-deps "
+            "--no-build-isolation -v and read the build's messages."
         )
-    return f"The C++ kernels are missing ({reason}); {mend}."
+    return f"The C++ kernels are missing ({reason}). {remedy}"
 
 
 def _about_gpu(seen_by_driver: list[str]) -> str:
@@ -250,12 +252,12 @@ def _about_gpu(seen_by_driver: list[str]) -> str:
         return ""
     name, _, driver = seen_by_driver[0].rpartition(", ")
     if torch.version.cuda is None:
-        mend = "this torch is built without CUDA: install one that has it, https://pytorch.org/get-started/locally"
+        problem = "this torch is built without CUDA: install one with CUDA, https://pytorch.org/get-started/locally"
     elif "CUDA_VISIBLE_DEVICES" in os.environ:
-        mend = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides it: unset it"
+        problem = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides it: unset it"
     else:
-        mend = f"torch for CUDA {torch.version.cuda} cannot use it with driver {driver}: a newer driver may mend that"
-    return f"There is a GPU here, {name}, but {mend}."
+        problem = f"torch for CUDA {torch.version.cuda} cannot use it with driver {driver}: try a newer driver"
+    return f"There is a GPU, {name}, but {problem}."
 
 
 def _about_triton() -> str:
@@ -263,33 +265,29 @@ def _about_triton() -> str:
         version("triton")
     except PackageNotFoundError:
         return "Triton is missing, so the GPU runs plain PyTorch: pip install triton."
-    # Triton compiles a launcher in C for each kernel when it first runs
+    # Triton compiles a small launcher in C for each kernel, the first time it runs
     if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "Triton needs a C compiler and there is none: install gcc, or set FASTGPT_BACKEND=reference."
+        return "Triton needs a C compiler: install gcc, or set FASTGPT_BACKEND=reference."
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        return f"Triton needs Python.h and there is none: install {python}-dev, or set FASTGPT_BACKEND=reference."
+        return f"Triton needs Python.h: install {python}-dev, or set FASTGPT_BACKEND=reference."
     return ""
 
 
 def _existing(path: Path) -> Path:
-    """The path, or what is there of it."""
+    """The path, or the nearest of its parents that exists."""
     return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """What a command prints; nothing if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-# ---- words ----
+# ---- output ----
 
 
 def _show(findings: dict[str, Any], console: Console) -> None:

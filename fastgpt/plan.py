@@ -1,13 +1,13 @@
-"""``python -m fastgpt.plan``: what a run will take, before anything runs.
+"""``python -m fastgpt.plan``: predict memory, speed and hours of a run, before it runs.
 
-python -m fastgpt.plan --preset gpt2-124m --gpu rtx-4070      # on a card that need not be here
-python -m fastgpt.plan --preset gpt2-124m --vram 8GB          # on the device at hand, with less memory
+python -m fastgpt.plan --preset gpt2-124m --gpu rtx-4070      # on any card of the table
+python -m fastgpt.plan --preset gpt2-124m --vram 8GB          # on this machine's device, with less memory
 python -m fastgpt.plan --preset gpt2-350m --gpu 4090 --tokens 10B
-python -m fastgpt.plan --points                               # what others have measured, beside the predictions
-python -m fastgpt.plan --points --gpu rtx-4070                # on one card
+python -m fastgpt.plan --points                               # measured public steps beside the predictions
+python -m fastgpt.plan --points --gpu rtx-4070                # those on one card
 
-Takes every flag of ``python -m fastgpt.train``. Times and sizes are predictions; how far they have been off where a
-step was measured is said beside them.
+It takes every flag of ``python -m fastgpt.train``. Times and sizes are predictions; the error that they had on measured
+steps stands beside them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from fastgpt.train.predict.points import CAUSES
 from fastgpt.train.predict.programs import PROGRAMS, Workload, tokens_per_second
 from fastgpt.train.predict.trace import Setup, trace_step
 from fastgpt.train.presets import PRESETS
-from fastgpt.units import duration, parse_count, parse_gigabytes
+from fastgpt.units import GIB, count, duration, gib, parse_count, parse_gigabytes, tflops
 
 # What a step takes beside its tensors, by type of device.
 RESERVE = {"cuda": "CUDA's own, assumed", "cpu": "libraries in use, gaps in malloc's heap"}
@@ -46,25 +46,25 @@ OTHERS = ("nanoGPT, compiled", "nanoGPT")  # programs to compare with
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as it is planned.
+    """A planned run.
 
     Attributes:
-        config: its flags, micro-batch and recomputation settled.
-        model: its shape.
-        machine: what it runs on.
+        config: its flags, with micro-batch and recomputation filled in.
+        gpt_config: its architecture.
+        machine: the device that it runs on.
         memory: bytes that it may take, and what limits them.
-        loaded: of these, bytes that the process holds before the run.
+        loaded: bytes of these that the process holds before the run.
         threads: of a CPU, and what limits them.
-        parts: bytes by part at the peak, all that the process holds.
+        parts: bytes that the process holds at the peak, by part.
         prediction: of a step's time.
         choices: micro-batches that fit.
-        findings: what is wrong with it already.
-        tokens: a budget to give the hours for, ``None`` if not asked.
+        findings: problems that are known before the run.
+        tokens: a budget to state the hours for; ``None`` if not requested.
         dtype: of the weights that the model computes with.
     """
 
     config: TrainConfig
-    model: GPTConfig
+    gpt_config: GPTConfig
     machine: roofline.Machine
     memory: Bound
     loaded: int
@@ -87,9 +87,9 @@ class Plan:
         return self.prediction.tokens_per_second(self.config.gradient_accumulation_steps)
 
     def milestones(self) -> dict[str, int]:
-        """Amounts of tokens worth a line, by name."""
+        """Numbers of tokens that get a line, by name."""
         found = {
-            "Chinchilla": CHINCHILLA * self.model.n_params_without_positions,
+            "Chinchilla": CHINCHILLA * self.gpt_config.n_params_without_positions,
             "max_iters": self.config.max_iters * self.config.tokens_per_step,
         }
         return found if self.tokens is None else {**found, "budget": self.tokens}
@@ -105,10 +105,10 @@ def make(
     threads: Bound | None = None,
     loaded: int = 0,
 ) -> Plan:
-    """Settle what the flags leave to the device, and count.
+    """Fill in what the flags leave to the device, and predict.
 
     Raises:
-        RequestError: nothing fits, or no number of micro-batches makes the update exact.
+        RequestError: nothing fits, or no micro-batch divides the update.
     """
     kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
     free = Bound(memory.amount - loaded, memory.source)
@@ -128,34 +128,33 @@ def make(
     )  # fmt: skip
 
 
-# ---- words ----
+# ---- output ----
 
 
 def lines(p: Plan) -> list[str]:
-    """The plan for a terminal, at most 100 columns."""
-    c, m, accumulation = p.config, p.model, p.config.gradient_accumulation_steps
+    """The plan as text, at most 100 columns wide."""
+    c, m, accumulation = p.config, p.gpt_config, p.config.gradient_accumulation_steps
     parts = ", ".join(f"{name} {amount(n)}" for name, n in m.parameters_by_part.items())
-    gib = 2**30
     update = p.prediction.seconds(accumulation)
-    peak = f" of {p.machine.peak / 1e12:.1f} TFLOP/s, dense" if p.machine.peak else ""
+    peak = f" of {tflops(p.machine.peak)}, dense" if p.machine.peak else ""
     mfu = p.prediction.mfu(accumulation)
     named = [finding.text for finding in p.findings if finding.code == NAMED_SIZE]
     text = [
         *named,
-        f"{c.preset}: {m.n_params_without_positions / 1e6:.2f}M parameters, {m.n_params / 1e6:.2f}M with positions; "
+        f"{c.preset}: {count(m.n_params_without_positions, 2)} parameters, {count(m.n_params, 2)} with positions; "
         f"{m.n_layer} layers of {m.n_embd}",
         f"  {parts}",
         "",
         f"{p.machine.name}, "
         + (f"threads {p.threads.amount} ({p.threads.source}), " if p.threads else "")
-        + f"{p.memory.amount / gib:.1f} GiB ({p.memory.source})",
+        + f"{gib(p.memory.amount)} ({p.memory.source})",
         f"  an update   {c.tokens_per_step:,} tokens = {accumulation} x {c.batch_size} x {c.block_size}"
         f", recompute {c.recompute}",
-        f"  memory      {p.peak / gib:.2f} GiB at the peak, predicted"
-        + ("" if p.peak <= p.memory.amount else f": {(p.peak - p.memory.amount) / gib:.2f} more than there is"),
-        *(f"    {label:<50}{size / gib:8.3f}" for label, size in sorted(p.parts.items(), key=lambda item: -item[1])),
+        f"  memory      {gib(p.peak, 2)} at the peak, predicted"
+        + ("" if p.peak <= p.memory.amount else f": {gib(p.peak - p.memory.amount, 2)} more than there is"),
+        *(f"    {label:<50}{size / GIB:8.3f}" for label, size in sorted(p.parts.items(), key=lambda item: -item[1])),
         f"  speed       {p.tokens_per_second:,.0f} tokens/s, {update:.3g} s an update, predicted"
-        + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; its peak is unknown, so there is no MFU"),
+        + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; no MFU, because the device's peak is unknown"),
         f"    by kind of call: {share(p.prediction)}",
         *(f"    {line}" for line in public_lines(p)),
         f"    {roofline.error_words(p.machine.name)}",
@@ -175,20 +174,20 @@ def lines(p: Plan) -> list[str]:
         rate = choice.prediction.tokens_per_second(choice.accumulation)
         held = choice.prediction.held + p.loaded
         text.append(
-            f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / gib:>7.2f}{rate:>12,.0f}"
+            f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / GIB:>7.2f}{rate:>12,.0f}"
             + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
         )
     return text
 
 
 def public_lines(p: Plan) -> list[str]:
-    """What others have measured says of the speed, and what their programs give on the card."""
-    if not is_held_to_points(p):
+    """The interval of the predicted speed, other programs' predicted speed, and public measurements on the card."""
+    if not is_comparable(p):
         return []
     if has_interval(p):
-        text = [f"{span(p.tokens_per_second)} if it is as near as for nine of ten public programs (--points)"]
+        text = [f"{span(p.tokens_per_second)} with the error of nine of ten public programs (--points)"]
     else:
-        text = ["no public step on such a card is known and its shares are assumed: it may be a third slower"]
+        text = ["no public step on such a card is known, so its shares are assumed: it may be a third slower"]
     compiled, eager = (others(p)[name] for name in OTHERS)
     text.append(
         f"nanoGPT at this micro-batch: {compiled:,.0f} with torch.compile ({span(compiled)}), {eager:,.0f} without"
@@ -199,14 +198,14 @@ def public_lines(p: Plan) -> list[str]:
     return text
 
 
-def is_held_to_points(p: Plan) -> bool:
-    """Whether public steps say something of this one: bf16, on a card of the table."""
+def is_comparable(p: Plan) -> bool:
+    """Whether public steps can be compared with this one: bf16, on a card of the table."""
     return p.machine.name in GPUS and p.dtype == torch.bfloat16
 
 
 def has_interval(p: Plan) -> bool:
-    """Whether the card's shares were fitted, and so judged."""
-    return is_held_to_points(p) and GPUS[p.machine.name].family in roofline.GPU_SHARES
+    """Whether the card's shares were fitted to public steps, so that their error is known."""
+    return is_comparable(p) and GPUS[p.machine.name].family in roofline.GPU_SHARES
 
 
 def span(rate: float) -> str:
@@ -216,16 +215,16 @@ def span(rate: float) -> str:
 
 
 def others(p: Plan) -> dict[str, float]:
-    """Tokens a second that other programs would give with the same model and micro-batch, predicted."""
-    workload = Workload.of(p.model, p.config.micro_batch_size, p.config.gradient_accumulation_steps)
+    """Predicted tokens/s of other programs with the same model and micro-batch."""
+    workload = Workload.of(p.gpt_config, p.config.micro_batch_size, p.config.gradient_accumulation_steps)
     return {name: tokens_per_second(PROGRAMS[name], workload, p.machine) for name in OTHERS}
 
 
 def point_lines(card: str | None) -> list[str]:
     """Every public step beside its prediction, on all cards or on one; at most 110 columns."""
-    titles = {"fitted": "shares are fitted to these", "judged": "and judged by these"}
-    titles |= {cause: f"not answered for: {cause}" for cause in CAUSES}
-    text = ["training steps that others have measured, tokens/s of one GPU; their sources: points.json", ""]
+    titles = {"fitted": "the shares are fitted to these", "judged": "and tested on these"}
+    titles |= {cause: f"not modelled: {cause}" for cause in CAUSES}
+    text = ["public training steps, tokens/s of one GPU; points.json has their sources", ""]
     for role, title in titles.items():
         of_role = [c for c in fit.comparisons() if c.role == role and card in (None, c.point.get("card"))]
         if of_role:
@@ -235,7 +234,7 @@ def point_lines(card: str | None) -> list[str]:
             error = f"{c.error:+.1%}" if c.error is not None else "-"
             gpu = str(c.point.get("card", c.point["gpu"])).removeprefix("NVIDIA ").removeprefix("GeForce ")
             text.append(f"  {c.point['id']:<28}{gpu[:38]:<40}{measured:>12}{predicted:>12}{error:>8}")
-    near = f"nine of ten pairs of a program and a card are judged within {fit.factor() - 1:.1%}"
+    near = f"nine of ten pairs of a program and a card are within {fit.factor() - 1:.1%}"
     return [*text, "", fit.summary("fitted"), fit.summary("judged"), near]
 
 
@@ -255,14 +254,14 @@ def share(prediction: roofline.Prediction) -> str:
 
 
 def to_json(p: Plan) -> dict[str, Any]:
-    """The same for programs. Bytes and seconds."""
+    """The plan as JSON. Bytes and seconds."""
     accumulation = p.config.gradient_accumulation_steps
     return {
         "preset": p.config.preset,
-        "model": asdict(p.model),
-        "parameters": p.model.n_params,
-        "parameters_without_positions": p.model.n_params_without_positions,
-        "parameters_by_part": p.model.parameters_by_part,
+        "model": asdict(p.gpt_config),
+        "parameters": p.gpt_config.n_params,
+        "parameters_without_positions": p.gpt_config.n_params_without_positions,
+        "parameters_by_part": p.gpt_config.parameters_by_part,
         "device": asdict(p.machine),
         "memory": p.memory.amount,
         "memory_limit": p.memory.source,
@@ -282,14 +281,14 @@ def to_json(p: Plan) -> dict[str, Any]:
             "micro_step_seconds_by_kind": p.prediction.micro_step,
             "update_seconds": p.prediction.update,
             "interval": fit.interval(p.tokens_per_second) if has_interval(p) else None,
-            "others": others(p) if is_held_to_points(p) else {},
+            "others": others(p) if is_comparable(p) else {},
         },
         "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in roofline.errors()],
         "findings": [asdict(finding) for finding in p.findings],
         "milestones": {
             name: {
                 "tokens": tokens,
-                "tokens_per_parameter": tokens / p.model.n_params_without_positions,
+                "tokens_per_parameter": tokens / p.gpt_config.n_params_without_positions,
                 "updates": tokens / p.config.tokens_per_step,
                 "hours": tokens / p.tokens_per_second / 3600,
             }
@@ -313,7 +312,7 @@ def to_json(p: Plan) -> dict[str, Any]:
 
 
 def dataset_facts(config: TrainConfig) -> tuple[int, int | None]:
-    """The dataset's vocabulary and tokens, if it is here; otherwise the vocabulary that is known or likely."""
+    """Vocabulary and number of tokens of the dataset; if it is not here, its usual vocabulary and ``None``."""
     try:
         dataset = open_dataset(config.dataset, config.data_dir)
     except RequestError:
@@ -325,10 +324,10 @@ def dataset_facts(config: TrainConfig) -> tuple[int, int | None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan."""
     parser = Parser(prog="python -m fastgpt.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gpu", help="a card such as rtx-4070, which need not be here")
-    parser.add_argument("--vram", help="its memory, if that is not all there is: 8GB")
-    parser.add_argument("--tokens", help="a budget to give the hours for: 10B")
-    parser.add_argument("--points", action="store_true", help="what others have measured, beside the predictions")
+    parser.add_argument("--gpu", help="any card of the table, such as rtx-4070")
+    parser.add_argument("--vram", help="memory to use instead of all: 8GB")
+    parser.add_argument("--tokens", help="also state the hours for this many tokens: 10B")
+    parser.add_argument("--points", action="store_true", help="print public measured steps beside their predictions")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
@@ -356,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device_type, machine = device.type, roofline.at_hand(device, dtype)
         memory = Bound(min(free.amount + loaded, total.amount), free.source)
     if vram:
-        memory = Bound(int(parse_gigabytes("vram", vram) * 2**30), "--vram")
+        memory = Bound(int(parse_gigabytes("vram", vram) * GIB), "--vram")
     setup = Setup(
         model, config.batch_size or 1, device_type, dtype, config.state_bits, deterministic=config.deterministic
     )

@@ -161,7 +161,7 @@ def test_triton_is_told_with_its_version_or_why_it_is_missing(monkeypatch):
 
     monkeypatch.setattr(doctor, "version", missing)
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert doctor._triton(None) == "not installed: fastgpt asks for it on Linux on x86-64 only"
+    assert doctor._triton(None) == "not installed: fastgpt requires it only on Linux on x86-64"
 
 
 def test_free_disk_is_that_of_the_folder_that_runs_go_to(monkeypatch, tmp_path):
@@ -176,7 +176,7 @@ def test_free_disk_is_that_of_the_folder_that_runs_go_to(monkeypatch, tmp_path):
 
 def test_what_dtype_auto_means_comes_with_the_reason(monkeypatch):
     monkeypatch.setattr(hardware, "training_dtype", lambda device: torch.float32)
-    assert doctor._training_dtype(doctor.CPU) == "float32: this CPU does not multiply bfloat16 faster"
+    assert doctor._training_dtype(doctor.CPU) == "float32: this CPU is not faster in bfloat16"
     monkeypatch.setattr(hardware, "training_dtype", lambda device: torch.float16)
     assert doctor._training_dtype(torch.device("cuda")) == "float16: this GPU has no bfloat16"
 
@@ -188,18 +188,21 @@ def test_a_gpu_of_the_table_is_told_with_its_peak_memory_and_driver(gpu):
     gpu(ADA)
     findings = doctor.examine(quick=True)
     assert findings["devices"]["GPU"] == f"{ADA}, 46 SMs, compute capability 8.9"
-    assert findings["devices"]["GPU memory"] == "11.0 of 12.0 GiB free, the limit is GPU"
+    assert findings["devices"]["GPU memory"] == "11.0 of 12.0 GiB free, limited by GPU"
     assert findings["devices"]["GPU driver"].startswith("550.54; torch is built for CUDA")
     assert findings["devices"]["GPU peak"].startswith("dense bfloat16 58.3 TFLOP/s, 504 GB/s (NVIDIA Ada whitepaper")
     assert findings["run"]["--device"] == "cuda:0"
-    assert findings["run"]["--dtype auto"] == "bfloat16: this GPU multiplies it natively"
+    assert findings["run"]["--dtype auto"] == "bfloat16: this GPU has it in hardware"
     assert findings["kernels"].keys() == {"cpu", "cuda"}
     assert findings["problems"] == []
 
 
 def test_a_gpu_that_is_not_in_the_table_is_said_to_have_no_mfu(gpu):
     gpu("NVIDIA Unheard Of")
-    assert doctor.examine(quick=True)["devices"]["GPU peak"] == "unknown to the table: MFU will not be shown"
+    assert (
+        doctor.examine(quick=True)["devices"]["GPU peak"]
+        == "unknown: this GPU is not in the table, so MFU is not shown"
+    )
 
 
 def test_a_gpu_without_bf16_shows_its_peak_in_fp16(gpu):
@@ -251,10 +254,10 @@ def test_missing_cpp_kernels_come_with_how_to_get_them(gpu, monkeypatch, tmp_pat
     absent = {"library": None, "reason": "the C++ kernels are not built"}
     monkeypatch.setattr(doctor, "_compiler", lambda: "/usr/bin/c++, 12")
     (line,) = advice(monkeypatch, **absent)
-    assert "(the C++ kernels are not built); a compiler is here: reinstall fastgpt with pip install" in line
+    assert "(the C++ kernels are not built). There is a compiler: reinstall fastgpt with pip install" in line
     monkeypatch.setattr(doctor, "_compiler", lambda: None)
     (line,) = advice(monkeypatch, **absent)
-    assert "install g++ or clang++, then reinstall fastgpt" in line
+    assert "Install g++ or clang++, then reinstall fastgpt" in line
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     (line,) = advice(monkeypatch, library=None, reason="this CPU has default, the build has _cpu_avx2.so")
     assert line.endswith("unset ATEN_CPU_CAPABILITY.")
@@ -270,7 +273,7 @@ def test_cpp_kernels_that_were_not_asked_for_are_not_missing(gpu, monkeypatch):
 @pytest.mark.parametrize(
     ("cuda", "hidden", "said"),
     [
-        (None, None, "this torch is built without CUDA: install one that has it"),
+        (None, None, "this torch is built without CUDA: install one with CUDA"),
         ("12.8", None, "torch for CUDA 12.8 cannot use it with driver 470.1"),
         ("12.8", "", "CUDA_VISIBLE_DEVICES= hides it: unset it"),
     ],
@@ -281,7 +284,7 @@ def test_a_gpu_that_torch_does_not_see_comes_with_the_reason(gpu, monkeypatch, c
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     line = next(line for line in advice(monkeypatch) if "GPU" in line)
-    assert line.startswith(f"There is a GPU here, {ADA}, but {said}")
+    assert line.startswith(f"There is a GPU, {ADA}, but {said}")
 
 
 def test_a_gpu_without_triton_or_with_little_memory_gets_advice(gpu, monkeypatch):
@@ -303,7 +306,7 @@ def test_a_full_disk_and_idle_cores_get_advice(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = "\n".join(advice(monkeypatch))
     assert "The disk is nearly full" in text
-    assert "OMP_NUM_THREADS=1 leaves most of 64 cores unused" in text
+    assert "OMP_NUM_THREADS=1 leaves most of the 64 cores unused" in text
 
 
 def test_the_limits_that_count_are_told(monkeypatch, capsys):
@@ -318,22 +321,22 @@ def test_the_limits_that_count_are_told(monkeypatch, capsys):
         found = doctor.examine(quick=True)["limits"]
     finally:
         torch.set_num_threads(threads)
-    assert f"threads 1, the limit is {quota}" in text
-    assert f"RAM 1.5 of 2.0 GiB free, the limit is {box}" in text
+    assert f"threads 1, limited by {quota}" in text
+    assert f"RAM 1.5 of 2.0 GiB free, limited by {box}" in text
     assert found == {
         "free": {"amount": 3 << 29, "source": box}, "total": {"amount": 2 << 30, "source": box},
         "threads": {"amount": 1, "source": quota},
     }  # fmt: skip
     monkeypatch.setattr(limits, "memory", lambda: (Bound(1 << 30, "RAM"), Bound(2 << 30, box)))
     text, _ = words(capsys, "--quick")
-    assert f"1.0 of 2.0 GiB free, the limits are RAM for what is free and {box} for all" in text
+    assert f"1.0 of 2.0 GiB free; free memory is limited by RAM, the total by {box}" in text
 
 
 def test_more_threads_than_the_quota_gives_get_advice(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(limits, "threads", lambda: Bound(2, "a quota"))
-    assert "OMP_NUM_THREADS=8 is more than the 2 that can run at a time (a quota)" in "\n".join(advice(monkeypatch))
+    assert "OMP_NUM_THREADS=8 is more than the 2 that can run at once (a quota)" in "\n".join(advice(monkeypatch))
 
 
 # ---- what cannot work ----
@@ -373,7 +376,7 @@ def test_the_cpus_backend_cannot_run_on_the_gpu_that_auto_takes(gpu, monkeypatch
                      marks=CPU_ONLY),
         (["--device", "cpu"], {"FASTGPT_BACKEND": "cpp", "ATEN_CPU_CAPABILITY": "default"}, 0, None),
         ([], {"FASTGPT_BACKEND": "trition"}, 1,
-         r"FASTGPT_BACKEND=trition is no backend; did you mean triton\? \(there are auto, triton, cpp, reference\)"),
+         r"FASTGPT_BACKEND=trition is not a backend; did you mean triton\? \(there are auto, triton, cpp, reference\)"),
         pytest.param(["--device", "cuda"], {}, 1,
                      "--device cuda: PyTorch sees 0 CUDA devices here; --device cpu works", marks=CPU_ONLY),
         (["--device", "tpu"], {}, 2, "--device takes cpu, cuda, cuda:N or auto, not 'tpu'"),

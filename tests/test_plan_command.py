@@ -91,11 +91,11 @@ def test_what_others_have_measured_is_said_beside_the_prediction(capsys):
     p, text = planned(capsys, *flags)["predicted"], words(capsys, *flags)
     low, high = p["interval"]
     assert low < p["tokens_per_second"] < high
-    assert f"{low:,.0f} to {high:,.0f} if it is as near" in text
+    assert f"{low:,.0f} to {high:,.0f} with the error of nine of ten public programs" in text
     assert p["others"]["nanoGPT"] < p["others"]["nanoGPT, compiled"] < p["tokens_per_second"]
     assert f"{p['others']['nanoGPT, compiled']:,.0f} with torch.compile" in text
     assert "nanochat-d12-4070: 55,710 measured by others" in text
-    assert "nanogpt-384w-4070" not in text  # not answered for
+    assert "nanogpt-384w-4070" not in text  # not modelled
 
 
 def test_the_readme_gives_what_is_predicted_for_the_reference_card(capsys):
@@ -115,7 +115,7 @@ def test_the_readme_gives_what_is_predicted_for_the_reference_card(capsys):
 def test_a_card_like_which_nobody_has_measured_any_gets_no_interval(capsys):
     text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090")
     assert "no public step on such a card is known" in text
-    assert "if it is as near" not in text
+    assert "nine of ten public programs" not in text
     assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090")["predicted"]["interval"] is None
     assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "t4")["predicted"]["others"] == {}  # no bf16
 
@@ -127,7 +127,7 @@ def test_the_public_points_are_printed_beside_their_predictions(capsys):
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [c.point["id"]]]
         assert line.split()[-1] == ("-" if c.error is None else f"{c.error:+.1%}")
     for cause in points.CAUSES:
-        assert f"not answered for: {cause}" in text
+        assert f"not modelled: {cause}" in text
     assert fit.summary("judged") in text
     on_a_card = words(capsys, "--points", "--gpu", "rtx-4070")
     assert "nanogpt-124m-4070" in on_a_card
@@ -144,7 +144,7 @@ def test_a_cpu_is_planned_for_by_its_measured_ceilings(capsys, monkeypatch):
     assert p["peak"] == sum(p["memory_by_part"].values()) > p["memory_by_part"][plan.LOADED]
     assert p["memory_by_part"][plan.LOADED] > 50 << 20
     assert p["threads"] == torch.get_num_threads()
-    assert "its peak is unknown" in words(capsys, "--preset", "quickstart", "--device", "cpu")
+    assert "no MFU, because the device's peak is unknown" in words(capsys, "--preset", "quickstart", "--device", "cpu")
 
 
 def test_on_a_cpu_the_limit_is_obeyed_and_told(capsys, monkeypatch):
