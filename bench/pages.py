@@ -252,10 +252,7 @@ def more_about(comparison: Record) -> list[str]:
         lines += markdown([["contender", *kinds], *rows], words=(0,))
     if "vram_gib" in comparison:
         whole, tensors = (GIB * comparison[key] for key in ("vram_gib", "vram_tensors_gib"))
-        lines += [
-            "",
-            f"Of {gib(whole)}, tensors may take {gib(tensors)}; CUDA and its libraries are assumed to take the rest.",
-        ]
+        lines += ["", f"Of {gib(whole)}, tensors may take {gib(tensors)}; CUDA and its libraries take the rest."]
     if "loss_curves" in comparison:
         n = comparison["loss_steps"]
         losses = [[name, f"{tail(curve):.5f}"] for name, curve in comparison["loss_curves"].items() if curve]
