@@ -31,7 +31,7 @@ LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.95), 0.1, 1.0  # nanoGPT'
 # ---- whether losses agree ----
 
 # The largest relative difference of two losses. In half precision it is a few roundings of the weights (2**-8 in bf16).
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+AGREE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -43,6 +43,11 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     if not pairs or not all(math.isfinite(a) and math.isfinite(b) for a, b in pairs):
         return math.inf
     return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def agree(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> bool:
+    """Whether two sequences of losses are the same, up to the rounding of a dtype."""
+    return difference(ours, theirs) <= AGREE[dtype]
 
 
 def differences(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:

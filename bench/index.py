@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from bench.contenders import AGREE, OURS, difference
+from bench.contenders import OURS, agree
 from bench.pages import Record, isa, markdown, page, sizes, summarise, threads_words
 from bench.records import REPOSITORY, RESULTS, collect
 from fastgpt.cli import Parser, run
@@ -166,12 +164,12 @@ def row_of(comparison: Record, dtype: str, folder: str, cells: dict[str, str]) -
     """One of a record's models; ``cells`` are those that all of them share."""
     shapes, contenders = comparison["shapes"], comparison["contenders"]
     config = GPTConfig(**{name: shapes[name] for name in shapes if name not in ("batch_size", "accumulation")})
-    ours, allowed = contenders[OURS], AGREE[getattr(torch, dtype)]
+    ours = contenders[OURS]
 
     def times(*names: str) -> str:
         """The fastest of these with the same losses, as a multiple of our time."""
         timed = [contenders[name] for name in names if name in contenders]
-        agreeing = [c["ms"] for c in timed if difference(ours["losses"], c["losses"]) <= allowed]
+        agreeing = [c["ms"] for c in timed if agree(ours["losses"], c["losses"], dtype)]
         return f"{min(agreeing) / ours['ms']:.2f}" if agreeing else "differs" if timed else "-"
 
     return Row(

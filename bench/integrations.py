@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(aligned(table(record["comparisons"])))
     apart = difference(losses["patched"], losses["transformers"])
     print(f"losses differ by at most {apart:.1e}")
-    return int(apart > AGREE[torch.float32])
+    return int(apart > AGREE["float32"])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from bench.contenders import OURS, RECORDED
 from bench.pages import Record
 from bench.steps import Request
 from fastgpt.train.predict import micro_batch, trace
-from fastgpt.units import GIB
+from fastgpt.units import GIB, gib
 
 Note = Callable[[dict[str, Any]], None]
 
@@ -35,7 +35,7 @@ def within(vram: float, name: str, request: Request, comparison: Record, note: C
     best = largest(name, request, guess, note_best)
     torch.cuda.set_per_process_memory_fraction(1.0, request.device)
     speed = f", {best['tokens_per_s']:,.0f} tokens/s" if "ms" in best else f": {best['beyond']}"
-    print(f"{name}: at most {best['batch_size']} sequences in {vram:g} GiB{speed}", flush=True)
+    print(f"{name}: at most {best['batch_size']} sequences in {gib(memory)}{speed}", flush=True)
 
 
 def largest(name: str, request: Request, guess: int, note: Note, seconds: float = 1.0) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mean loss of the last {min(flags.loss_steps, 10)} of {flags.loss_steps} updates: {ends}", flush=True)
     if vram:
         tensors = vram - trace.CUDA_RESERVE / GIB
-        comparison |= {"vram_gb": vram, "vram_tensors_gb": tensors, "largest": {}}
+        comparison |= {"vram_gib": vram, "vram_tensors_gib": tensors, "largest": {}}
         for name in names:
             within(vram, name, request, comparison, lambda: note(comparison))
     return status

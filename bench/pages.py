@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.contenders import AGREE, difference
-from fastgpt.units import number, rate, size
+from bench.contenders import agree
+from fastgpt.units import GIB, gib, number, rate, size
 
 Record = dict[str, Any]
 
@@ -56,7 +54,7 @@ def summarise(comparison: Record, dtype: str) -> Summary:
 def agrees(contender: Record, ours: Record, dtype: str) -> bool:
     """Whether two contenders have the same losses, if both have any."""
     theirs, own = contender.get("losses"), ours.get("losses")
-    return not theirs or not own or difference(own, theirs) <= AGREE[getattr(torch, dtype)]
+    return not theirs or not own or agree(own, theirs, dtype)
 
 
 # ---- tables ----
@@ -98,7 +96,7 @@ def table(comparisons: Sequence[Record], vram: float | None = None) -> list[list
                 speed = f"{largest['batch_size']}: {largest.get('tokens_per_s', 0):,.0f} tokens/s" if largest else ""
                 cells.append(speed)
             rows.append([comparison["name"], name + ("" if c["whole"] else " (part of the work)"), *cells])
-    titles = ["", "contender", *COLUMNS, *([f"largest micro-batch in {vram:g} GiB"] if vram is not None else [])]
+    titles = ["", "contender", *COLUMNS, *([f"largest micro-batch in {gib(vram * GIB)}"] if vram is not None else [])]
     return columns_with_values([titles, *rows], first=3)
 
 
@@ -212,7 +210,7 @@ def page(record: Record) -> str:
 
 
 def _vram(comparisons: Sequence[Record]) -> float | None:
-    return next((c["vram_gb"] for c in comparisons if c.get("vram_gb")), None)
+    return next((c["vram_gib"] for c in comparisons if c.get("vram_gib")), None)
 
 
 def ceiling_words(comparison: Record) -> str:
@@ -252,9 +250,9 @@ def more_about(comparison: Record) -> list[str]:
         rows = [[name, *(f"{budget.get(kind, 0.0):.2f}" for kind in kinds)] for name, budget in budgets.items()]
         lines += ["", "Milliseconds of one update by kind of kernel, under the profiler:", ""]
         lines += markdown([["contender", *kinds], *rows], words=(0,))
-    if "vram_gb" in comparison:
-        whole, tensors = comparison["vram_gb"], comparison["vram_tensors_gb"]
-        lines += ["", f"Of {whole:g} GiB, tensors may take {tensors:.2f}; the rest is kept for CUDA and its libraries."]
+    if "vram_gib" in comparison:
+        whole, tensors = (GIB * comparison[key] for key in ("vram_gib", "vram_tensors_gib"))
+        lines += ["", f"Of {gib(whole)}, tensors may take {gib(tensors)}; CUDA and its libraries take the rest."]
     if "loss_curves" in comparison:
         n = comparison["loss_steps"]
         losses = [[name, f"{tail(curve):.5f}"] for name, curve in comparison["loss_curves"].items() if curve]

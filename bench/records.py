@@ -20,7 +20,7 @@ capability (a GPU's) or the widest instruction set (a CPU's).
             share_of_ceiling, peak_bytes, host_ms, errors, losses, time_budget_ms
 
 A comparison of whole steps may also have: accumulation, recompute, state_bits, predicted, loss_steps, loss_curves,
-vram_gb, vram_tensors_gb and largest (bench/mfu.py).
+vram_gib, vram_tensors_gib and largest (bench/mfu.py).
 """
 
 import json

@@ -217,7 +217,7 @@ def disagreeing(record: Record) -> tuple[list[str], float]:
         }
         for name, apart in differences(losses).items():
             largest = max(largest, apart)
-            if apart > AGREE[getattr(torch, record["dtype"])]:
+            if apart > AGREE[record["dtype"]]:
                 wrong.append(f"{comparison['name']} {name}")
     return wrong, largest
 

@@ -261,29 +261,6 @@ def test_every_op_is_right_and_timed_in_every_pass(name, dtype, no_compiler):
         assert any(is_timed(c) and c["whole"] and not c["ours"] for c in contenders.values())
 
 
-def test_the_optimizers_model_is_gpt2_124m():
-    shapes = ops.gpt2_shapes(12, 50304, 1024, 768)
-    assert len(shapes) == 148
-    assert sum(map(math.prod, shapes)) == 124_475_904
-    assert [len(shape) for shape in shapes] == sorted(map(len, shapes), reverse=True)
-
-
-def test_work_is_counted_as_stated():
-    s = Setting(CPU, torch.bfloat16, 2, 16, **TINY)
-    B, T, H, D, N, C, V = 2, 16, 2, 64, 32, 128, 61
-    product = 2 * B * H * T * T * D
-    assert ops.attention_work(s) == {"fwd": 2 * product / 2, "fwd+bwd": 2 * product / 2 * 3.5}
-    assert ops.layer_norm(s).work == {"fwd": 2 * N * C * 2, "fwd+bwd": 5 * N * C * 2}
-    assert ops.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
-    assert ops.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
-    assert ops.cross_entropy(s).work == {"fwd": N * V * 2, "fwd+bwd": 3 * N * V * 2}
-    assert ops.linear(s).work == {"fwd": 2 * N * C * 4 * C, "fwd+bwd": 6 * N * C * 4 * C}
-    assert ops.linear_cross_entropy(s).work == {"fwd": 2 * N * C * V, "fwd+bwd": 6 * N * C * V}
-    n_params = sum(map(math.prod, ops.gpt2_shapes(1, V, T, C)))
-    assert ops.adamw(s).work == {"step": 38 * n_params}
-    assert ops.adamw(s, dtype=torch.bfloat16).work == {"step": 18 * n_params}
-
-
 def test_a_rate_is_work_by_the_median_time():
     row = kernels.describe([3.0, 1.0, 2.0], Unit(lambda: None), 5e7, "B/s")
     assert row["ms"] == 2.0

@@ -81,7 +81,7 @@ def test_a_record_becomes_a_row_for_the_error_of_the_plan(measurement):
 
 
 def test_losses_that_disagree_are_a_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(contenders.AGREE, torch.float32, -1.0)
+    monkeypatch.setitem(contenders.AGREE, "float32", -1.0)
     flags = [*TINY, "--dtype", "float32", "--contenders", "fastgpt", "eager", "--out", str(tmp_path)]
     assert mfu.main(flags) == 1
     assert "disagree" in capsys.readouterr().out

@@ -172,6 +172,33 @@ def test_a_contender_without_quartiles_has_an_empty_cell():
     assert [row[3] for row in pages.table([c])] == ["quartiles", "", "2.000 to 4.000"]
 
 
+def test_the_page_of_a_gpu_has_its_capability_memory_profile_and_largest_micro_batch():
+    record = records.begin("steps", "bench.mfu", ["--vram", "12GB"], CPU, "bfloat16")
+    record["device"] |= {"name": "NVIDIA GeForce RTX 4070", "type": "cuda", "capability": "8.9", "driver": "580.1"}
+    ours = contender(100.0, ours=True, mfu=0.5, peak_bytes=3 << 30, time_budget_ms={"GEMM": 60.0, "idle": 40.0})
+    c = comparison(fastgpt=ours, compile=contender(failure="OutOfMemoryError: no more"))
+    c |= {
+        "ceilings": {"gemm_flops": 55e12, "bandwidth": 450e9, "peak_flops": 58.3e12},
+        "predicted": {"ms": 90.0, "peak_bytes": 3 << 30, "by_kind_ms": {"GEMM": 55.0}, "update_ms": 5.0},
+        "vram_gib": 12.0, "vram_tensors_gib": 11.3, "largest": {"fastgpt": {"batch_size": 20, "tokens_per_s": 5e4}},
+        "loss_steps": 20, "loss_curves": {"fastgpt": [2.0] * 20, "eager, fp32": [3.0] * 20},
+    }  # fmt: skip
+    record["comparisons"] = [c]
+    page = pages.page(record)
+    for words in (
+        "NVIDIA GeForce RTX 4070, capability 8.9, bfloat16;", "driver 580.1",
+        "Ceilings: a large matrix product 55.00 TFLOP/s, a copy 450.0 GB/s, dense peak 58.30 TFLOP/s.",
+        "|  | contender | ms | / ours | MFU | peak memory | largest micro-batch in 12.0 GiB |",
+        "| gelu | fastgpt | 100.0 | 1.00 | 50.0% | 3.00 GiB | 20: 50,000 tokens/s |",
+        "| gelu | compile | OutOfMemoryError: no more |  |  |  |  |",
+        "predicts 90.00 ms and 3.00 GiB; measured 100.0 ms (-10.0%) and 3.00 GiB (+0.0%).",
+        "| fastgpt, predicted | 55.00 | 5.00 | 0.00 |",
+        "Of 12.0 GiB, tensors may take 11.3 GiB; CUDA and its libraries take the rest.",
+        "| eager, fp32 | 3.00000 |",
+    ):  # fmt: skip
+        assert words in page
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1185.6, "1,186"), (18.3905, "18.39"), (0.0045211, "0.004521"), (0.0, "0.000"), (12345.6, "12,346")],
