@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from fastgpt.data.stream import decode_stream, show
 from fastgpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.sample import decode_stream, encode_prompt, show
+from fastgpt.sample import encode_prompt
 
 WIDE = "aé€😀\n한글 naïve 🏳️‍🌈!"  # characters of one to four bytes
 

@@ -8,8 +8,9 @@ python -m fastgpt.train --preset gpt2-124m --init_from resume
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 
-from fastgpt import hardware, kernels, sample
+from fastgpt import hardware, kernels
 from fastgpt.cli import run
+from fastgpt.data.stream import show
 from fastgpt.errors import RequestError
 from fastgpt.train.memory import ran_out
 from fastgpt.train.presets import PRESETS
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompt = settled.dataset.val[0][:PROMPT_TOKENS].tolist()
             with suppress(OSError):  # nobody reads it; the run is done
                 print(f"sample, continued from {settled.tokenizer.decode(prompt)!r}:", flush=True)
-                sample.show(trainer.model, settled.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
+                show(trainer.model, settled.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
     return status
 
 

@@ -16,6 +16,7 @@ from fastgpt import doctor, sample
 from fastgpt.__main__ import VERBS
 from fastgpt.__main__ import main as fastgpt_main
 from fastgpt.cli import run
+from fastgpt.data import stream
 from fastgpt.data.__main__ import main as data_main
 from fastgpt.train.__main__ import main as train_main
 
@@ -207,7 +208,7 @@ def test_a_run_on_bare_tokens_cannot_be_sampled(capsys, words, workplace):
         shutil.copy(Path("data", words, shard), f"{split}.bin")
     assert train_main(["--dataset=train.bin", "--out_dir=bare", *MODEL, *LENGTH]) == 0
     assert "sample" not in capsys.readouterr().out
-    assert "nothing here turns its tokens into text" in refusal(capsys, sample.main, "bare")
+    assert "so they cannot be turned into text" in refusal(capsys, sample.main, "bare")
 
 
 # ---- the commands ----
@@ -265,7 +266,7 @@ def test_a_sample_of_bytes_shows_whole_characters(capsys, monkeypatch):
     def scripted(model, prompt, n, **options):
         return (prompt.new_tensor([next(ids)]) for _ in range(n))
 
-    monkeypatch.setattr(sample, "generate", scripted)
+    monkeypatch.setattr(stream, "generate", scripted)
     written = []
     monkeypatch.setattr(sys.stdout, "write", written.append)
     sample.main(["run", "--prompt=한", f"--max_new_tokens={len('żółć 한글'.encode())}"])
