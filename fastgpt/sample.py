@@ -53,9 +53,7 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     """
     config = run_folder.read_config(path)
     if config["tokenizer"] is None:
-        raise RequestError(
-            f"{path} was trained on a token file without a tokenizer, so its tokens cannot be turned into text"
-        )
+        raise RequestError(f"{path} was trained on tokens without a tokenizer, so they cannot be turned into text")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = GPT(GPTConfig(**config["model"]))
     model.load_state_dict(checkpoint.load_parameters(checkpoint.newest(path)), assign=True)
