@@ -1,12 +1,16 @@
-"""GPT-2 on fastgpt's kernels, read top to bottom.
+"""GPT-2 on fastgpt's kernels, to be read from top to bottom.
 
-Learned positions, pre-norm, tanh GELU, token embedding tied to the output layer. Parameter names and
-shapes are nanoGPT's. Every residual add is fused with the layer norm that reads it next, so the residual
-stream is carried as two tensors: what has been summed, and what the last branch adds to it.
+Learned positions, pre-norm, tanh GELU, token embedding tied to the output layer. Names and shapes of the parameters
+are nanoGPT's.
 
-In training and evaluation ``Block.forward`` hands over to ``fused.py``, which runs the same kernels with the same
-results as one autograd function. The lines below it run with a KV cache, under torch.compile and under autocast;
-forward hooks on a block's parts see no other call.
+Every residual add is fused with the layer norm after it. So the residual stream is carried as two tensors: the sum so
+far (``residual``), and what the last branch adds to it (``x``).
+
+In training and evaluation ``Block.forward`` calls ``fused.py`` instead of the lines below that call. It runs the same
+kernels as one autograd function, with the same bits. The lines below run with a KV cache, under torch.compile and under
+autocast. Forward hooks on the parts of a block are called only there.
+
+Shapes: B sequences, T tokens, C width (n_embd), H heads, D = C / H, V vocabulary.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
@@ -26,7 +30,7 @@ from fastgpt.model.config import GPTConfig
 
 
 class LayerNorm(kernels.LayerNorm):
-    """Layer norm, of ``x`` or of ``residual + x``; returns the sum that it normalised as well."""
+    """Layer norm of ``x``, or of ``residual + x``. Returns the sum that it normalises too."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if residual is None:
@@ -38,37 +42,31 @@ class KVCache:
     """Keys and values of every layer for the positions seen so far, for generation.
 
     Args:
-        config: the model's shape.
-        batch_size: sequences generated side by side.
-        like: a tensor with the device and dtype to use.
+        config: of the model.
+        batch_size: sequences that are generated at the same time, B.
+        like: a tensor on the device and of the dtype to use.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
-        shape = (
-            config.n_layer,
-            2,
-            batch_size,
-            config.n_head,
-            config.block_size,
-            config.n_embd // config.n_head,
-        )
-        self.store = like.new_empty(shape)
-        self.length = 0
+        D = config.n_embd // config.n_head
+        # for each layer keys and values; allocated once, for the longest sequence
+        self.store = like.new_empty((config.n_layer, 2, batch_size, config.n_head, config.block_size, D))
+        self.length = 0  # positions filled so far
 
     def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
-        """Append the keys and values of ``qkv`` (B, T, 3C) to ``layer``; attend over all so far: (B, T, C)."""
+        """Append the keys and values of ``qkv`` (B, T, 3C) to ``layer``, and attend over all so far: (B, T, C)."""
         B, T, C3 = qkv.shape
-        q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         end = self.length + T
         self.store[layer, 0, :, :, self.length : end] = k
         self.store[layer, 1, :, :, self.length : end] = v
         keys, values = self.store[layer, :, :, :, :end]
-        y = kernels.attention(q, keys, values, causal=T > 1)
+        y = kernels.attention(q, keys, values, causal=T > 1)  # a single query may see every key
         return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
 class Attention(nn.Module):
-    """Causal self-attention on one packed projection."""
+    """Causal self-attention. One projection makes q, k and v side by side, which the kernel reads as they lie."""
 
     def __init__(self, config: GPTConfig, layer: int, deterministic: bool) -> None:
         super().__init__()
@@ -78,7 +76,7 @@ class Attention(nn.Module):
         self.deterministic = deterministic
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        qkv = self.c_attn(x)
+        qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C)
         if cache is not None:
             y = cache.attend(self.layer, qkv, self.n_head)
         else:
@@ -88,7 +86,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, four times as wide inside."""
+    """Two linear layers with a GELU between them, four times as wide in the middle."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -97,12 +95,13 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)
+        # The first bias is added by GELU, which reads and writes the widest activation anyway.
+        hidden = kernels.gelu(kernels.linear(x, self.c_fc.weight), bias=self.c_fc.bias)  # (B, T, 4C)
         return fused.dropout(self.c_proj(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each behind its norm."""
+    """One layer: attention and MLP, each after a norm."""
 
     def __init__(self, config: GPTConfig, layer: int, recompute: str, deterministic: bool) -> None:
         super().__init__()
@@ -113,16 +112,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """Takes and returns (what the last branch adds, the sum before it)."""
+        """Take and return ``(x, residual)``: what the last branch adds, and the sum before it; each (B, T, C)."""
         if cache is None and fused.available(x):
-            return fused.block(self, x, residual)  # the lines below in one autograd function, to the same bits
+            return fused.block(self, x, residual)  # the lines below as one autograd function, with the same bits
         x, residual = self.ln_1(x, residual)
         x, residual = self.ln_2(self.attn(x, cache), residual)
         return self.mlp(x), residual
 
 
 class Transformer(nn.Module):
-    """Token ids to normalised hidden states."""
+    """Embeddings, blocks and the last norm: token ids to hidden states."""
 
     def __init__(self, config: GPTConfig, recompute: str, deterministic: bool) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class Transformer(nn.Module):
         """(B, T) int64 to (B, T, C)."""
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
-        x = add_positions(self.wte(idx), self.wpe.weight, start)
+        x = add_positions(self.wte(idx), self.wpe.weight, start)  # (B, T, C)
         x, residual = fused.dropout(x, self.dropout, self.training), None
         for block in self.h:
             x, residual = block(x, residual, cache)
@@ -146,14 +145,14 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: gives the loss where there are targets, and the last position's logits otherwise.
+    """GPT-2: the loss if there are targets, otherwise the logits of the last position.
 
     Args:
-        config: the shape.
-        recompute: what the backward makes again instead of finding it in memory: ``none``, ``cheap`` or ``block``
-            (see ``fused.py``). The results are the same to the bit.
-        deterministic: whether the gradients are the same to the bit each time; False lets attention's be added up by
-            atomics on a GPU (see ``kernels.attention_qkv``).
+        config: the architecture.
+        recompute: what the backward recomputes instead of keeping it in memory: ``none``, ``cheap`` or ``block`` (see
+            ``fused.py``). The bits of the results are the same.
+        deterministic: whether the gradients have the same bits in every run. ``False`` lets attention use atomic adds
+            on a GPU (see ``kernels.attention_qkv``).
     """
 
     def __init__(self, config: GPTConfig, recompute: str = "cheap", deterministic: bool = True) -> None:
@@ -168,36 +167,41 @@ class GPT(nn.Module):
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
         gradient_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The mean loss against ``targets``, or without them the logits of the token after the last.
+        """Return the mean loss against ``targets``, or without targets the logits of the next token.
 
         Args:
             idx: ``(B, T)`` int64 token ids, T at most ``block_size`` (less what ``cache`` holds).
-            targets: ``(B, T)`` int64, -1 where no loss is taken.
-            cache: keys and values of the tokens before ``idx``; those of ``idx`` are added. Once it holds
-                any, T must be 1.
-            gradient_scale: 0-dim fp32 that the loss's gradients are multiplied by, and not the loss.
+            targets: ``(B, T)`` int64, -1 for positions without a loss.
+            cache: keys and values of the tokens before ``idx``; those of ``idx`` are appended. T must be 1 if it
+                is not empty.
+            gradient_scale: 0-dim fp32, a factor of the gradients, but not of the loss.
 
         Returns:
             0-dim fp32 loss in nats, or logits ``(B, vocab_size)``.
 
         Raises:
-            ValueError: the sequence is longer than ``block_size``, or T is not 1 where it must be.
+            ValueError: the sequence is longer than ``block_size``, or T is not 1 with a filled cache.
         """
         if cache is not None and cache.length and idx.shape[1] != 1:
-            raise ValueError(f"idx: one token at a time goes on from a filled cache, got {idx.shape[1]}")
+            raise ValueError(f"idx: with a filled cache expected one token, got {idx.shape[1]}")
         length = idx.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise ValueError(f"idx: {length} positions, but block_size is {self.config.block_size}")
-        x = self.transformer(idx, cache)
-        output = self.transformer.wte.weight
+        x = self.transformer(idx, cache)  # (B, T, C)
+        output = self.transformer.wte.weight  # (V, C), tied
         if targets is None:
             return F.linear(x[:, -1], output)
+        # the (B T, V) logits are the largest tensor of a step; this never holds all of them
         return kernels.linear_cross_entropy(x.flatten(0, 1), output, targets.flatten(), gradient_scale=gradient_scale)
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: GPTConfig) -> None:
-    """GPT-2's initialisation: N(0, 0.02), biases 0, residual projections narrower by sqrt(2 n_layer)."""
+    """GPT-2's initialisation: weights N(0, 0.02), biases 0.
+
+    Projections into the residual stream are scaled by 1 / sqrt(2 n_layer), so that the variance of the sum over all
+    2 n_layer branches does not grow with depth.
+    """
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             residual = name.endswith("c_proj.weight")
