@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastgpt.kernels import use_backend
+from fastgpt.kernels.ops import OPERATORS
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.config import TrainConfig
-from fastgpt.train.predict.trace import Setup, _Recorder, trace_step
+from fastgpt.train.predict.trace import _KINDS, _NOT_IN_A_STEP, Setup, _Recorder, trace_step
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import TrainStep
 
@@ -20,6 +21,32 @@ TINY = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
 
 def flops(calls, kind):
     return sum(call.flops for call in calls if call.kind == kind)
+
+
+def test_every_operator_has_a_kind_or_is_not_in_a_step():
+    """A new operator goes into one of the tables, with kind ``other`` if it belongs to none of the rest."""
+    assert not _KINDS.keys() & _NOT_IN_A_STEP
+    assert _KINDS.keys() | _NOT_IN_A_STEP == OPERATORS.keys()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_calls_of_our_operators_have_their_kind_and_products_have_flops(device_type, backend):
+    calls = []
+    with use_backend(backend):
+        for recompute in ("none", "cheap", "block"):
+            for state_bits, deterministic in ((32, True), (8, False)):
+                setup = Setup(
+                    TINY, 2, device_type, recompute=recompute, state_bits=state_bits, deterministic=deterministic
+                )
+                trace = trace_step(setup)
+                calls += trace.micro_step + trace.update
+    ours = [call for call in calls if call.operator in OPERATORS]
+    assert ours
+    for call in ours:
+        assert call.operator not in _NOT_IN_A_STEP
+        assert call.kind == _KINDS[call.operator]
+        assert (call.flops > 0) == (call.kind in ("GEMM", "attention")), call
 
 
 def test_the_products_of_gpt2_take_six_flops_a_parameter_and_token():
