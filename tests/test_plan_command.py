@@ -77,13 +77,15 @@ def test_a_micro_batch_that_was_asked_for_is_taken_and_may_not_fit(capsys):
 def test_the_error_of_the_model_is_said_beside_the_prediction(capsys, monkeypatch):
     errors = roofline.errors
     text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
-    assert "where our step was measured" in text
+    assert "prediction error where fastgpt was measured" in text
     assert "no GPU has been measured" in text or any(e.device.startswith("NVIDIA") for e in errors())
     monkeypatch.setattr(roofline, "errors", lambda: [])
-    assert "nobody knows how far off" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert "prediction error unknown: no step of fastgpt has been measured" in words(
+        capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070"
+    )
     own = roofline.Error("NVIDIA GeForce RTX 4070", "gpt2-124m", 108.0, 100.0, 1, 1)
     monkeypatch.setattr(roofline, "errors", lambda: [own])
-    assert "on this device the model is off by +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert "largest prediction error on this device: +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
 
 
 def test_what_others_have_measured_is_said_beside_the_prediction(capsys):
