@@ -51,7 +51,8 @@ def test_what_has_to_be_moved_takes_its_bytes():
 
 def test_half_of_what_a_kernel_moves_may_lie_in_the_cache():
     cached = replace(CARD, l2=2 * 10**9, shares=replace(CARD.shares, reuse=0.5))
-    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)  # half of the cache, 1 GB, is saved
+    # 5 GB: half of the cache, 1 GB, is saved. 1 GB: half of the traffic is saved.
+    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)
     assert roofline.seconds(Call("gelu", "GELU", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
 
 
