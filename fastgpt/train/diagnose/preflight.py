@@ -22,9 +22,7 @@ PAST_CHINCHILLA = 5
 # Chinchilla's law was fitted to larger models and to subword tokens. It is not known to hold below these sizes.
 LAW_HOLDS_FROM, SMALLEST_SUBWORD_VOCABULARY = 10_000_000, 1000
 SAME_SIZE = 0.02  # relative difference that counts as the same size, as for --expect_params
-RATE_LEFT = (
-    0.02  # fraction of the way from the floor to the peak; a smaller rest has no visible effect on the loss
-)
+RATE_LEFT = 0.02  # fraction of the way from the floor to the peak; a smaller rest has no visible effect on the loss
 TIME_AT_FLOOR = 0.05  # fraction of the run; a shorter time at the floor costs almost nothing
 WORTH_FILLING = 600.0  # seconds; in a shorter run, a GPU that is not filled costs minutes at most
 

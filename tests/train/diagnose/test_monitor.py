@@ -28,7 +28,7 @@ VOCABULARY = {"stdlib": 256, "shakespeare-char": 65}
 
 
 def facts(preset="gpt2-124m", *, vocab_size=None, known=None, **flags):
-    """A preset with flags; ``known`` holds what else the trainer can tell."""
+    """Facts of a preset with flags; ``known`` are further fields of ``Facts``."""
     config = resolve({"preset": preset, "learning_rate": PRESETS[preset]["learning_rate"], **flags}, PRESETS)
     if config.batch_size is None:
         config = config.with_batch_size(16)
@@ -37,7 +37,7 @@ def facts(preset="gpt2-124m", *, vocab_size=None, known=None, **flags):
 
 
 def short(steps=3000, **flags):
-    """GPT-2 124M for so many steps."""
+    """Facts of GPT-2 124M for ``steps`` updates."""
     return facts(**{"max_iters": steps, "lr_decay_iters": steps, "warmup_iters": steps // 20, **flags})
 
 
@@ -49,7 +49,7 @@ def rate_of(run, step):
 
 
 def law(run, steps):
-    """The loss of a healthy run: Chinchilla's law, a rate that costs loss while it is high, a start at ln V."""
+    """The loss of a healthy run: Chinchilla's law, plus a term for the learning rate, and at most ln V."""
     c, N = run.config, run.gpt_config.n_params_without_positions
     rates = np.array([rate_of(run, step) for step in steps]) / c.learning_rate
     tokens = np.asarray(steps) * c.tokens_per_step
@@ -57,7 +57,7 @@ def law(run, steps):
 
 
 def series(run, seed, noise=0.04, last=None):
-    """Steps, losses, gradient norms and rates as a healthy run logs them."""
+    """Steps, losses, gradient norms and learning rates as a healthy run logs them. The noise is partly correlated."""
     rng = np.random.default_rng(seed)
     steps = np.arange(1, (last or run.config.max_iters) + 1)
     wander = np.convolve(rng.normal(0, noise / 3, len(steps) + 19), np.ones(20) / math.sqrt(20), "valid")
@@ -75,13 +75,16 @@ def feed(diagnosis, steps, losses, norms, rates, seconds=None):
 
 
 def batches(seed, level, n=20, spread=0.1, paired=0.008, start=0):
-    """Losses of an evaluation's batches round ``level``: what makes a batch hard stays, a little does not."""
+    """Losses of an evaluation's batches around ``level``.
+
+    ``spread`` is the deviation between batches, the same for every ``start``; ``paired`` the one that changes with it.
+    """
     hardness = np.random.default_rng((seed, 1)).normal(0, spread, n)
     return list(level + hardness - hardness.mean() + np.random.default_rng((seed, 2, start)).normal(0, paired, n))
 
 
 def only(findings, code):
-    """The one finding, which must be of this code."""
+    """The only finding, which must have this code."""
     assert [finding.code for finding in findings] == [code]
     return findings[0]
 
@@ -143,7 +146,7 @@ def test_memory_does_not_grow_with_the_run():
     assert max(map(len, held)) <= 512
 
 
-def test_numbers_that_are_none_are_passed_over():
+def test_numbers_that_are_not_finite_are_ignored():
     diagnosis = Monitor(short(1000))
     for step in range(1, 200):
         assert diagnosis.update(step, math.nan, math.inf, 1e-3, 0.0) == []
@@ -152,10 +155,10 @@ def test_numbers_that_are_none_are_passed_over():
     assert diagnosis.evaluation(200, [1.0], [1.0]) == []
 
 
-# ---- the run that was never the one that was meant ----
+# ---- a run with another size than its name states ----
 
 
-def test_the_124m_that_is_none_is_found_before_it_starts():
+def test_a_124m_of_another_size_is_found_before_it_starts():
     found = preflight.check(facts(n_embd=384, n_head=6, dropout=0.1, max_iters=14_500, lr_decay_iters=14_500))
     texts = {finding.code: finding.text for finding in found}
     assert texts.keys() == {"named-size", "dropout-on-fresh-data", "past-chinchilla"}
@@ -173,7 +176,7 @@ def test_the_124m_that_is_none_is_found_before_it_starts():
     )
 
 
-def test_its_clean_twin_has_no_finding():
+def test_the_same_run_without_these_faults_has_no_finding():
     assert preflight.check(facts(max_iters=14_500, lr_decay_iters=14_500)) == []
 
 
@@ -219,7 +222,7 @@ def test_a_run_far_past_chinchilla_is_found_and_one_at_four_times_is_not():
     assert "15.7B tokens, 127 per parameter, 6.4 times Chinchilla's 20" in found.text
 
 
-def test_chinchillas_law_is_not_held_against_toys():
+def test_chinchillas_law_is_not_applied_to_toys():
     forever = {"max_iters": 1_000_000, "lr_decay_iters": 1_000_000}
     assert preflight.check(facts("quickstart", **forever)) == []
     assert preflight.check(facts("shakespeare-char", **forever)) == []  # 10.6M parameters, 65 characters
@@ -275,11 +278,11 @@ def test_tokens_that_the_accumulation_misses_are_found_with_the_choice_that_reac
 
 
 @pytest.mark.parametrize("wanted", [None, 16 * 32 * 1024])
-def test_tokens_that_are_reached_or_were_not_asked_for_are_not_found(wanted):
+def test_tokens_that_are_reached_or_were_not_requested_are_not_found(wanted):
     assert preflight.check(facts(known={"wanted_tokens_per_step": wanted})) == []
 
 
-def test_the_tokens_asked_for_are_the_flags_or_the_presets():
+def test_the_requested_tokens_are_the_flags_or_the_presets():
     assert wanted_tokens_per_step(facts().config) == 2**19
     assert wanted_tokens_per_step(facts(total_batch_size=4096, block_size=64).config) == 4096
     assert wanted_tokens_per_step(facts(batch_size=12, gradient_accumulation_steps=40).config) == 2**19
@@ -381,7 +384,7 @@ def test_a_plateaus_causes_come_in_order():
     assert places == sorted(places)
 
 
-def test_a_run_that_has_learnt_nothing_is_told_that_first():
+def test_a_run_that_has_learnt_nothing_is_reported_as_that_first():
     run = short(2000)
     steps, _, norms, rates = series(run, 0, last=1500)
     losses = 10.8 + np.random.default_rng(0).normal(0, 0.01, 1500)
@@ -428,7 +431,7 @@ def test_a_loss_that_is_flat_because_the_rate_has_decayed_is_on_no_plateau():
 
 
 def dropped_out(seed, gap, val, dropout=0.1):
-    """A run whose logged loss lies ``gap`` above that in eval mode; its evaluation."""
+    """The findings of an evaluation of a run with a logged loss that is ``gap`` higher than in eval mode."""
     run = short(2000, dropout=dropout, known={"dataset_tokens": 200_000_000})
     diagnosis = Monitor(run)
     steps, losses, norms, rates = series(run, seed, last=1500)
@@ -437,7 +440,7 @@ def dropped_out(seed, gap, val, dropout=0.1):
     return level, diagnosis.evaluation(1500, batches(seed, level), batches(seed + 1, level + val))
 
 
-def test_a_validation_loss_below_the_training_loss_is_put_down_to_dropout():
+def test_a_validation_loss_below_the_training_loss_is_explained_by_dropout():
     level, found = dropped_out(0, gap=0.15, val=0.03)
     text = only(found, "dropout-gap").text
     logged, in_eval_mode, val = (float(number) for number in re.findall(r"\d\.\d{3}", text)[:3])
@@ -449,7 +452,7 @@ def test_a_validation_loss_below_the_training_loss_is_put_down_to_dropout():
     assert f"dropout adds {logged - in_eval_mode:.2f}" in text
 
 
-def test_the_gap_that_dropout_hides_is_told_too():
+def test_the_gap_that_dropout_hides_is_reported_too():
     _, found = dropped_out(0, gap=0.15, val=0.4)
     text = only(found, "dropout-gap").text
     assert "above the logged loss" in text
@@ -457,7 +460,7 @@ def test_the_gap_that_dropout_hides_is_told_too():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_gap_within_the_noise_or_without_dropout_is_not_put_down_to_it(seed):
+def test_a_gap_within_the_noise_or_without_dropout_is_not_explained_by_it(seed):
     assert dropped_out(seed, gap=0.0, val=-0.02)[1] == []
     assert dropped_out(seed, gap=0.15, val=0.03, dropout=0.0)[1] == []
 
@@ -524,7 +527,7 @@ def test_a_gap_that_grows_by_next_to_nothing_is_no_overfitting():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_overfitting_is_not_told_from_evaluations_too_noisy_to_show_it(seed):
+def test_overfitting_is_not_reported_where_evaluations_are_too_noisy(seed):
     falling, standing = [3.5, 3.4, 3.35, 3.3], [3.52, 3.42, 3.45, 3.43]
     for how in ({"paired": 0.3}, {"val_paired": 0.3}, {"n": 2, "paired": 0.0}):
         found = evaluate(short(), falling, standing, seed, **how)
@@ -542,7 +545,7 @@ def test_evaluations_too_small_for_their_difference_are_found_with_the_batches_t
     assert f"{'-' if change < 0 else '+'}{abs(change):.3f} ± {error:.3f}" in found.text
     needed = int(re.search(r"--eval_iters (\d+) instead of 4", found.text)[1])
     assert error * math.sqrt(4 / needed) == pytest.approx(0.003 * 3.495, rel=0.05)
-    assert "on 66K tokens" in found.text
+    assert "On 66K tokens" in found.text
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -573,7 +576,7 @@ def test_the_error_of_a_difference_leaves_out_what_the_batches_share():
 
 
 def timed(run, seconds, spent=None, n=100):
-    """Findings of updates that take so long."""
+    """Findings of ``n`` updates that take ``seconds`` on average."""
     diagnosis = Monitor(run)
     noise = np.exp(np.random.default_rng(0).normal(0, 0.05, n))
     found = []
@@ -609,7 +612,7 @@ def test_updates_slower_than_predicted_are_found_with_both_times_and_both_mfus()
         (CHECKPOINTS, 4.5, "raise --eval_interval"),
     ],
 )
-def test_slowness_is_put_down_to_what_took_the_time(kind, each, words):
+def test_slowness_is_explained_by_what_took_the_time(kind, each, words):
     found = only(timed(predicted(10.0), 15.0, {kind: each}), "slow")
     assert words in found.text
     assert re.search(rf"Time so far: {kind} \d\d%", found.text)
