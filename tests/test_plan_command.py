@@ -77,13 +77,15 @@ def test_a_micro_batch_that_was_asked_for_is_taken_and_may_not_fit(capsys):
 def test_the_error_of_the_model_is_said_beside_the_prediction(capsys, monkeypatch):
     errors = roofline.errors
     text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
-    assert "where our step was measured" in text
+    assert "prediction error where fastgpt was measured" in text
     assert "no GPU has been measured" in text or any(e.device.startswith("NVIDIA") for e in errors())
     monkeypatch.setattr(roofline, "errors", lambda: [])
-    assert "nobody knows how far off" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert "prediction error unknown: no step of fastgpt has been measured" in words(
+        capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070"
+    )
     own = roofline.Error("NVIDIA GeForce RTX 4070", "gpt2-124m", 108.0, 100.0, 1, 1)
     monkeypatch.setattr(roofline, "errors", lambda: [own])
-    assert "on this device the model is off by +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
+    assert "largest prediction error on this device: +8%" in words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
 
 
 def test_what_others_have_measured_is_said_beside_the_prediction(capsys):
@@ -109,7 +111,7 @@ def test_the_readme_gives_what_is_predicted_for_the_reference_card(capsys):
     assert f"fastgpt {thousands(p['tokens_per_second'])} {p['mfu']:.0%}".replace("%", " %") in readme
     assert f"nanoGPT with torch.compile {thousands(p['others']['nanoGPT, compiled'])}" in readme
     assert f"nanoGPT as it comes {p['others']['nanoGPT'] / 1e3:.1f}." in readme
-    assert fit.summary("judged") == "34 steps judged, off by 3.6% in the mean and 17.6% at most"
+    assert fit.summary("judged") == "34 steps judged: mean error 3.6%, largest 17.6%"
 
 
 def test_a_card_like_which_nobody_has_measured_any_gets_no_interval(capsys):
@@ -163,7 +165,7 @@ def test_on_a_cpu_the_limit_is_obeyed_and_told(capsys, monkeypatch):
         assert "GiB (inside)" in words(capsys, *flags)
     assert peaks[2] <= 2 << 30 < peaks[64]
     monkeypatch.setattr(limits, "memory", lambda: (limits.Bound(1 << 27, "a box"),) * 2)
-    with pytest.raises(RequestError, match=r"not one sequence of 1024 fits .* GiB \(a box\)"):
+    with pytest.raises(RequestError, match=r"one sequence of 1024 tokens does not fit into .* GiB \(a box\)"):
         plan.main(flags)
 
 
@@ -176,7 +178,7 @@ def test_lines_fit_a_terminal(capsys):
     ("flags", "said"),
     [
         (["--gpu", "rtx-4071"], "4070"),
-        (["--preset", "gpt2-1558m", "--gpu", "rtx-4070"], "not one sequence of 1024 fits 12.0 GiB"),
+        (["--preset", "gpt2-1558m", "--gpu", "rtx-4070"], "one sequence of 1024 tokens does not fit into 12.0 GiB"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--vram", "some"], "such as 12GB"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--tokens", "lots"], "--tokens takes a count"),
         (["--preset", "gpt2-124m", "--gpu", "t4", "--dtype", "bfloat16"], "has no bfloat16"),

@@ -1,20 +1,22 @@
-"""What is wrong with a run, in plain sentences: from numbers that the trainer has anyway, each said once.
+"""Diagnoses a training run: reports in plain sentences what is wrong with it, each finding once.
 
-The failure to catch is a run that takes days and was never the run that was meant: a model of another size than its
-name says, dropout on data seen once, ten times the tokens that the model can use, a schedule that ends elsewhere.
-A finding must hold against the noise of the numbers that it rests on. What cannot be told from noise is not said.
+The most expensive failure is a run that takes days and was misconfigured from the start: a model of another size than
+its name states, dropout on data that is seen once, ten times more tokens than the model can use, a schedule that does
+not end with the run. All findings come from numbers that the trainer computes anyway. A finding must be significant
+against the noise of these numbers; otherwise nothing is reported.
 
-    monitor = Monitor(Facts(config, model_config, dataset_tokens))
-    for finding in monitor.findings:  # what is known before the run
+    monitor = Monitor(Facts(config, gpt_config, dataset_tokens))
+    for finding in monitor.findings:  # known before the run
         print(finding.text)
     ...
-    for finding in monitor.update(step, loss, grad_norm, lr, seconds):  # of every logged update
+    for finding in monitor.update(step, loss, grad_norm, lr, seconds):  # at every logged update
         print(finding.text)
-    for finding in monitor.evaluation(step, train_losses, val_losses):  # of every evaluation, batch by batch
+    for finding in monitor.evaluation(step, train_losses, val_losses):  # at every evaluation, a loss per batch
         print(finding.text)
 
-``preflight.py`` holds the checks before the run, ``monitor.py`` those during it, ``statistics.py`` what tells a change
-from noise.
+Modules, in the order in which to read them: ``findings.py`` (a finding, and the facts about a run), ``preflight.py``
+(checks before the run), ``statistics.py`` (standard errors, robust spread, trends), ``monitor.py`` (checks during the
+run).
 """
 
 from fastgpt.train.diagnose.findings import Facts, Finding, wanted_tokens_per_step

@@ -11,12 +11,12 @@ from fastgpt.train.presets import PRESETS
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the run's owner should know.
+    """One problem of a run.
 
     Attributes:
-        code: names the kind; a run has at most one of each.
-        step: updates done when it became true; 0 for what is known before the run.
-        text: one or two plain sentences with the numbers and what to do.
+        code: the kind of problem; a run has at most one finding of each code.
+        step: number of updates done when it was found; 0 if it was known before the run.
+        text: one or two sentences: what is wrong, the numbers, and what to do.
     """
 
     code: str
@@ -26,16 +26,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run before it starts.
+    """What is known about a run before it starts.
 
     Attributes:
         config: the request.
         gpt_config: the architecture.
-        dataset_tokens: in the training split; ``None`` if it is not here.
-        predicted_seconds: of an update; ``None`` if nobody predicted it.
-        peak_flops: the device's dense peak in FLOP/s; ``None`` where it is not known.
+        dataset_tokens: tokens in the training split; ``None`` if the dataset is not on this machine.
+        predicted_seconds: predicted seconds of an update; ``None`` without a prediction.
+        peak_flops: the device's dense peak in FLOP/s; ``None`` where it is unknown.
         n_sm: the GPU's streaming multiprocessors; ``None`` for a CPU.
-        wanted_tokens_per_step: what an update should hold; ``None`` if that was not asked for.
+        wanted_tokens_per_step: tokens per update that were requested; ``None`` if none were.
     """
 
     config: TrainConfig
@@ -52,19 +52,19 @@ class Facts:
         return self.config.max_iters * self.config.tokens_per_step
 
     def tokens_per_parameter(self, tokens: int) -> float:
-        """With N as in 6 N FLOPs a token: without position embeddings."""
+        """Return ``tokens`` per parameter, without position embeddings: the N of 6 N FLOPs per token."""
         return tokens / self.gpt_config.n_params_without_positions
 
     def epochs(self, tokens: int) -> float:
-        """How often so many tokens go through the training split; NaN if nobody knows."""
+        """Return how many passes over the training split ``tokens`` are; NaN if its size is unknown."""
         return tokens / self.dataset_tokens if self.dataset_tokens else math.nan
 
 
 def wanted_tokens_per_step(config: TrainConfig) -> int | None:
-    """What an update should hold, by the request or else by its preset; ``None`` if neither says."""
+    """Return the tokens per update that the request or else its preset states; ``None`` if neither does."""
     return config.total_batch_size or PRESETS.get(config.preset, {}).get("total_batch_size")
 
 
 def joined(items: Sequence[str], last: str = "and") -> str:
-    """``a, b and c``."""
+    """Return the items as in ``a, b and c``."""
     return f" {last} ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))

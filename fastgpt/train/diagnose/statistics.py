@@ -1,4 +1,4 @@
-"""Statistics of losses: standard errors, a robust usual value, a line through noise, a history that stays small."""
+"""Statistics of losses: standard errors, a robust centre and spread, a fitted line, and a history of bounded size."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-FEWEST_UPDATES = 32  # below this a median absolute deviation is itself too uncertain
-GROUPS = 10  # whose means the slope is fitted to: noise that lasts shorter than one of them does no harm
+FEWEST_UPDATES = 32  # with fewer values, a median absolute deviation is itself too uncertain
+# A slope is fitted to the means of this many consecutive groups of losses. Consecutive losses are correlated, so the
+# standard errors of a fit to single losses would be too small. Means over more than the correlation length are nearly
+# independent.
+GROUPS = 10
 FEWEST_IN_GROUP = 5  # updates
 
 
 def standard_error(losses: Sequence[float]) -> float:
-    """Of the mean of an evaluation's batches, as an estimate for the whole split.
+    """Return the standard error of the mean of an evaluation's batches, as an estimate for the whole split.
 
-    NaN for fewer than two, and where a loss is not finite: of such numbers Python 3.11 gives no deviation, but fails.
+    It is NaN for fewer than two batches and for losses that are not finite (Python 3.11's ``stdev`` raises on those).
     """
     if len(losses) < 2 or not all(map(math.isfinite, losses)):
         return math.nan
@@ -23,17 +26,22 @@ def standard_error(losses: Sequence[float]) -> float:
 
 
 def difference(earlier: Sequence[float], later: Sequence[float]) -> tuple[float, float]:
-    """How much ``later`` lies above ``earlier``, and the standard error of that.
+    """Return the mean of ``later - earlier`` and its standard error, as in a paired t-test.
 
-    Both are losses of the same batches, so what makes one batch harder than another falls out: the error is much
-    smaller than those of the two means.
+    Both are losses of the same batches. Some batches are harder than others, which makes up most of the variance of a
+    mean. It cancels in the differences, so their standard error is much smaller than that of either mean.
     """
     changes = [b - a for a, b in zip(earlier, later, strict=True)]
     return fmean(changes), standard_error(changes)
 
 
-def usual_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Median, and the standard deviation that the median absolute deviation stands for; NaN for too few values."""
+def robust_centre_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median, and a robust standard deviation; NaN for both if there are too few values.
+
+    The median absolute deviation of a normal distribution is 0.6745 of its standard deviation (the 75 % quantile), so
+    it is multiplied by 1 / 0.6745 = 1.4826. Unlike the mean and the standard deviation, neither is moved by the few
+    spikes that it is there to detect.
+    """
     if len(values) < FEWEST_UPDATES:
         return math.nan, math.nan
     middle = median(values)
@@ -41,7 +49,15 @@ def usual_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Line(NamedTuple):
-    """A least-squares line: its value and its place in the middle of the points, its slope, and standard errors."""
+    """A least-squares line and its standard errors.
+
+    Attributes:
+        mean: its value at ``middle``, the mean of the losses.
+        mean_error: standard error of ``mean``.
+        middle: the mean of the steps.
+        slope: loss per step.
+        slope_error: standard error of ``slope``; the two errors are uncorrelated.
+    """
 
     mean: float
     mean_error: float
@@ -51,25 +67,32 @@ class Line(NamedTuple):
 
 
 def fit(steps: np.ndarray, losses: np.ndarray) -> Line:
+    """Fit a line to losses over steps by ordinary least squares, with independent errors of equal variance."""
     n, middle, mean = len(steps), steps.mean(), losses.mean()
     away = steps - middle
     square = (away**2).sum()
     slope = (away * losses).sum() / square
+    # standard deviation of the residuals; the two parameters take two degrees of freedom
     residual = math.sqrt(((losses - mean - slope * away) ** 2).sum() / (n - 2))
     return Line(float(mean), residual / math.sqrt(n), float(middle), float(slope), float(residual / math.sqrt(square)))
 
 
 class History:
-    """The means of blocks of consecutive losses: single losses at first, then ever longer blocks, never many."""
+    """The losses of a run as means of blocks of consecutive losses, in bounded memory.
 
-    MOST = 512  # blocks; a tenth of them, after two have become one, is still two dozen
+    A block is a single loss at first. Whenever there are ``MOST`` blocks, neighbours are merged in pairs, which makes
+    blocks twice as long.
+    """
+
+    MOST = 512  # blocks; after a merge there are 256, and the last tenth of the run still has two dozen
 
     def __init__(self) -> None:
         self._size = 1  # losses in a block
         self._blocks: list[tuple[float, float]] = []  # mean step and mean loss
-        self._open: list[tuple[float, float]] = []
+        self._open: list[tuple[float, float]] = []  # steps and losses of the block that is not full yet
 
     def add(self, step: int, loss: float) -> None:
+        """Append the loss of an update."""
         self._open.append((step, loss))
         if len(self._open) == self._size:
             self._blocks.append(_mean(self._open))
@@ -79,7 +102,10 @@ class History:
             self._size *= 2
 
     def since(self, start: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """Steps and losses from ``start`` on; ``None`` if the history does not go back so far, or holds too little."""
+        """Return the steps and losses of the blocks from ``start`` on.
+
+        ``None`` if the history starts later than ``start``, or has too few losses since then.
+        """
         if not self._blocks or self._blocks[0][0] > start:
             return None
         recent = np.array([block for block in self._blocks if block[0] >= start])
@@ -88,13 +114,14 @@ class History:
         return recent[:, 0], recent[:, 1]
 
     def groups(self, start: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """The same as means of ``GROUPS`` equal parts."""
+        """Return :meth:`since` averaged over ``GROUPS`` groups of equal size; ``None`` if there are too few losses."""
         recent = self.since(start)
         if recent is None:
             return None
         size = len(recent[0]) // GROUPS
         if size * self._size < FEWEST_IN_GROUP:
             return None
+        # the oldest blocks are dropped where GROUPS does not divide their number
         steps, losses = (values[-size * GROUPS :].reshape(GROUPS, size).mean(axis=1) for values in recent)
         return steps, losses
 

@@ -1,4 +1,4 @@
-"""The micro-batch and the recomputation that a device takes: what fits its memory, and the fastest of that."""
+"""Chooses the micro-batch and the recomputation for a device: the fastest combination that fits into its memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,38 +9,41 @@ from fastgpt.train.config import TrainConfig
 from fastgpt.train.predict.roofline import Machine, Prediction, predict
 from fastgpt.train.predict.trace import Recompute, Setup, reserve, trace_step
 
-MOST_SEQUENCES = 128  # of a micro-batch: beyond it nothing is won
+# Largest micro-batch to try, in sequences. At 1,024 tokens each its products fill any GPU many times over, so a larger
+# one is not faster.
+MOST_SEQUENCES = 128
 
 
 def kinds_of_recompute(config: TrainConfig, device_type: str) -> tuple[Recompute, ...]:
-    """What ``--recompute`` leaves open, least first. On a CPU ``cheap`` costs no time, as memory is slow there."""
+    """Return the kinds of recomputation that ``--recompute`` allows, in ascending order of what they recompute."""
     if config.recompute != "auto":
         return (config.recompute,)
-    if config.compile:  # chooses itself, and keeps no more than this
+    if config.compile:  # torch.compile decides itself what to recompute, and needs no more memory than "none"
         return ("none",)
+    # On a CPU "cheap" is as fast as "none": recomputing takes no longer than loading from its slow memory.
     return ("none", "cheap", "block") if device_type == "cuda" else ("cheap",)
 
 
 def fits(setup: Setup, memory: int) -> bool:
-    """Whether a step should fit so many bytes that are free."""
+    """Whether a step is predicted to fit into ``memory`` free bytes."""
     trace = trace_step(setup)
     return trace.peak + reserve(setup.device_type, trace) <= memory
 
 
 def least_recompute(setup: Setup, memory: int, kinds: Sequence[Recompute]) -> Recompute | None:
-    """The first of these kinds with which the step fits; ``None`` if it does with none."""
+    """Return the first of these kinds with which the step fits; ``None`` if there is none."""
     return next((kind for kind in kinds if fits(replace(setup, recompute=kind), memory)), None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A micro-batch for a device, with what is recomputed to make it fit.
+    """A micro-batch and a kind of recomputation that fit, with their prediction.
 
     Attributes:
-        batch_size: sequences, B.
+        batch_size: sequences in a micro-batch, B.
         recompute: ``none``, ``cheap`` or ``block``.
-        accumulation: micro-batches in an update.
-        prediction: of its time and memory.
+        accumulation: micro-batches per update.
+        prediction: predicted time and memory.
     """
 
     batch_size: int
@@ -50,14 +53,14 @@ class Choice:
 
 
 def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[Recompute]) -> list[Choice]:
-    """Every micro-batch that fits and divides an update of ``total`` tokens, each with every kind of recomputation.
+    """Return every micro-batch that fits and divides an update of ``total`` tokens, for each kind of recomputation.
 
     Args:
-        setup: its micro-batch and recomputation are ignored.
-        machine: predicts by it.
-        memory: bytes that there are.
-        total: tokens of an update.
-        kinds: of recomputation.
+        setup: the step; its micro-batch and recomputation are ignored.
+        machine: the device to predict for.
+        memory: bytes available.
+        total: tokens per update.
+        kinds: kinds of recomputation to try.
     """
     found = []
     sequences, rest = divmod(total, setup.gpt_config.block_size)
@@ -66,19 +69,22 @@ def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequ
             tried = replace(setup, batch_size=batch_size, recompute=kind)
             prediction = predict(tried, machine)
             if prediction.held > memory:
-                break
+                break  # sizes ascend, so the next ones do not fit either
             found.append(Choice(batch_size, kind, sequences // batch_size, prediction))
     return found
 
 
 def _sizes(sequences: int) -> list[int]:
-    """Micro-batches to try, ascending: every divisor up to 8, and of the others those that suit the tensor cores."""
+    """Return the micro-batches to try, ascending: divisors of ``sequences``, above 8 only multiples of 8.
+
+    Multiples of 8 give shapes that suit tensor cores.
+    """
     divisors = [n for n in range(1, min(sequences, MOST_SEQUENCES) + 1) if sequences % n == 0]
     return [n for n in divisors if n <= 8 or n % 8 == 0]
 
 
 def choose(found: Sequence[Choice]) -> Choice | None:
-    """The one that takes least memory among those within a hundredth of the fastest; ``None`` of none."""
+    """Return the choice with the least memory among those within 1 % of the fastest; ``None`` if there are none."""
     if not found:
         return None
     best = max(choice.prediction.tokens_per_second(choice.accumulation) for choice in found)
@@ -87,10 +93,10 @@ def choose(found: Sequence[Choice]) -> Choice | None:
 
 
 def fill_in(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Choice]) -> TrainConfig:
-    """The request with micro-batch, accumulation and recomputation filled in where it left them to the device.
+    """Return the config with micro-batch, accumulation and recomputation filled in where they are automatic.
 
     Args:
-        config: its micro-batch is kept if it states one.
+        config: the request; if it states a micro-batch, that is kept.
         setup: the model, device type, dtype and bits of the moments.
         memory: bytes available, and what limits them.
         found: the result of :func:`choices` for this memory; needed only with ``--batch_size auto``.
@@ -100,23 +106,24 @@ def fill_in(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Ch
     """
     if config.batch_size is not None:
         kinds = kinds_of_recompute(config, setup.device_type)
-        asked = replace(setup, batch_size=config.batch_size)
-        kind = kinds[0] if len(kinds) == 1 else least_recompute(asked, memory.amount, kinds)
+        requested = replace(setup, batch_size=config.batch_size)
+        kind = kinds[0] if len(kinds) == 1 else least_recompute(requested, memory.amount, kinds)
+        # If it fits with none, the prediction may still be too high: try the one that takes the least memory.
         return replace(config, recompute=kind or kinds[-1])
     choice = choose(found)
     if choice is not None:
         return replace(config.with_batch_size(choice.batch_size), recompute=choice.recompute)
     if config.total_batch_size % config.block_size:
-        config.with_batch_size(1)  # says what would be exact
+        config.with_batch_size(1)  # raises the error that names a total_batch_size which can be reached
     raise RequestError(
-        f"not one sequence of {config.block_size} fits {memory.amount / 2**30:.1f} GiB ({memory.source}): "
-        "--state_bits 8, --recompute block or a smaller model take less"
+        f"a micro-batch of one sequence of {config.block_size} tokens does not fit into {memory.amount / 2**30:.1f} "
+        f"GiB ({memory.source}); use --state_bits 8, --recompute block or a smaller model"
     )
 
 
 def largest_batch(setup: Setup, memory: int, most: int = 512) -> int:
-    """The largest micro-batch that fits; 0 if not even one sequence does."""
-    low, high = 0, 1
+    """Return the largest micro-batch that fits; 0 if a single sequence does not fit."""
+    low, high = 0, 1  # double until ``high`` does not fit, then bisect between the two
     while high <= most and fits(replace(setup, batch_size=high), memory):
         low, high = high, 2 * high
     while high - low > 1:

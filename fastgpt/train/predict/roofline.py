@@ -1,12 +1,15 @@
-"""A model of the step: how long it takes on a device that need not be there.
+"""A roofline model of the training step: its time on a device that need not be present.
 
-A roofline for each call of ``trace.py``. A matrix product takes what its tiles need, a wave of them as long as a
-whole one, or what its bytes need, if that is more; attention a share of that rate; all else its bytes, less what a GPU
-still has in its L2 cache. Nothing overlaps.
+Each call in the trace (``trace.py``) takes the longer of its arithmetic and its memory traffic, and calls do not
+overlap:
 
-A GPU's shares are fitted to half of what others have measured (``predict/fit.py``, which also tells the error on the
-other half); a device whose ceilings have been measured is predicted from those. ``errors`` tells how far off the model
-has been wherever a step of ours was measured, and belongs beside every prediction.
+- The arithmetic of a matrix product follows from its tiles: the last wave of tiles takes as long as a full one.
+- The arithmetic of attention runs at a fraction of the rate of a large matrix product.
+- The traffic is the call's bytes, less what a GPU still finds in its L2 cache.
+
+The constants of GPUs are fitted to one half of the public measurements (``fit.py``, which also gives the error on the
+other half). Where a device's peak rates have been measured, those are used. :func:`errors` compares the model with
+every step of fastgpt that was measured, and belongs beside every prediction.
 """
 
 import json
@@ -25,22 +28,18 @@ from fastgpt.model import GPTConfig
 from fastgpt.train.predict.points import large_product
 from fastgpt.train.predict.trace import Call, Setup, Trace, reserve, trace_step
 
-MEASURED = Path(__file__).parent / "measured.json"  # by bench.mfu; copied from its records
-
-COPY_SHARE = 0.88  # of the memory's bandwidth: the median of what others have measured (predict/points.json)
-LAUNCH_SECONDS = 2e-6  # assumed, of the shortest kernel in a CUDA graph
-HOST_SECONDS = 50e-6  # of a call on a CPU, beside its work; fitted, as below
+# ---- devices and predictions ----
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What of a device's ceilings the parts of a step get to.
+    """The fractions of a device's peak rates that the parts of a step reach.
 
     Attributes:
-        product: of a large product's FLOP/s, products whose tiles fill the device.
-        attention: of a large product's FLOP/s, attention; on a GPU over long sequences.
-        elementwise: of a copy's bandwidth, norms, GELU and the loss, which also compute.
-        reuse: of the L2 cache, what a kernel still finds there of its operands.
+        product: FLOP/s of products whose tiles fill the device, relative to a large product.
+        attention: FLOP/s of attention, relative to a large product; on a GPU, for long sequences.
+        elementwise: bandwidth of norms, GELU and the loss, relative to a copy; they also compute.
+        reuse: fraction of the L2 cache that holds operands which a kernel reads.
     """
 
     product: float = 1.0
@@ -49,44 +48,19 @@ class Shares:
     reuse: float = 0.5
 
 
-# By family of cards (gpus.py), fitted to half of the public steps by python -m fastgpt.train.predict.fit, as the tests
-# do anew. A family without a step has what the fit starts from, which is assumed.
-GPU_SHARES = {
-    "sm_120 GeForce": Shares(1.023, 0.631, reuse=0.408),
-    "sm_120 PCIe": Shares(1.037, 0.608, reuse=0.408),
-    "sm_80 PCIe": Shares(0.850, 0.414, reuse=0.408),
-    "sm_80 SXM": Shares(0.921, 0.332, reuse=0.408),
-    "sm_89 GeForce": Shares(1.053, 0.708, reuse=0.408),
-    "sm_89 PCIe": Shares(0.816, 0.506, reuse=0.408),
-    "sm_90 SXM": Shares(0.859, 0.438, reuse=0.408),
-}
-# Fitted to bench/results/amd-epyc-family-26-model-2-stepping-1-avx512-bf16/mfu-*.json, two cores: there the errors
-# below are no test of them.
-CPU_SHARES = Shares(0.87, 0.42, 0.27)
-
-# Rows and columns of a product that one block computes, and the share of the best rate that it gets to. Assumed.
-TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
-SPLITS = (1, 2, 4, 8)  # of the inner dimension
-
-# Attention on a GPU over T tokens runs at T / (T + 512) of its rate over many: tiles are masked by half, softmax begins
-# and ends. FlashAttention-2 on A100 and H100, with heads of 64 and 128 and 512 to 16,384 tokens, has 450 to 550 there
-# (predict/points.json).
-HALF_RATE_LENGTH = 512
-
-
 @dataclass(frozen=True)
 class Machine:
-    """What a device does at best.
+    """The peak rates of a device.
 
     Attributes:
-        name: what its maker calls it.
+        name: the vendor's name.
         gemm: FLOP/s of a large matrix product in the training dtype.
-        bandwidth: bytes a second of a large copy, read and write both counted.
-        peak: dense peak, FLOP/s, for MFU; ``None`` where it is not known.
+        bandwidth: bytes per second of a large copy, counting both reads and writes.
+        peak: dense peak in FLOP/s, for MFU; ``None`` where it is unknown.
         memory: bytes; ``None`` for no limit.
         n_sm: streaming multiprocessors; ``None`` for a CPU.
         l2: bytes of a GPU's L2 cache.
-        shares: of these that a GPU's step gets to.
+        shares: fractions of these rates that a step on a GPU reaches.
     """
 
     name: str
@@ -101,16 +75,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a step; nothing here has been measured.
+    """The predicted time and memory of a step. Nothing here was measured.
 
     Attributes:
-        micro_step: seconds of a micro-batch's forward and backward, by kind of call.
-        update: seconds of the optimizer.
-        tokens: in a micro-batch.
-        flops: of a micro-batch, as MFU counts them.
-        peak: the machine's dense peak.
-        memory: bytes that tensors hold at most.
-        reserve: bytes that are taken beside the tensors.
+        micro_step: seconds of one micro-batch's forward and backward, by kind of call.
+        update: seconds of the optimizer, once per update.
+        tokens: tokens in a micro-batch.
+        flops: FLOPs of a micro-batch as MFU counts them.
+        peak: the device's dense peak in FLOP/s; ``None`` where it is unknown.
+        memory: bytes that tensors hold at the peak.
+        reserve: bytes that the step takes outside its tensors.
     """
 
     micro_step: dict[str, float]
@@ -123,24 +97,126 @@ class Prediction:
 
     @property
     def held(self) -> int:
-        """Bytes that a step takes in all."""
+        """Bytes that the step takes in total."""
         return self.memory + self.reserve
 
     def seconds(self, accumulation: int = 1) -> float:
-        """Of an update of so many micro-batches."""
+        """Return the seconds of an update of ``accumulation`` micro-batches."""
         return accumulation * sum(self.micro_step.values()) + self.update
 
     def tokens_per_second(self, accumulation: int = 1) -> float:
-        """Training throughput."""
+        """Return the training throughput."""
         return accumulation * self.tokens / self.seconds(accumulation)
 
     def mfu(self, accumulation: int = 1) -> float | None:
-        """Share of the dense peak; ``None`` where that is not known."""
+        """Return the model FLOPs utilization: the fraction of the dense peak; ``None`` where that is unknown."""
         return None if self.peak is None else accumulation * self.flops / self.seconds(accumulation) / self.peak
 
 
+# ---- the time of a step ----
+
+# By family of cards (gpus.py), fitted to one half of the public steps. ``python -m fastgpt.train.predict.fit`` prints
+# this table, and a test repeats the fit. A family without a public step has the defaults of Shares, which are assumed.
+GPU_SHARES = {
+    "sm_120 GeForce": Shares(1.023, 0.631, reuse=0.408),
+    "sm_120 PCIe": Shares(1.037, 0.608, reuse=0.408),
+    "sm_80 PCIe": Shares(0.850, 0.414, reuse=0.408),
+    "sm_80 SXM": Shares(0.921, 0.332, reuse=0.408),
+    "sm_89 GeForce": Shares(1.053, 0.708, reuse=0.408),
+    "sm_89 PCIe": Shares(0.816, 0.506, reuse=0.408),
+    "sm_90 SXM": Shares(0.859, 0.438, reuse=0.408),
+}
+# Fitted to bench/results/amd-epyc-family-26-model-2-stepping-1-avx512-bf16/mfu-*.json, on two cores. So the errors of
+# these records (see errors below) are errors of a fit, not a test of the model.
+CPU_SHARES = Shares(0.87, 0.42, 0.27)
+
+LAUNCH_SECONDS = 2e-6  # the shortest kernel in a CUDA graph; assumed
+HOST_SECONDS = 50e-6  # of each call on a CPU, in addition to its work; fitted together with CPU_SHARES
+
+# Rows and columns of a product that one block computes, and the fraction of the best rate that the tile size reaches:
+# smaller tiles load more bytes per FLOP. Assumed.
+TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+SPLITS = (1, 2, 4, 8)  # parts of the inner dimension that blocks compute separately (split-K), to get more tiles
+
+# Attention on a GPU over T tokens reaches T / (T + 512) of its rate over long sequences: the tiles on the diagonal are
+# half masked, and softmax has a prologue and an epilogue. FlashAttention-2 on A100 and H100, with heads of 64 and 128
+# and 512 to 16,384 tokens, gives 450 to 550 for this constant (points.json; a test repeats that).
+HALF_RATE_LENGTH = 512
+
+
+def predict(setup: Setup, machine: Machine, trace: Trace | None = None) -> Prediction:
+    """Predict the time and memory of a step on a device.
+
+    Args:
+        setup: the step.
+        machine: the device.
+        trace: the step's trace, if the caller has it already.
+    """
+    trace = trace or trace_step(setup)
+    micro_step: dict[str, float] = {}
+    for call in trace.micro_step:
+        micro_step[call.kind] = micro_step.get(call.kind, 0.0) + seconds(call, machine)
+    flops = float(setup.gpt_config.flops_per_token) * setup.tokens
+    update = sum(seconds(call, machine) for call in trace.update)
+    return Prediction(
+        micro_step, update, setup.tokens, flops, machine.peak, trace.peak, reserve(setup.device_type, trace)
+    )
+
+
+def seconds(call: Call, machine: Machine) -> float:
+    """Return the predicted seconds of one call."""
+    shares = CPU_SHARES if machine.n_sm is None else machine.shares
+    bandwidth = machine.bandwidth * (shares.elementwise if call.kind in ("norm", "GELU", "loss") else 1.0)
+    if call.product is not None:
+        computing = _product_seconds(call, machine) / shares.product
+    else:
+        computing = call.flops / (shares.attention * machine.gemm)
+        if machine.n_sm is not None and call.length:
+            computing *= 1.0 + HALF_RATE_LENGTH / call.length  # 1 / (T / (T + 512))
+    # At most half of the traffic can hit the cache: operands that the kernel before has just written.
+    cached = min(shares.reuse * machine.l2, call.bytes / 2)
+    work = max(computing, (call.bytes - cached) / bandwidth)
+    return work + HOST_SECONDS if machine.n_sm is None else max(work, LAUNCH_SECONDS)
+
+
+def _product_seconds(call: Call, machine: Machine) -> float:
+    """Return the seconds of a matrix product's arithmetic with the tile size and split that are fastest.
+
+    A GPU computes one tile per multiprocessor at a time, so tiles are done in waves of ``n_sm``. A last wave that is
+    not full takes as long as a full one: its time is that of ``n_sm`` tiles.
+    """
+    if machine.n_sm is None or call.product is None:
+        return call.flops / machine.gemm
+    M, N, K = call.product
+    fastest = math.inf
+    for (rows, columns), share in TILES.items():
+        tiles = math.ceil(M / rows) * math.ceil(N / columns)
+        for split in SPLITS:
+            waves = math.ceil(tiles * split / machine.n_sm)
+            # FLOPs as if every wave were full; a tile takes 2 FLOPs for each of rows x columns x K / split
+            work = waves * 2.0 * rows * columns * math.ceil(K / split) * machine.n_sm
+            # the parts of a split product are fp32, written by one kernel and read by another: 4 + 4 bytes
+            partial_sums = 0 if split == 1 else 8.0 * split * M * N
+            fastest = min(fastest, work / (share * machine.gemm) + partial_sums / machine.bandwidth)
+    return fastest
+
+
+# ---- the rates of devices ----
+
+MEASURED = Path(__file__).parent / "measured.json"  # records of bench.mfu, collected by bench.measured
+
+COPY_SHARE = 0.88  # of the theoretical bandwidth: the median of the copies that others have measured (points.json)
+
+
 def machine(gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """What a card of the table should do: the ceilings measured on one, or assumed shares of its figures."""
+    """Return the expected rates of a card of the table.
+
+    These are the measured ones if fastgpt was measured on such a card, and otherwise usual fractions of its
+    specifications.
+
+    Raises:
+        ValueError: the card does not support ``dtype``.
+    """
     peak = gpu.tflops(dtype)
     if peak is None:
         raise ValueError(f"gpu: the {gpu.name} has no {dtype}")
@@ -154,7 +230,7 @@ def machine(gpu: GPU, dtype: torch.dtype = torch.bfloat16) -> Machine:
 
 
 def measured(name: str, gemm: float, bandwidth: float, peak: float | None = None, n_sm: int | None = None) -> Machine:
-    """A device by its ceilings; where it is a card of the table, with its cache and its family's shares."""
+    """Return a device with measured rates. A card of the table also gets its L2 cache and its family's shares."""
     found = Machine(name, gemm, bandwidth, peak, n_sm=n_sm)
     gpu = GPUS.get(name)
     if gpu is None:
@@ -163,7 +239,7 @@ def measured(name: str, gemm: float, bandwidth: float, peak: float | None = None
 
 
 def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
-    """This device: its row of the table, or where there is none what it takes a second to measure."""
+    """Return this machine's device: from the table, or measured if it is not there, which takes a second."""
     gpu = hardware.known_gpu(device)
     if gpu is not None and gpu.tflops(dtype) is not None:
         return machine(gpu, dtype)
@@ -172,66 +248,20 @@ def at_hand(device: torch.device, dtype: torch.dtype) -> Machine:
     return measured(hardware.device_name(device), gemm, bandwidth, n_sm=n_sm)
 
 
-def predict(setup: Setup, machine: Machine, trace: Trace | None = None) -> Prediction:
-    """The time of a step on a machine."""
-    trace = trace or trace_step(setup)
-    micro_step: dict[str, float] = {}
-    for call in trace.micro_step:
-        micro_step[call.kind] = micro_step.get(call.kind, 0.0) + seconds(call, machine)
-    flops = float(setup.gpt_config.flops_per_token) * setup.tokens
-    update = sum(seconds(call, machine) for call in trace.update)
-    return Prediction(
-        micro_step, update, setup.tokens, flops, machine.peak, trace.peak, reserve(setup.device_type, trace)
-    )
-
-
-def seconds(call: Call, machine: Machine) -> float:
-    """What one call takes."""
-    shares = CPU_SHARES if machine.n_sm is None else machine.shares
-    bandwidth = machine.bandwidth * (shares.elementwise if call.kind in ("norm", "GELU", "loss") else 1.0)
-    if call.product is not None:
-        computing = _product_seconds(call, machine) / shares.product
-    else:
-        computing = call.flops / (shares.attention * machine.gemm)
-        if machine.n_sm is not None and call.length:
-            computing *= 1.0 + HALF_RATE_LENGTH / call.length
-    cached = min(shares.reuse * machine.l2, call.bytes / 2)  # half of the operands at most: what was written last
-    work = max(computing, (call.bytes - cached) / bandwidth)
-    return work + HOST_SECONDS if machine.n_sm is None else max(work, LAUNCH_SECONDS)
-
-
-def _product_seconds(call: Call, machine: Machine) -> float:
-    if machine.n_sm is None or call.product is None:
-        return call.flops / machine.gemm
-    M, N, K = call.product
-    fastest = math.inf
-    for (rows, columns), share in TILES.items():
-        tiles = math.ceil(M / rows) * math.ceil(N / columns)
-        for split in SPLITS:
-            waves = math.ceil(tiles * split / machine.n_sm)
-            work = waves * 2.0 * rows * columns * math.ceil(K / split) * machine.n_sm
-            partial_sums = 0 if split == 1 else 8.0 * split * M * N  # fp32, written and read
-            fastest = min(fastest, work / (share * machine.gemm) + partial_sums / machine.bandwidth)
-    return fastest
-
-
-# ---- memory ----
-
-
-# ---- how far off it has been ----
+# ---- the prediction's error where a step was measured ----
 
 
 @dataclass(frozen=True)
 class Error:
-    """A prediction beside its measurement.
+    """A prediction and the measurement of the same step.
 
     Attributes:
         device: where it was measured.
         model: what was trained there, in a few words.
-        predicted_ms: of an update.
-        measured_ms: of an update.
-        predicted_peak: bytes that tensors hold at most.
-        measured_peak: bytes; ``None`` where the device does not tell.
+        predicted_ms: predicted milliseconds of an update.
+        measured_ms: measured milliseconds of an update.
+        predicted_peak: bytes that tensors hold at the peak, predicted.
+        measured_peak: measured bytes; ``None`` where the device does not report them.
     """
 
     device: str
@@ -248,18 +278,18 @@ class Error:
 
     @property
     def memory(self) -> float | None:
-        """Relative error of the memory."""
+        """Relative error of the peak memory; ``None`` where it was not measured."""
         return None if self.measured_peak is None else self.predicted_peak / self.measured_peak - 1.0
 
 
 @cache
 def measurements() -> Sequence[dict[str, Any]]:
-    """Steps of fastgpt that were measured, and the ceilings of their devices."""
+    """Return the measured steps of fastgpt, each with the measured rates of its device."""
     return tuple(json.loads(MEASURED.read_text()))
 
 
 def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
-    """The model against every step measured."""
+    """Compare predictions with measurements: all of :func:`measurements`, or ``rows``."""
     found = []
     for row in measurements() if rows is None else rows:
         setup = Setup(
@@ -275,15 +305,15 @@ def errors(rows: Iterable[dict[str, Any]] | None = None) -> list[Error]:
 
 
 def error_words(device: str) -> str:
-    """How far off the model has been."""
+    """Describe the prediction's error in one phrase: on this device if a step was measured there, else elsewhere."""
     known = errors()
     if not known:
-        return "no step of ours has been measured yet, so nobody knows how far off this is"
+        return "prediction error unknown: no step of fastgpt has been measured yet"
     here = [error for error in known if error.device == device]
     if here:
         worst = max(here, key=lambda error: abs(error.time))
-        return f"on this device the model is off by {worst.time:+.0%} at most ({worst.model})"
+        return f"largest prediction error on this device: {worst.time:+.0%} ({worst.model})"
     low, high = min(error.time for error in known), max(error.time for error in known)
     devices = sorted({error.device for error in known})
     gpus = "" if any(name.startswith("NVIDIA") for name in devices) else "; no GPU has been measured"
-    return f"where our step was measured ({', '.join(devices)}) the model is off by {low:+.0%} to {high:+.0%}{gpus}"
+    return f"prediction error where fastgpt was measured ({', '.join(devices)}): {low:+.0%} to {high:+.0%}{gpus}"

@@ -28,16 +28,16 @@ VOCABULARY = {"stdlib": 256, "shakespeare-char": 65}
 
 
 def facts(preset="gpt2-124m", *, vocab_size=None, known=None, **flags):
-    """A preset with flags; ``known`` holds what else the trainer can tell."""
+    """Facts of a preset with flags; ``known`` are further fields of ``Facts``."""
     config = resolve({"preset": preset, "learning_rate": PRESETS[preset]["learning_rate"], **flags}, PRESETS)
     if config.batch_size is None:
         config = config.with_batch_size(16)
-    model = config.gpt_config(vocab_size or VOCABULARY.get(config.dataset, 50304))
-    return Facts(config, model, **{"dataset_tokens": TRAINING_TOKENS[config.dataset], **(known or {})})
+    gpt_config = config.gpt_config(vocab_size or VOCABULARY.get(config.dataset, 50304))
+    return Facts(config, gpt_config, **{"dataset_tokens": TRAINING_TOKENS[config.dataset], **(known or {})})
 
 
 def short(steps=3000, **flags):
-    """GPT-2 124M for so many steps."""
+    """Facts of GPT-2 124M for ``steps`` updates."""
     return facts(**{"max_iters": steps, "lr_decay_iters": steps, "warmup_iters": steps // 20, **flags})
 
 
@@ -49,7 +49,7 @@ def rate_of(run, step):
 
 
 def law(run, steps):
-    """The loss of a healthy run: Chinchilla's law, a rate that costs loss while it is high, a start at ln V."""
+    """The loss of a healthy run: Chinchilla's law, plus a term for the learning rate, and at most ln V."""
     c, N = run.config, run.gpt_config.n_params_without_positions
     rates = np.array([rate_of(run, step) for step in steps]) / c.learning_rate
     tokens = np.asarray(steps) * c.tokens_per_step
@@ -57,7 +57,7 @@ def law(run, steps):
 
 
 def series(run, seed, noise=0.04, last=None):
-    """Steps, losses, gradient norms and rates as a healthy run logs them."""
+    """Steps, losses, gradient norms and learning rates as a healthy run logs them. The noise is partly correlated."""
     rng = np.random.default_rng(seed)
     steps = np.arange(1, (last or run.config.max_iters) + 1)
     wander = np.convolve(rng.normal(0, noise / 3, len(steps) + 19), np.ones(20) / math.sqrt(20), "valid")
@@ -75,13 +75,16 @@ def feed(diagnosis, steps, losses, norms, rates, seconds=None):
 
 
 def batches(seed, level, n=20, spread=0.1, paired=0.008, start=0):
-    """Losses of an evaluation's batches round ``level``: what makes a batch hard stays, a little does not."""
+    """Losses of an evaluation's batches around ``level``.
+
+    ``spread`` is the deviation between batches, the same for every ``start``; ``paired`` the one that changes with it.
+    """
     hardness = np.random.default_rng((seed, 1)).normal(0, spread, n)
     return list(level + hardness - hardness.mean() + np.random.default_rng((seed, 2, start)).normal(0, paired, n))
 
 
 def only(findings, code):
-    """The one finding, which must be of this code."""
+    """The only finding, which must have this code."""
     assert [finding.code for finding in findings] == [code]
     return findings[0]
 
@@ -143,7 +146,7 @@ def test_memory_does_not_grow_with_the_run():
     assert max(map(len, held)) <= 512
 
 
-def test_numbers_that_are_none_are_passed_over():
+def test_numbers_that_are_not_finite_are_ignored():
     diagnosis = Monitor(short(1000))
     for step in range(1, 200):
         assert diagnosis.update(step, math.nan, math.inf, 1e-3, 0.0) == []
@@ -152,22 +155,28 @@ def test_numbers_that_are_none_are_passed_over():
     assert diagnosis.evaluation(200, [1.0], [1.0]) == []
 
 
-# ---- the run that was never the one that was meant ----
+# ---- a run with another size than its name states ----
 
 
-def test_the_124m_that_is_none_is_found_before_it_starts():
+def test_a_124m_of_another_size_is_found_before_it_starts():
     found = preflight.check(facts(n_embd=384, n_head=6, dropout=0.1, max_iters=14_500, lr_decay_iters=14_500))
     texts = {finding.code: finding.text for finding in found}
     assert texts.keys() == {"named-size", "dropout-on-fresh-data", "past-chinchilla"}
     assert all(finding.step == 0 for finding in found)
     assert "gpt2-124m with n_embd=384: 40.56M parameters, not 124M" in texts["named-size"]
-    assert "The model of that name has n_embd=768" in texts["named-size"]
-    assert "7.6B tokens, 187 a parameter, 9.4 times Chinchilla's 20" in texts["past-chinchilla"]
+    assert (
+        "The unchanged preset has n_embd=768. If this size is intended, add --expect_params 40.6M"
+        in texts["named-size"]
+    )
+    assert "7.6B tokens, 187 per parameter, 9.4 times Chinchilla's 20" in texts["past-chinchilla"]
     assert "124M parameters on 2.5B tokens" in texts["past-chinchilla"]
-    assert "dropout 0.1 in a run of 7.6B tokens on 9.9B, 0.77 of an epoch" in texts["dropout-on-fresh-data"]
+    assert (
+        "dropout is 0.1, but the run covers only 0.77 of an epoch (7.6B of 9.9B tokens)"
+        in texts["dropout-on-fresh-data"]
+    )
 
 
-def test_its_clean_twin_has_no_finding():
+def test_the_same_run_without_these_faults_has_no_finding():
     assert preflight.check(facts(max_iters=14_500, lr_decay_iters=14_500)) == []
 
 
@@ -210,10 +219,10 @@ def test_dropout_is_found_below_one_epoch_alone():
 def test_a_run_far_past_chinchilla_is_found_and_one_at_four_times_is_not():
     assert preflight.check(facts(max_iters=19_073)) == []  # 81 a parameter
     found = only(preflight.check(facts(max_iters=30_000, lr_decay_iters=30_000)), "past-chinchilla")
-    assert "15.7B tokens, 127 a parameter, 6.4 times Chinchilla's 20" in found.text
+    assert "15.7B tokens, 127 per parameter, 6.4 times Chinchilla's 20" in found.text
 
 
-def test_chinchillas_law_is_not_held_against_toys():
+def test_chinchillas_law_is_not_applied_to_toys():
     forever = {"max_iters": 1_000_000, "lr_decay_iters": 1_000_000}
     assert preflight.check(facts("quickstart", **forever)) == []
     assert preflight.check(facts("shakespeare-char", **forever)) == []  # 10.6M parameters, 65 characters
@@ -224,7 +233,7 @@ def test_a_decay_that_ends_after_the_run_is_found_with_the_rate_that_is_left():
     found = only(preflight.check(facts(max_iters=5000, lr_decay_iters=10_000)), "schedule-end")
     left = rate_of(facts(max_iters=5000, lr_decay_iters=10_000), 5000) / 6e-4
     assert 0.3 < left < 0.9
-    assert f"still be at {left:.0%} of its peak when the run ends at step 5,000" in found.text
+    assert f"still at {left:.0%} of its peak when the run ends at step 5,000" in found.text
     assert "--lr_decay_iters 5000" in found.text
 
 
@@ -250,9 +259,9 @@ def test_a_schedule_that_ends_with_the_run_or_never_is_not_found(flags):
 @pytest.mark.parametrize(
     ("batch_size", "block_size", "wanted", "words"),
     [
-        (12, 1024, 524_288, "--batch_size 8 --gradient_accumulation_steps 64 hold exactly that"),
-        (16, 1024, 100_000, "--batch_size 14 --gradient_accumulation_steps 7 come nearest, with 100,352"),
-        (64, 1024, 1000, "--batch_size 1 --gradient_accumulation_steps 1 come nearest, with 1,024"),
+        (12, 1024, 524_288, "--batch_size 8 --gradient_accumulation_steps 64 for exactly that number"),
+        (16, 1024, 100_000, "--batch_size 14 --gradient_accumulation_steps 7 for the nearest possible number, 100,352"),
+        (64, 1024, 1000, "--batch_size 1 --gradient_accumulation_steps 1 for the nearest possible number, 1,024"),
     ],
 )
 def test_tokens_that_the_accumulation_misses_are_found_with_the_choice_that_reaches_them(
@@ -265,15 +274,15 @@ def test_tokens_that_the_accumulation_misses_are_found_with_the_choice_that_reac
     )
     assert words in found.text
     assert f"{5 * batch_size * block_size:,} tokens" in found.text
-    assert f"{wanted:,} asked for" in found.text
+    assert f"not the requested {wanted:,}" in found.text
 
 
 @pytest.mark.parametrize("wanted", [None, 16 * 32 * 1024])
-def test_tokens_that_are_reached_or_were_not_asked_for_are_not_found(wanted):
+def test_tokens_that_are_reached_or_were_not_requested_are_not_found(wanted):
     assert preflight.check(facts(known={"wanted_tokens_per_step": wanted})) == []
 
 
-def test_the_tokens_asked_for_are_the_flags_or_the_presets():
+def test_the_requested_tokens_are_the_flags_or_the_presets():
     assert wanted_tokens_per_step(facts().config) == 2**19
     assert wanted_tokens_per_step(facts(total_batch_size=4096, block_size=64).config) == 4096
     assert wanted_tokens_per_step(facts(batch_size=12, gradient_accumulation_steps=40).config) == 2**19
@@ -283,9 +292,9 @@ def test_the_tokens_asked_for_are_the_flags_or_the_presets():
 def test_products_that_cannot_fill_the_gpu_are_found():
     run = facts("quickstart", batch_size=2, gradient_accumulation_steps=8, known={"n_sm": 46})
     found = only(preflight.check(run), "small-products")
-    assert "256 tokens x width 128, come to 8 tiles, and the GPU has 46 multiprocessors: at most 17%" in found.text
-    assert "--batch_size 16 fills it" in found.text
-    assert "--gradient_accumulation_steps 1 an update stays as it is" in found.text
+    assert "(256 tokens x width 128) have only 8 tiles for the GPU's 46 multiprocessors: at most 17%" in found.text
+    assert "Use --batch_size 16 to fill the GPU" in found.text
+    assert "--gradient_accumulation_steps 1 to keep the tokens per update" in found.text
 
 
 def test_products_that_fill_the_gpu_or_run_on_a_cpu_or_for_minutes_are_not_found():
@@ -307,19 +316,19 @@ def test_a_loss_spike_is_found_with_its_step_its_value_and_the_usual_one():
     assert found.step == 800
     assert "--grad_clip" not in found.text  # the preset clips
     spread = np.std(losses[698:799])
-    assert int(re.search(r"(\d+) times the usual spread", found.text)[1]) == pytest.approx(1.0 / spread, rel=0.25)
-    usual = np.median(losses[698:799])
-    assert f"step 800: the loss jumped to {losses[799]:.2f} from a usual {usual:.2f}" in found.text
+    assert int(re.search(r"(\d+) standard deviations", found.text)[1]) == pytest.approx(1.0 / spread, rel=0.25)
+    median = np.median(losses[698:799])
+    assert f"step 800: the loss jumped to {losses[799]:.2f} from a median of {median:.2f}" in found.text
 
 
-def test_a_gradient_spike_is_found_and_told_whether_it_was_clipped():
-    for clip, words in ((1.0, "it was clipped to 1"), (0.0, "nothing clips it: --grad_clip 1")):
+def test_a_gradient_spike_is_found_and_says_whether_it_was_clipped():
+    for clip, words in ((1.0, "It was clipped to 1"), (0.0, "It was not clipped: --grad_clip 1")):
         run = short(1000, grad_clip=clip)
         steps, losses, norms, rates = series(run, 1)
         norms[599] = 12.0
         found = only(feed(Monitor(run), steps, losses, norms, rates), "gradient-spike")
         assert found.step == 600
-        assert "the gradient's norm was 12, usually 0.29" in found.text
+        assert "the gradient norm jumped to 12 from a median of 0.29" in found.text
         assert words in found.text
 
 
@@ -352,7 +361,7 @@ def test_a_plateau_is_found_and_its_likeliest_cause_is_the_rate():
     level = law(run, [4000])[0]
     assert re.search(rf"stopped falling at {level:.2f}", found.text)
     share = rate_of(run, found.step) / 6e-4
-    assert f"the likeliest first: the learning rate is still at {share:.0%} of its peak" in found.text
+    assert f"most likely first: the learning rate is still at {share:.0%} of its peak" in found.text
 
 
 def test_a_plateaus_causes_come_in_order():
@@ -367,20 +376,20 @@ def test_a_plateaus_causes_come_in_order():
     tokens = step * run.config.tokens_per_step
     causes = [
         "the learning rate is still at",
-        f"{tokens / run.gpt_config.n_params_without_positions:.0f} a parameter",
+        f"{tokens / run.gpt_config.n_params_without_positions:.0f} per parameter",
         f"{tokens / 1e8:.1f} epochs",
     ]
     places = [text.index(cause) for cause in causes]
-    assert "likeliest first" in text
+    assert "most likely first" in text
     assert places == sorted(places)
 
 
-def test_a_run_that_has_learnt_nothing_is_told_that_first():
+def test_a_run_that_has_learnt_nothing_is_reported_as_that_first():
     run = short(2000)
     steps, _, norms, rates = series(run, 0, last=1500)
     losses = 10.8 + np.random.default_rng(0).normal(0, 0.01, 1500)
     found = only(feed(Monitor(run), steps, losses, norms, rates), "plateau")
-    assert "next to nothing has been learnt, since a blind guess has a loss of 10.83" in found.text
+    assert "almost nothing has been learnt (a uniform guess has a loss of 10.83)" in found.text
     assert "of its peak" not in found.text
 
 
@@ -409,7 +418,7 @@ def test_a_plateau_at_the_floor_long_after_the_decay_is_the_end_of_the_run():
     run = short(10_000, lr_decay_iters=2000)
     found = only(feed(Monitor(run), *stuck(run, 0, since=2000)), "plateau")
     assert found.step > 2500
-    assert "at its floor of 6e-05, so the run is as good as over" in found.text
+    assert "at its floor of 6e-05, so the run has effectively ended" in found.text
 
 
 def test_a_loss_that_is_flat_because_the_rate_has_decayed_is_on_no_plateau():
@@ -422,7 +431,7 @@ def test_a_loss_that_is_flat_because_the_rate_has_decayed_is_on_no_plateau():
 
 
 def dropped_out(seed, gap, val, dropout=0.1):
-    """A run whose logged loss lies ``gap`` above that in eval mode; its evaluation."""
+    """The findings of an evaluation of a run with a logged loss that is ``gap`` higher than in eval mode."""
     run = short(2000, dropout=dropout, known={"dataset_tokens": 200_000_000})
     diagnosis = Monitor(run)
     steps, losses, norms, rates = series(run, seed, last=1500)
@@ -431,7 +440,7 @@ def dropped_out(seed, gap, val, dropout=0.1):
     return level, diagnosis.evaluation(1500, batches(seed, level), batches(seed + 1, level + val))
 
 
-def test_a_validation_loss_below_the_training_loss_is_put_down_to_dropout():
+def test_a_validation_loss_below_the_training_loss_is_explained_by_dropout():
     level, found = dropped_out(0, gap=0.15, val=0.03)
     text = only(found, "dropout-gap").text
     logged, in_eval_mode, val = (float(number) for number in re.findall(r"\d\.\d{3}", text)[:3])
@@ -439,11 +448,11 @@ def test_a_validation_loss_below_the_training_loss_is_put_down_to_dropout():
     assert in_eval_mode == pytest.approx(level, abs=0.01)
     assert val == pytest.approx(level + 0.03, abs=0.01)
     assert "dropout 0.1" in text
-    assert f"validation is {logged - val:.2f} below" in text
+    assert f"Validation loss is {logged - val:.2f} below" in text
     assert f"dropout adds {logged - in_eval_mode:.2f}" in text
 
 
-def test_the_gap_that_dropout_hides_is_told_too():
+def test_the_gap_that_dropout_hides_is_reported_too():
     _, found = dropped_out(0, gap=0.15, val=0.4)
     text = only(found, "dropout-gap").text
     assert "above the logged loss" in text
@@ -451,7 +460,7 @@ def test_the_gap_that_dropout_hides_is_told_too():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_gap_within_the_noise_or_without_dropout_is_not_put_down_to_it(seed):
+def test_a_gap_within_the_noise_or_without_dropout_is_not_explained_by_it(seed):
     assert dropped_out(seed, gap=0.0, val=-0.02)[1] == []
     assert dropped_out(seed, gap=0.15, val=0.03, dropout=0.0)[1] == []
 
@@ -486,7 +495,7 @@ SHAKESPEARE_VAL = [2.05, 1.65, 1.5, 1.47, 1.48, 1.52, 1.6]
 def test_overfitting_is_found_with_the_step_of_the_best_validation_loss():
     found = only(evaluate(facts("shakespeare-char"), SHAKESPEARE_TRAIN, SHAKESPEARE_VAL), "overfitting")
     assert found.step == 1500
-    assert "Validation loss was best at step 1,000, 1.47" in found.text
+    assert "Validation loss was lowest at step 1,000 (1.47" in found.text
     assert "risen by 0.05" in found.text
     assert "training loss fell by 0.20 to 0.998" in found.text
     assert "24.5 epochs" in found.text
@@ -495,7 +504,7 @@ def test_overfitting_is_found_with_the_step_of_the_best_validation_loss():
 def test_a_validation_loss_that_stands_while_training_falls_is_overfitting_too():
     found = only(evaluate(short(), [3.5, 3.4, 3.3, 3.2], [3.52, 3.45, 3.452, 3.451]), "overfitting")
     assert found.step == 1000
-    assert "best at step 500" in found.text
+    assert "lowest at step 500" in found.text
 
 
 @pytest.mark.parametrize(
@@ -518,7 +527,7 @@ def test_a_gap_that_grows_by_next_to_nothing_is_no_overfitting():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_overfitting_is_not_told_from_evaluations_too_noisy_to_show_it(seed):
+def test_overfitting_is_not_reported_where_evaluations_are_too_noisy(seed):
     falling, standing = [3.5, 3.4, 3.35, 3.3], [3.52, 3.42, 3.45, 3.43]
     for how in ({"paired": 0.3}, {"val_paired": 0.3}, {"n": 2, "paired": 0.0}):
         found = evaluate(short(), falling, standing, seed, **how)
@@ -536,7 +545,7 @@ def test_evaluations_too_small_for_their_difference_are_found_with_the_batches_t
     assert f"{'-' if change < 0 else '+'}{abs(change):.3f} ± {error:.3f}" in found.text
     needed = int(re.search(r"--eval_iters (\d+) instead of 4", found.text)[1])
     assert error * math.sqrt(4 / needed) == pytest.approx(0.003 * 3.495, rel=0.05)
-    assert "on 66K tokens" in found.text
+    assert "On 66K tokens" in found.text
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -567,7 +576,7 @@ def test_the_error_of_a_difference_leaves_out_what_the_batches_share():
 
 
 def timed(run, seconds, spent=None, n=100):
-    """Findings of updates that take so long."""
+    """Findings of ``n`` updates that take ``seconds`` on average."""
     diagnosis = Monitor(run)
     noise = np.exp(np.random.default_rng(0).normal(0, 0.05, n))
     found = []
@@ -596,17 +605,17 @@ def test_updates_slower_than_predicted_are_found_with_both_times_and_both_mfus()
 @pytest.mark.parametrize(
     ("kind", "each", "words"),
     [
-        (DATA, 4.5, "data comes too slowly"),
+        (DATA, 4.5, "Data loading is too slow"),
         (DATA, 1.5, "The device itself is slower"),
         (LOGGING, 4.5, "larger --log_interval"),
         (EVALUATION, 4.5, "The device itself is slower"),
         (CHECKPOINTS, 4.5, "raise --eval_interval"),
     ],
 )
-def test_slowness_is_put_down_to_what_took_the_time(kind, each, words):
+def test_slowness_is_explained_by_what_took_the_time(kind, each, words):
     found = only(timed(predicted(10.0), 15.0, {kind: each}), "slow")
     assert words in found.text
-    assert re.search(rf"Of the run's time so far: {kind} \d\d%", found.text)
+    assert re.search(rf"Time so far: {kind} \d\d%", found.text)
 
 
 def test_updates_as_fast_as_predicted_or_slow_at_the_start_alone_are_not_found():

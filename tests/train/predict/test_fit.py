@@ -1,4 +1,4 @@
-"""The fit that gives the model its shares, and the error that it is held to on steps it was not fitted to."""
+"""The fit of the model's shares, and bounds on its error for steps that it was not fitted to."""
 
 import math
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_the_reference_card_is_predicted_within_a_tenth():
 
 
 def test_no_halving_of_the_steps_is_off_by_more_than_a_tenth_in_the_mean():
-    """The coin was not a lucky one: the other way round, and by every second one."""
+    """The error does not depend on how the steps are split: with the halves swapped, and with every second step."""
     steps = [step for half in points.halves() for step in half]
     for fitted, judged in (points.halves()[::-1], (steps[::2], steps[1::2])):
         shares = fit.fit(fitted)
@@ -53,20 +53,20 @@ def test_no_halving_of_the_steps_is_off_by_more_than_a_tenth_in_the_mean():
         assert mean(abs(fit.log_error(p, s)) for p, s in zip(judged, of, strict=True)) < 0.10
 
 
-def test_shares_that_made_the_speeds_are_found_again(monkeypatch):
+def test_the_fit_recovers_the_shares_that_speeds_were_computed_with(monkeypatch):
     steps = [p for p in points.halves()[0] if "sm_89 GeForce" in GPUS[p["card"]].family]
     true = Shares(0.9, 0.4, reuse=0.3)
     made = [{**p, "n_gpus": 1, "tokens_per_s": fit.predicted(p, true)} for p in steps]
-    monkeypatch.setattr(fit, "NOISE", 1e-4)  # then nothing but the steps counts
+    monkeypatch.setattr(fit, "NOISE", 1e-4)  # so small that the prior has no weight
     (found,) = fit.fit(made).values()
     assert (found.product, found.attention) == pytest.approx((0.9, 0.4), rel=1e-2)
 
 
-def test_a_share_moves_no_further_than_its_steps_ask_for():
+def test_a_single_step_moves_a_share_little():
     one = points.halves()[0][:1]
     (found,) = fit.fit(one).values()
     assert abs(fit.log_error(one[0], found)) < abs(fit.log_error(one[0], Shares()))
-    assert abs(math.log(found.product)) < 2 * fit.HELD["product"]
+    assert abs(math.log(found.product)) < 2 * fit.PRIOR_STD["product"]
 
 
 def test_errors_are_relative_to_what_was_measured():

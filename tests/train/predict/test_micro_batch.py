@@ -1,4 +1,4 @@
-"""The micro-batch and the recomputation that a device takes."""
+"""The micro-batch and the recomputation that are chosen for a device."""
 
 from dataclasses import replace
 
@@ -76,5 +76,5 @@ def test_no_more_is_recomputed_than_memory_asks_for():
 
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
-def test_where_the_compiler_chooses_what_is_kept_the_plan_counts_on_nothing_less(device_type):
+def test_with_torch_compile_memory_is_predicted_without_recomputation(device_type):
     assert micro_batch.kinds_of_recompute(TrainConfig(compile=True), device_type) == ("none",)

@@ -1,4 +1,4 @@
-"""What others have measured: every point has a source, and what the model takes from them as they are is in them."""
+"""Public measurements: every point has a source, and the constants that are read off them agree with them."""
 
 from statistics import median
 
@@ -32,15 +32,15 @@ def test_a_card_that_is_overclocked_or_held_back_stands_for_no_row_of_the_table(
             assert "card" not in point, point["id"]
 
 
-# ---- shares that are read off ----
+# ---- constants that are read off the points ----
 
 
 @pytest.mark.parametrize(
     ("card", "share"),
     [
-        ("NVIDIA GeForce RTX 4090", 158.54 / 165.15),  # its own, the median of three sizes
+        ("NVIDIA GeForce RTX 4090", 158.54 / 165.15),  # measured on the card: the median of three sizes
         ("NVIDIA H100 80GB HBM3", 797.51 / 989.43),
-        ("NVIDIA H200", 797.51 / 989.43),  # its family's
+        ("NVIDIA H200", 797.51 / 989.43),  # measured on its family
         ("NVIDIA B200", points.UNKNOWN_PRODUCT),
     ],
 )
@@ -63,7 +63,7 @@ def test_copies_run_at_the_share_that_was_measured():
 @pytest.mark.parametrize("card", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_reaches_half_its_rate_at_the_length_that_was_measured(card, head_dim):
-    """1 / rate = (1 + length / T) / rate of long sequences: a straight line over 1 / T."""
+    """The model 1 / rate = (1 + length / T) / rate of long sequences is a line in 1 / T: slope / intercept = length."""
     series = [
         (1 / p["seqlen"], 1 / p["tflops"])
         for p in points.points("attention")
@@ -74,16 +74,16 @@ def test_attention_reaches_half_its_rate_at_the_length_that_was_measured(card, h
     assert slope / at_infinity == pytest.approx(roofline.HALF_RATE_LENGTH, rel=0.15)
 
 
-# ---- which steps count ----
+# ---- the steps that the model covers ----
 
 
-def test_every_step_is_fitted_to_or_judges_or_has_a_cause():
+def test_every_step_is_fitted_or_judged_or_has_a_cause():
     fitted, judged = points.halves()
     others = [point for _, point in points.excluded()]
     ids = [point["id"] for point in (*fitted, *judged, *others)]
     assert sorted(ids) == sorted(point["id"] for point in points.points("step"))
     assert len(judged) >= 20
-    assert {cause for cause, _ in points.excluded()} == set(points.CAUSES)  # none is there in vain
+    assert {cause for cause, _ in points.excluded()} == set(points.CAUSES)  # every cause applies to a step
 
 
 def test_a_step_keeps_its_side_as_others_come(monkeypatch):
@@ -94,10 +94,10 @@ def test_a_step_keeps_its_side_as_others_come(monkeypatch):
 
 
 def test_no_cause_but_the_sources_own_contradiction_changes_with_the_speed():
-    """How far off the model is cannot take a step out."""
+    """So a step cannot be left out because of the model's error."""
     for point in points.points("step"):
         rate = points.tokens_per_second(point)
-        if rate is not None and points.cause(point) != "slower than itself with a longer context":
+        if rate is not None and points.cause(point) != "slower than the same run with a longer context":
             faster = {**point, "tokens_per_s": 2 * rate * point["n_gpus"]}
             assert points.cause(faster) == points.cause(point), point["id"]
 

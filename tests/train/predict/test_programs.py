@@ -1,4 +1,4 @@
-"""Other programs' steps as calls: their arithmetic against our own step's, which is counted by running it."""
+"""Other programs' steps as calls: their arithmetic agrees with the trace of our own step."""
 
 from collections import Counter
 from dataclasses import replace
@@ -37,10 +37,10 @@ def test_attention_has_two_products_forward_and_five_backward_of_the_scores_that
     assert total(micro_step, "attention") == 7 * 2 * 64 * scores
 
 
-def test_a_block_that_is_computed_again_adds_its_forward():
+def test_a_block_that_is_recomputed_adds_its_forward():
     once, _ = calls(PROGRAMS["llm-foundry"], WORK)
-    twice, _ = calls(PROGRAMS["llm-foundry"], replace(WORK, again="block"))
-    inputs, _ = calls(PROGRAMS["llm-foundry"], replace(WORK, again="inputs"))
+    twice, _ = calls(PROGRAMS["llm-foundry"], replace(WORK, recompute="block"))
+    inputs, _ = calls(PROGRAMS["llm-foundry"], replace(WORK, recompute="inputs"))
     tokens, C = WORK.tokens, GPT2.n_embd
     assert total(twice, "GEMM") - total(once, "GEMM") == 12 * 2 * 12 * C * C * tokens
     assert (

@@ -1,4 +1,4 @@
-"""The model of the step: its arithmetic by hand, and its error against every step that was measured."""
+"""The roofline model: its arithmetic against numbers computed by hand, its error against every measured step."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fastgpt.train.predict.trace import Call, Setup, trace_step
 GPT2 = GPTConfig(bias=False)
 GB = 2**30
 
-# Ten SMs, a tera-FLOP/s and a tera-byte/s: round numbers.
+# Ten SMs, 1 TFLOP/s and 1 TB/s: round numbers.
 CARD = roofline.Machine("card", gemm=1e12, bandwidth=1e12, peak=2e12, memory=12 * GB, n_sm=10)
 
 
@@ -51,7 +51,8 @@ def test_what_has_to_be_moved_takes_its_bytes():
 
 def test_half_of_what_a_kernel_moves_may_lie_in_the_cache():
     cached = replace(CARD, l2=2 * 10**9, shares=replace(CARD.shares, reuse=0.5))
-    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)  # but for half of the cache
+    # 5 GB: half of the cache, 1 GB, is saved. 1 GB: half of the traffic is saved.
+    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)
     assert roofline.seconds(Call("gelu", "GELU", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
 
 
@@ -92,7 +93,7 @@ def test_a_card_with_twice_the_rates_takes_half_the_time():
     twice = replace(CARD, gemm=2 * CARD.gemm, bandwidth=2 * CARD.bandwidth)
     trace = trace_step(setup)
     slow, fast = (roofline.predict(setup, m, trace).seconds() for m in (CARD, twice))
-    assert slow / fast == pytest.approx(2.0, rel=0.01)  # but for the shortest kernels
+    assert slow / fast == pytest.approx(2.0, rel=0.01)  # not exactly: launches take as long as before
 
 
 def test_a_step_is_never_predicted_to_beat_its_products():
@@ -124,7 +125,7 @@ def test_every_measurement_is_one_of_the_records():
 
 
 def test_the_model_is_as_far_off_as_it_says_and_not_further_than_known():
-    """An error that grows is a change of the model or of the step that wants an explanation."""
+    """If this fails, a change of the model or of the step has made the predictions worse."""
     for error in roofline.errors():
         assert error.time == pytest.approx(error.predicted_ms / error.measured_ms - 1)
         assert math.isfinite(error.time)

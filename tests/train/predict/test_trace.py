@@ -1,4 +1,4 @@
-"""The trace of a step: what it counts is what is called and held."""
+"""The trace of a step: its calls and its memory are those of the step with data."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgpt.kernels import use_backend
+from fastgpt.kernels.ops import OPERATORS
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.predict.trace import Setup, _Recorder, trace_step
@@ -20,6 +21,25 @@ TINY = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
 
 def flops(calls, kind):
     return sum(call.flops for call in calls if call.kind == kind)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_calls_of_our_operators_have_their_kind_and_products_have_flops(device_type, backend):
+    calls = []
+    with use_backend(backend):
+        for recompute in ("none", "cheap", "block"):
+            for state_bits, deterministic in ((32, True), (8, False)):
+                setup = Setup(
+                    TINY, 2, device_type, recompute=recompute, state_bits=state_bits, deterministic=deterministic
+                )
+                trace = trace_step(setup)
+                calls += trace.micro_step + trace.update
+    ours = [call for call in calls if call.operator in OPERATORS]
+    assert ours
+    for call in ours:
+        assert call.kind == ("GEMM" if call.operator == "matmul_" else OPERATORS[call.operator].kind)
+        assert (call.flops > 0) == (call.kind in ("GEMM", "attention")), call
 
 
 def test_the_products_of_gpt2_take_six_flops_a_parameter_and_token():
@@ -62,7 +82,7 @@ def test_recomputing_blocks_repeats_the_forward_but_for_its_last_product():
 
 
 def test_a_layer_more_calls_its_products_and_kernels_and_nothing_besides():
-    """No gradient of a vector has a call of its own but that of the bias of q, k and v on a GPU."""
+    """Gradients of biases and norms are computed inside other calls, except that of q, k and v's bias on a GPU."""
 
     def calls(n_layer):
         setup = Setup(GPTConfig(n_layer=n_layer), 2, recompute="none")
@@ -81,8 +101,8 @@ def test_the_gradients_of_the_embeddings_are_one_call_each():
     assert not calls.keys() & {"slice_backward", "index_put_", "index_add_", "embedding_dense_backward"}
 
 
-def test_adamw_moves_what_its_kernel_says():
-    """Parameter, gradient and both moments read and written, 4 bytes each, and the bf16 copy written."""
+def test_adamw_moves_34_bytes_per_parameter():
+    """Parameter, gradient and both moments are read and written, 4 bytes each, and the bf16 copy is written."""
     moved = sum(call.bytes for call in trace_step(Setup(GPT2, 1)).update if call.operator == "adamw_")
     assert moved == pytest.approx(34 * GPT2.n_params, rel=1e-3)
 
@@ -98,7 +118,7 @@ def test_weights_gradients_and_moments_take_their_bytes_a_parameter():
 
 @pytest.mark.parametrize(("recompute", "kept"), [("none", 16), ("cheap", 10), ("block", 1)])
 def test_a_layer_more_costs_what_it_keeps(recompute, kept):
-    """Of bf16 numbers a token and channel; what is alive at the peak for a moment is the same in both."""
+    """``kept`` counts bf16 elements per token and channel. The difference of two depths leaves out temporaries."""
 
     def activations(n_layer):
         setup = Setup(replace(GPT2, n_layer=n_layer), 8, recompute=recompute)
@@ -136,7 +156,7 @@ def test_a_step_with_data_calls_and_holds_what_the_dry_run_counted(backend, dtyp
             micro_step, recorder.calls = recorder.calls, []
             step._update()
 
-    def weighty(calls):  # without the looks at targets that only data allows
+    def weighty(calls):  # without the small calls that check the targets, which need data
         return [(call.operator, call.flops, call.bytes) for call in calls if call.bytes > 1024]
 
     assert sum(call.flops for call in micro_step) == sum(call.flops for call in expected.micro_step) > 0
@@ -144,12 +164,12 @@ def test_a_step_with_data_calls_and_holds_what_the_dry_run_counted(backend, dtyp
         assert weighty(micro_step) == weighty(expected.micro_step)
         assert weighty(recorder.calls) == weighty(expected.update)
         assert sum(recorder.at_peak.values()) == expected.peak
-    else:  # PyTorch makes its one-hot vectors in another way where there is no data
+    else:  # PyTorch computes one-hot vectors differently on meta tensors
         assert sum(recorder.at_peak.values()) == pytest.approx(expected.peak, rel=0.02)
 
 
 def allocated_at_most(work):
-    """Bytes that PyTorch's allocator handed out beyond what was there before, at the peak, by its own report."""
+    """Peak of the bytes that PyTorch's allocator hands out during ``work``, as its profiler reports them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -168,13 +188,13 @@ def test_on_a_cpu_the_trace_of_a_preset_is_the_peak_that_the_allocator_reports(p
     batch_size = {"gpt2-30m": 1}.get(preset) or PRESETS[preset]["batch_size"]
     shape = {name: PRESETS[preset].get(name, getattr(TrainConfig, name)) for name in SHAPE}
     setup = Setup(GPTConfig(vocab_size=vocab_size, **shape, bias=False), batch_size, "cpu", torch.float32)
-    if preset == "gpt2-30m":  # sixteen times the memory would be the same test
+    if preset == "gpt2-30m":  # shorter sequences: a sixteenth of the memory tests the same
         setup = replace(setup, gpt_config=replace(setup.gpt_config, block_size=64))
     with use_backend(backend):
         predicted = trace_step(setup)
         step = TrainStep(GPT(setup.gpt_config))
         x, y = torch.randint(vocab_size, (2, batch_size, setup.gpt_config.block_size))
-        step(lambda: (x, y), 1e-3)  # what is made once has been made
+        step(lambda: (x, y), 1e-3)  # allocates what is allocated only once
         measured = allocated_at_most(lambda: step(lambda: (x, y), 1e-3))
     at_rest = ("weights", "gradients", "AdamW", "batches")
     held = sum(size for part, size in predicted.memory.items() if part.startswith(at_rest))
