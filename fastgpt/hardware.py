@@ -1,4 +1,4 @@
-"""The device at hand: its name, its peak, and the ceilings measured on it."""
+"""The device of this machine: its name, its peak, and the ceilings measured on it."""
 
 import getpass
 import os
@@ -40,12 +40,12 @@ def find_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise RequestError(f"--device {name} is not supported; cpu and cuda are")
-    # with its number, which some functions of PyTorch ask for
+    # with its number, which some functions of PyTorch require
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls this device; of a CPU see :attr:`Processor.full_name`."""
+    """The maker's name of the device; for a CPU see :attr:`Processor.full_name`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor().full_name
 
 
@@ -59,7 +59,7 @@ ISAS = {
     "amx": {"amx_tile", "amx_bf16"},
 }
 
-# What the kernel calls the generation of a CPU, on x86 and on Arm, and the word for it here.
+# The kernel's names for the generation of a CPU, on x86 and on Arm, and ours.
 IDS = {
     "cpu family": "family",
     "model": "model",
@@ -77,9 +77,9 @@ _ONEDNN = {
     **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), "avx512_bf16"),
 }
 
-# Environment variables that hold a library to narrower instructions than the CPU has, and the widest of ISAS that each
-# of their values leaves, as the libraries spell them; oneDNN takes lower case too. Other values leave everything. Of
-# the values that leave the same, the first is the one to set.
+# Environment variables that limit a library to narrower instructions than the CPU has. For each value, as the library
+# spells it, the widest of ISAS that it still allows. oneDNN takes lower case too. Other values limit nothing. Where
+# several values allow the same, environment_for sets the first.
 # Sources: ATen's DispatchStub.cpp, oneDNN's "CPU Dispatcher Control", oneMKL's "mkl_enable_instructions".
 LIMITS = {
     "ATEN_CPU_CAPABILITY": {"default": "default", "avx2": "avx2"},
@@ -95,15 +95,14 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Processor:
-    """A CPU, as the kernel describes it.
+    """A CPU as Linux describes it.
 
     Attributes:
-        name: the model name, such as ``AMD EPYC 9R14``; a hypervisor may leave ``AMD EPYC`` of it.
-        ids: family, model and stepping on x86, implementer, part, variant and revision on Arm, as the kernel writes
-            them; empty where it does not tell.
-        cores: of the machine, each counted once however many threads it runs.
-        isas: those of ``ISAS`` that it has, narrowest first; empty where the kernel does not tell.
-        vendor: ``GenuineIntel``, ``AuthenticAMD``; empty where the kernel does not tell.
+        name: the model name, such as ``AMD EPYC 9R14``; a hypervisor may shorten it to ``AMD EPYC``.
+        ids: family, model and stepping on x86; implementer, part, variant and revision on Arm; empty if unknown.
+        cores: physical cores of the machine.
+        isas: those of ``ISAS`` that it has, narrowest first; empty if unknown.
+        vendor: ``GenuineIntel``, ``AuthenticAMD``; empty if unknown.
     """
 
     name: str
@@ -116,7 +115,7 @@ class Processor:
     def full_name(self) -> str:
         """The model name, followed by ``ids`` if no word of the name is a model number.
 
-        A model number tells the generation. It has three digits or more: ``7950X``, ``9R14``, ``E5-2680``.
+        A model number identifies the generation. It has three digits or more: ``7950X``, ``9R14``, ``E5-2680``.
         """
         words = re.sub(r"@.*", "", self.name).split()
         if not self.ids or any(len(re.findall(r"\d", word)) >= 3 for word in words):
@@ -125,7 +124,7 @@ class Processor:
 
 
 def parse_cpuinfo(text: str) -> Processor:
-    """The CPU that ``/proc/cpuinfo`` describes; where ``text`` is empty, what Python knows of it."""
+    """The CPU that ``/proc/cpuinfo`` describes; if ``text`` is empty, what Python knows about it."""
     blocks = [
         {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
         for block in text.split("\n\n")
@@ -145,7 +144,7 @@ def parse_cpuinfo(text: str) -> Processor:
 
 @cache
 def processor() -> Processor:
-    """The CPU at hand."""
+    """The CPU of this machine."""
     try:
         return parse_cpuinfo(Path("/proc/cpuinfo").read_text())
     except OSError:  # not Linux
@@ -153,11 +152,11 @@ def processor() -> Processor:
 
 
 def environment_for(isa: str) -> dict[str, str]:
-    """The environment variables that hold a new process to an instruction set: PyTorch, oneDNN, MKL and fastgpt alike.
+    """The environment variables that limit a new process to an instruction set: PyTorch, oneDNN, MKL and fastgpt.
 
-    fastgpt's C++ kernels follow the first two. A CPU that has less than ``isa`` is not changed by them. What Inductor
-    compiles goes into a folder of its own: its cache does not tell apart code for two instruction sets, and a process
-    held to one gets wrong sums from what another has left there.
+    fastgpt's C++ kernels follow the first two. On a CPU that has less than ``isa`` they change nothing. Inductor gets a
+    cache folder for each instruction set, because its cache does not distinguish them: a process that is limited to one
+    would load code for another and compute wrong sums.
 
     Args:
         isa: one of ``ISAS``, or ``default`` for the compiler's own (SSE2 on x86, NEON on Arm).
@@ -180,25 +179,25 @@ def held_to() -> dict[str, str]:
 def isa() -> str:
     """The widest instruction set that every library of this process may use: one of ``ISAS``, or ``default`` for none.
 
-    It is what the CPU has, less what the environment forbids to PyTorch, oneDNN or MKL. Where the kernel lists none of
-    ``ISAS`` it is what PyTorch found.
+    That is what the CPU has, without what the environment forbids to PyTorch, oneDNN or MKL. If Linux lists none of
+    ``ISAS``, it is what PyTorch found.
     """
     has, found = processor().isas, torch.backends.cpu.get_cpu_capability().lower()
     if not has:
         return found
     order = ["default", *ISAS]
     left = [LIMITS[variable].get(value, order[-1]) for variable, value in held_to().items()]
-    if found in ("default", "avx2"):  # AVX-512 is the widest that PyTorch tells apart: no limit
+    if found in ("default", "avx2"):  # AVX-512 is the widest that PyTorch distinguishes, so it limits nothing
         left.append(found)
     narrowest = min(map(order.index, left), default=len(order))
     return ["default", *(name for name in has if order.index(name) <= narrowest)][-1]
 
 
-# ---- what a device can do ----
+# ---- peaks and ceilings ----
 
 
 def known_gpu(device: torch.device) -> GPU | None:
-    """This device's row of the table; ``None`` for a CPU, and for a GPU of which the table knows nothing."""
+    """This device's row of the table; ``None`` for a CPU, and for a GPU that is not in the table."""
     gpu = GPUS.get(device_name(device)) if device.type == "cuda" else None
     # one name may stand for several cards, such as the RTX 3080 with 68 SMs and the one with 70
     same = gpu is not None and torch.cuda.get_device_properties(device).multi_processor_count == gpu.n_sm
@@ -206,19 +205,19 @@ def known_gpu(device: torch.device) -> GPU | None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak in FLOP/s for matrix products of ``dtype`` summed in fp32, or ``None`` where it is not known."""
+    """Dense peak in FLOP/s for matrix products of ``dtype`` summed in fp32; ``None`` if unknown."""
     gpu = known_gpu(device)
     tflops = gpu.tflops(dtype) if gpu is not None else None
     return tflops * 1e12 if tflops is not None else None
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """What ``--dtype auto`` means: bf16 where the device multiplies it faster, else fp16 on a GPU, fp32 on a CPU.
+    """The dtype of ``--dtype auto``: bf16 where the device multiplies it faster, else fp16 on a GPU, fp32 on a CPU.
 
-    Measured on two cores each: on Zen 5 (AVX512_BF16) products of bf16 run at 2.2 times the rate of fp32, on a Xeon
-    with AMX at 4.7 times. The same Xeon held to AVX512_BF16, as a kernel without AMX would, takes 1.5 times as long for
-    a step in bf16 as for one in fp32: Intel's cores do no more of these products in a cycle. A CPU without the
-    instructions widens every operand first, and is slower with bf16 than without.
+    Measured on two cores each: products of bf16 have 2.2 times the rate of fp32 on Zen 5 (AVX512_BF16), and 4.7 times
+    on a Xeon with AMX. On the same Xeon limited to AVX512_BF16, a step in bf16 takes 1.5 times as long as one in fp32,
+    because Intel's cores do no more of these products in a cycle. A CPU without the instructions widens every operand
+    first, so bf16 is slower there too.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -228,22 +227,22 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 
 def memory(device: torch.device) -> tuple[Bound, Bound]:
-    """Bytes of ``device`` that are free for this process, and all that it could have, each with what limits it."""
+    """Bytes of ``device`` that are free for this process, and that it could have at most, with the limits' sources."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Bound(free, "GPU"), Bound(total, "GPU")
     return limits.memory()
 
 
-# What PyTorch takes its number of threads from, the first one first. Left alone, it takes one a physical core.
+# The variables that set PyTorch's number of threads; the first one wins. Without them it uses one a physical core.
 THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def use_threads() -> Bound:
-    """Have PyTorch compute on no more threads than can run at a time; for commands, at their start.
+    """Limit PyTorch to the threads that can run at once. Commands call this at their start.
 
-    PyTorch knows of cores and of affinity, not of a container's CPU quota: there its threads would wait for each other.
-    What the environment says is left as it is. Returns how many threads there are, and what set that.
+    PyTorch considers cores and affinity, but not a container's CPU quota, under which its threads would wait for each
+    other. A number that the environment sets is kept. Returns the number of threads and its source.
     """
     own = torch.get_num_threads()
     named = next((name for name in THREADS if name in os.environ), None)
@@ -255,8 +254,9 @@ def use_threads() -> Bound:
     return found
 
 
-# By type of device: the side of a matrix beside whose product launching and waiting for the end are short, and the
-# megabytes of a copy. An H100 copies 256 MB in 0.17 ms, beside which the 10 to 15 us of a launch and a wait are not.
+# Sizes to measure with, by type of device: the side of a square matrix, and the megabytes of a copy. They are so large
+# that launching and waiting count for little. (An H100 copies 256 MB in 0.17 ms, but a launch and a wait take 10 to 15
+# us: too much.)
 LARGE = {"cpu": 2048, "cuda": 8192}
 MEGABYTES = {"cpu": 256, "cuda": 1024}
 
@@ -264,7 +264,7 @@ MEGABYTES = {"cpu": 256, "cuda": 1024}
 def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a large matrix product: PyTorch's, or on a CPU ours where it is faster."""
     size = LARGE[device.type]
-    if device.type == "cpu":  # a CPU without instructions for bf16 would take half a minute for a large one
+    if device.type == "cpu":  # one without bf16 instructions would need half a minute for a large product
         while size > 256 and 64 * _product_seconds(device, dtype, size // 4) > 2 * seconds:
             size //= 2
     pytorchs = measure_gemm_peak(device, dtype, size, seconds)
@@ -288,9 +288,14 @@ def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, second
 
 
 def measure_bandwidth(device: torch.device, megabytes: int | None = None, seconds: float = 0.5) -> float:
-    """Bytes per second of a copy larger than any cache, read and write both counted; by default as ``MEGABYTES`` says.
+    """Bytes per second of a copy that is larger than any cache. Reads and writes both count.
 
-    The two tensors take a quarter of the free memory at most: where a cgroup limits it, more would end the process.
+    The two tensors take at most a quarter of the free memory: in a cgroup with a limit, more could end the process.
+
+    Args:
+        device: to measure.
+        megabytes: of the copy; by default those of ``MEGABYTES``.
+        seconds: to spend.
     """
     wanted = MEGABYTES[device.type] if megabytes is None else megabytes
     megabytes = max(1, min(wanted, memory(device)[0].amount >> 23))
@@ -300,7 +305,7 @@ def measure_bandwidth(device: torch.device, megabytes: int | None = None, second
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
-    """What ``run`` takes on ``device``: the median over about ``budget`` seconds."""
+    """Median time of ``run`` on ``device``, over about ``budget`` seconds."""
 
     def once() -> float:
         start = time.perf_counter()

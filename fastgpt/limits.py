@@ -1,10 +1,10 @@
-"""What this process may take of the machine: its memory, its control groups' and ulimit's, and how many threads.
+"""The memory and the threads that this process may use: limits of the machine, of its cgroups and of ulimit.
 
-A container is a control group (cgroup): it sees all memory and cores of the machine, and may use a part of them. Where
-it takes more memory the kernel kills it, and where it runs more threads than its CPU quota they wait for each other.
+A container is a control group (cgroup). It sees all memory and cores of the machine, but may use only a part. If it
+takes more memory, the kernel kills it. If it runs more threads than its CPU quota allows, they wait for each other.
 
-All is read from files of Linux, below ``root`` so that tests can bring their own; whatever is missing limits nothing.
-Described in proc(5), the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+Everything is read from Linux's files, below ``root`` so that tests can supply their own. A missing file limits nothing.
+Sources: proc(5), the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
 
 import math
@@ -20,11 +20,11 @@ SYSTEM = Path("/")
 
 
 class Bound(NamedTuple):
-    """An amount, and what sets it.
+    """An amount, and the source of that limit.
 
     Attributes:
         amount: bytes or threads.
-        source: in words: ``RAM``, ``cores``, a cgroup's file, …
+        source: ``RAM``, ``cores``, a cgroup's file, …
     """
 
     amount: int
@@ -32,26 +32,26 @@ class Bound(NamedTuple):
 
 
 def least(bounds: Iterable[Bound]) -> Bound:
-    """The one that counts: the smallest, of equal ones the first."""
+    """The smallest bound; the first of equal ones."""
     return min(bounds, key=lambda bound: bound.amount)
 
 
 def memory(root: Path = SYSTEM) -> tuple[Bound, Bound]:
-    """Bytes that this process can still take, and those that it could if nothing were in use, each with its limit.
+    """Bytes that this process can still take, and that it could take if nothing were in use.
 
-    Swap is not counted: a training step touches all of its memory every time.
+    Swap does not count, because a training step touches all of its memory every time.
     """
     free, total = zip(_ram(root), *_memory_of_cgroups(root), *_ulimits(root), strict=True)
     return least(free), least(total)
 
 
 def held(root: Path = SYSTEM) -> int:
-    """Bytes of RAM that this process holds, libraries included; 0 where that is not told."""
+    """Bytes of RAM that this process holds, with libraries; 0 if unknown."""
     return _fields(root / "proc/self/status").get("VmRSS", 0)
 
 
 def threads(root: Path = SYSTEM) -> Bound:
-    """Threads that can run at a time, at least 1: the least of cores, affinity and CPU quotas."""
+    """Threads that can run at once, at least 1: the minimum of cores, affinity and CPU quotas."""
     found = [Bound(os.cpu_count() or 1, "cores")]
     if hasattr(os, "sched_getaffinity"):  # Linux
         found.append(Bound(len(os.sched_getaffinity(0)), "affinity"))
@@ -74,7 +74,7 @@ def _pair(limit: int, used: int, source: str) -> tuple[Bound, Bound]:
 
 def _ram(root: Path) -> tuple[Bound, Bound]:
     fields = _fields(root / "proc/meminfo")
-    if "MemTotal" not in fields:  # not Linux: what is in use is not told
+    if "MemTotal" not in fields:  # not Linux: the used part is unknown
         return _pair(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0, "RAM")
     return Bound(fields["MemAvailable"], "RAM"), Bound(fields["MemTotal"], "RAM")
 
@@ -88,10 +88,10 @@ def _ulimits(root: Path) -> Iterator[tuple[Bound, Bound]]:
 
 
 def _memory_of_cgroups(root: Path) -> Iterator[tuple[Bound, Bound]]:
-    """Every limit of every cgroup that this process is in; v1's unlimited is more than any machine has."""
+    """Every memory limit of every cgroup that this process is in. (v1's "unlimited" is more than any machine has.)"""
     for folder in _cgroups(root, "memory"):
         stat = _fields(folder / "memory.stat")
-        # of the cgroup and all below it: v1 tells the cgroup's own figures without the prefix
+        # of the cgroup and all below it; in v1 the name without "total_" is the cgroup's own figure
         inactive = stat.get("total_inactive_file", stat.get("inactive_file", 0))
         for limit_name, usage_name in (
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # v1
@@ -100,9 +100,9 @@ def _memory_of_cgroups(root: Path) -> Iterator[tuple[Bound, Bound]]:
         ):
             limit = _number(folder / limit_name)
             if limit is not None:
-                # v1 also tells the least limit of the cgroups above, which a container may not see
+                # v1 also states the least limit of the cgroups above, which a container may not see
                 limit = min(limit, stat.get("hierarchical_memory_limit", limit))
-                # Files that were read once and not since are dropped before anybody is killed: what is left over is
+                # Cached files that have not been used for a while are dropped before a process is killed. The rest is
                 # the working set, as the kubelet calls it.
                 used = max(0, (_number(folder / usage_name) or 0) - inactive)
                 yield _pair(limit, used, _named(folder / limit_name, root))
@@ -114,9 +114,9 @@ def _memory_of_cgroups(root: Path) -> Iterator[tuple[Bound, Bound]]:
 def _cgroups(root: Path, controller: str) -> list[Path]:
     """The folders of this process's cgroup and of those above it, in v1's hierarchy of ``controller`` and in v2's.
 
-    What is mounted may be a part of the hierarchy: in a container usually its own cgroup, which is then the root of
-    the mount, while /proc/self/cgroup tells the host's path, or a path that the mount does not have. Folders may not
-    exist.
+    The mount may show only a part of the hierarchy. In a container that is usually its own cgroup, at the root of the
+    mount, while /proc/self/cgroup has the host's path, or a path that does not exist in the mount. Not every folder
+    that is returned exists.
     """
     folders: list[Path] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -133,7 +133,7 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
 
 
 def _mounts(root: Path, version: str, controller: str) -> Iterator[tuple[str, Path]]:
-    """Of each mount of a hierarchy: the cgroup at its root, and where it is mounted."""
+    """For each mount of a hierarchy: the cgroup at its root, and the mount point."""
     for line in _read(root / "proc/self/mountinfo").splitlines():
         # number, parent, device, root, mount point, options, … - type, source, options of the file system
         left, _, right = line.partition(" - ")
@@ -154,13 +154,13 @@ def _read(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """The number that a file holds; ``None`` for ``max`` and for no file."""
+    """The number in a file; ``None`` for ``max`` or if there is no file."""
     text = _read(path)
     return int(text) if text.isdecimal() else None
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The amounts that a file tells line by line, ``NAME 1`` or ``NAME: 1 kB``; the latter in bytes."""
+    """The amounts in a file with lines ``NAME 1`` or ``NAME: 1 kB``, the latter in bytes."""
     found = re.findall(r"^(\w+):?\s+(\d+)( kB)?$", _read(path), re.MULTILINE)
     return {name: int(number) << (10 if unit else 0) for name, number, unit in found}
 
