@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fastgpt import hardware, limits
 from fastgpt.cli import Parser, run
-from fastgpt.data.shards import open_dataset
+from fastgpt.data.dataset import open_dataset
 from fastgpt.data.sources import SOURCES
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS, find_gpu

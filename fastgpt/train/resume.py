@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastgpt.data.shards import Dataset
+from fastgpt.data.dataset import Dataset
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.train import checkpoint, run_folder

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fastgpt import hardware
+from fastgpt.data.dataset import Dataset, open_dataset
 from fastgpt.data.prepare import prepare
-from fastgpt.data.shards import Dataset, open_dataset
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import RequestError
 from fastgpt.kernels import dispatch

@@ -11,8 +11,9 @@ import pytest
 from fastgpt.data import prepare as module
 from fastgpt.data import sources
 from fastgpt.data.__main__ import main
+from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
-from fastgpt.data.shards import open_dataset, write_shard
+from fastgpt.data.shards import write_shard
 from fastgpt.data.tokenizers import ByteTokenizer
 from fastgpt.errors import RequestError
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fastgpt.data import shards
-from fastgpt.data.shards import DatasetMeta, Shard, open_dataset, read_shard, read_tokens, write_shard
+from fastgpt.data.dataset import open_dataset
+from fastgpt.data.shards import DatasetMeta, Shard, read_shard, read_tokens, write_shard
 from fastgpt.data.tokenizers import CharTokenizer
 from fastgpt.errors import RequestError
 

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
-from fastgpt.data.shards import open_dataset, write_shard
+from fastgpt.data.shards import write_shard
 from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
 from fastgpt.train import checkpoint, resume
