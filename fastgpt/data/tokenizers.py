@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.uint16]
 
 TOKENIZERS = ("char", "byte", "gpt2")
+MOST_IDS = 2**16  # tokens are uint16
 
 
 class Tokenizer(ABC):
@@ -52,12 +53,20 @@ class Tokenizer(ABC):
 class CharTokenizer(Tokenizer):
     """One id a character; ids follow the order of ``vocabulary``.
 
-    ``encode`` raises ``RequestError`` for a character that the vocabulary lacks.
+    ``encode`` raises ``RequestError`` for a character that is not in the vocabulary.
+
+    Raises:
+        RequestError: the vocabulary has more characters than a token of 16 bits can number.
     """
 
     name = "char"
 
     def __init__(self, vocabulary: str) -> None:
+        if len(vocabulary) > MOST_IDS:
+            raise RequestError(
+                f"the text has {len(vocabulary):,} different characters, more than the {MOST_IDS:,} that a char "
+                "vocabulary can have; use --tokenizer byte or gpt2"
+            )
         self.vocabulary = vocabulary
         self.vocab_size = len(vocabulary)
         code_points = _code_points(vocabulary)

