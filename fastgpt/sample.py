@@ -49,14 +49,17 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
     """The model of a run's newest checkpoint, and the tokenizer that it was trained with.
 
     Raises:
-        RequestError: ``path`` is not a run, has no checkpoint, or was trained on tokens without a tokenizer.
+        RequestError: ``path`` is not a run, has no checkpoint or a damaged one, or was trained on tokens without a
+            tokenizer.
     """
     config = run_folder.read_config(path)
     if config["tokenizer"] is None:
         raise RequestError(f"{path} was trained on tokens without a tokenizer, so they cannot be turned into text")
+    newest = checkpoint.newest(path)
+    checkpoint.verify(newest, ["model.safetensors"])
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = GPT(GPTConfig(**config["model"]))
-    model.load_state_dict(checkpoint.load_parameters(checkpoint.newest(path)), assign=True)
+    model.load_state_dict(checkpoint.load_parameters(newest), assign=True)
     return model.to(device), tokenizer_from_meta(config["tokenizer"])
 
 

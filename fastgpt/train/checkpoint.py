@@ -1,10 +1,15 @@
-"""Checkpoints: ``checkpoints/step-NNNNNNN/{model.safetensors, optimizer.safetensors, state.json}``.
+"""Checkpoints: ``checkpoints/step-NNNNNNN/{model.safetensors, optimizer.safetensors, state.json, manifest.json}``.
 
-A checkpoint is written to a folder with another name and then renamed, so a folder with the final name is complete.
+A checkpoint is written to a folder with another name, flushed to the disk, and then renamed. So a folder with the final
+name is complete, also after a power cut. Older checkpoints are removed only after that. The manifest has the SHA-256 of
+each file; a file that no longer matches it is refused.
 """
 
+import hashlib
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,9 @@ from fastgpt.errors import RequestError
 
 _PREFIX = "step-"
 _RANDOM = "rng_state."
+_PARTIAL, _OLD = ".partial", ".old"
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -72,19 +80,113 @@ def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: di
         moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
     """
     target = folder(run_dir, state.step)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (target.with_name(target.name + suffix) for suffix in (_PARTIAL, _OLD))
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
     save_file({**_on_cpu(optimizer), **random_state()}, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    shutil.rmtree(target, ignore_errors=True)
+    manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    (partial / MANIFEST).write_text(json.dumps({"sha256": manifest}, indent=1))
+    readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
+    for path in partial.iterdir():
+        path.chmod(readable)
+        _flush(path)
+    _flush(partial)
+    if target.exists():  # saved before at this step
+        target.rename(old)
     partial.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
     for step in steps(run_dir):
         if step not in (state.step, state.best_step):
             shutil.rmtree(folder(run_dir, step))
     return target
+
+
+def recover(run_dir: Path) -> None:
+    """Give a checkpoint its name back if the process died between the two renames of :func:`save`."""
+    for old in (run_dir / "checkpoints").glob(f"{_PREFIX}*{_OLD}"):
+        target = old.with_name(old.name.removesuffix(_OLD))
+        if not target.exists():
+            old.rename(target)
+
+
+def verify(path: Path, names: Sequence[str] = _FILES) -> None:
+    """Compare files of a checkpoint with its manifest. A checkpoint from before there were manifests is accepted.
+
+    Args:
+        path: folder of the checkpoint.
+        names: the files; all by default.
+
+    Raises:
+        RequestError: a file is missing or has changed; the message names it.
+    """
+    manifest = path / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        expected = dict(json.loads(manifest.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{manifest} is damaged: {error}") from error
+    if not expected.keys() >= set(_FILES):
+        raise RequestError(f"{manifest} is damaged: it does not list {', '.join(_FILES)}")
+    for name in names:
+        try:
+            found = _digest(path / name)
+        except OSError as error:
+            raise RequestError(f"{path / name} cannot be read: {error.strerror}") from error
+        if found != expected[name]:
+            raise RequestError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def newest_good(run_dir: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint whose files are those that were written, and what is wrong with newer ones.
+
+    Raises:
+        RequestError: there is none.
+    """
+    problems: list[str] = []
+    for step in reversed(steps(run_dir)):
+        try:
+            verify(folder(run_dir, step))
+        except RequestError as error:
+            problems.append(str(error))
+            continue
+        return folder(run_dir, step), problems
+    if problems:
+        raise RequestError(f"{run_dir} has no checkpoint that can be used: {'; '.join(problems)}")
+    return newest(run_dir), problems  # raises
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the disk write a file or the entries of a folder now; a file system that cannot is left to itself."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # which can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

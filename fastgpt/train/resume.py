@@ -63,14 +63,17 @@ def differences(run_dir: Path, config: TrainConfig) -> list[str]:
     return [f"{name} {now[name]} (was {before[name]})" for name in names]
 
 
-def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dataset) -> Path:
-    """The newest checkpoint of a run, if it can be continued with this request.
+def find(
+    run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dataset
+) -> tuple[Path, list[str]]:  # fmt: skip
+    """The newest undamaged checkpoint of a run if it can be continued with this request, and what damage was found.
 
     Raises:
         RequestError: there is none, or it is of another architecture, other moments or other data, or it lies beyond
             the last update that is requested.
     """
-    path = checkpoint.newest(run_dir)
+    checkpoint.recover(run_dir)
+    path, damage = checkpoint.newest_good(run_dir)
     state = checkpoint.load_state(path)
     saved, wanted = state.model, asdict(gpt_config)
     if any(saved[name] != wanted[name] for name in saved if name != "dropout"):  # dropout may change
@@ -88,7 +91,7 @@ def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dat
         raise RequestError(
             f"cannot resume: the run is at step {state.step:,} already, and --max_iters is {config.max_iters:,}"
         )
-    return path
+    return path, damage
 
 
 def _shape(model: dict[str, Any]) -> str:

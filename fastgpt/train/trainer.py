@@ -63,8 +63,11 @@ class Trainer:
         self.device, self.dtype, self.run_dir = settled.device, settled.dtype, settled.run_dir
         self.lock = RunLock(self.run_dir)
         self.resumed_from: Path | None = None
+        self._damage: list[str] = []  # of newer checkpoints
         if config.init_from == "resume":
-            self.resumed_from = resume.find(self.run_dir, config, settled.gpt_config, settled.dataset)
+            self.resumed_from, self._damage = resume.find(
+                self.run_dir, config, settled.gpt_config, settled.dataset
+            )  # fmt: skip
         self.loaders = {
             split: BatchLoader(
                 shards, config.micro_batch_size, config.block_size, seed=config.seed,
@@ -122,7 +125,7 @@ class Trainer:
             if self.config.init_from == "scratch":
                 run_folder.clear(self.run_dir)
             tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
-            if self.resumed_from is not None and self.resumed_from != checkpoint.newest(self.run_dir):
+            if self.resumed_from is not None and self.resumed_from != checkpoint.newest_good(self.run_dir)[0]:
                 raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
             run_folder.write_config(
                 self.run_dir, self.config, self.settled.gpt_config, tokenizer, self.settled.left_open
@@ -362,6 +365,8 @@ class Trainer:
         self._report([finding for finding in known if finding.code == NAMED_SIZE])
         for line in introduction.lines(self.settled, self.step):
             self.log.say(line)
+        for problem in self._damage:
+            self.log.say(f"{problem}: resuming from {self.resumed_from}")
         if self._n_damaged:
             self.log.say(f"{run_folder.METRICS}: skipped {count_of(self._n_damaged, 'damaged line')}")
         self._report([finding for finding in known if finding.code != NAMED_SIZE])

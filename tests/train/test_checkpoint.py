@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
 
 def test_the_files_are_those_that_are_documented(tmp_path):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
-    assert {file.name for file in path.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {file.name for file in path.iterdir()} == {
+        "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+    }  # fmt: skip
 
 
 def test_torchs_random_sequence_goes_on_where_it_stood(tmp_path):
@@ -155,3 +158,62 @@ def test_damaged_tensors_are_a_wrong_request_that_names_the_file(tmp_path, name,
 def test_the_state_is_json_that_others_can_read(tmp_path):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
     assert json.loads((path / "state.json").read_text()) == dataclasses.asdict(RUN_STATE)
+
+
+# ---- damage ----
+
+
+def damaged(path, name, how):
+    """Damage a file of a checkpoint; ``how`` is ``flip``, ``truncate``, ``zero`` or ``remove``."""
+    file = path / name
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    if how == "remove":
+        file.unlink()
+        return
+    if how == "flip":
+        content[middle] ^= 1
+    elif how == "truncate":
+        del content[middle:]
+    else:
+        content[: len(content)] = bytes(len(content))
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "zero", "remove"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, name, how):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step, 1), *tensors(seed=step))
+    path = checkpoint.newest(tmp_path)
+    checkpoint.verify(path)
+    damaged(path, name, how)
+    if (name, how) == ("manifest.json", "remove"):  # as in checkpoints from before there were manifests
+        checkpoint.verify(path)
+        return
+    with pytest.raises(RequestError, match=rf"step-0000002/{name} (is damaged|cannot be read)|manifest.json"):
+        checkpoint.verify(path)
+    found, problems = checkpoint.newest_good(tmp_path)
+    assert found == checkpoint.folder(tmp_path, 1)
+    assert len(problems) == 1
+    damaged(found, "model.safetensors", "flip")
+    with pytest.raises(RequestError, match="no checkpoint that can be used"):
+        checkpoint.newest_good(tmp_path)
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o644}
+
+
+def test_a_checkpoint_that_lost_its_name_in_a_crash_gets_it_back(tmp_path):
+    path = checkpoint.save(tmp_path, state(1), *tensors())
+    path.rename(path.with_name(path.name + ".old"))
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.recover(tmp_path)
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.verify(path)

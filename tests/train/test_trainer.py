@@ -557,7 +557,7 @@ def test_a_damaged_checkpoint_is_a_wrong_request(trainer, tmp_path):
     trainer(max_iters=1).train()
     file = checkpoint.newest(tmp_path / "run") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match=r"no checkpoint that can be used: .*model.safetensors is damaged"):
         trainer(init_from="resume")
 
 
@@ -565,10 +565,33 @@ def test_a_checkpoint_of_a_version_that_drew_batches_otherwise_is_refused_and_le
     trainer(max_iters=1).train()
     file = checkpoint.newest(tmp_path / "run") / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "loader": {"rng": {"state": 1}}}))
+    (file.parent / "manifest.json").unlink()  # such a version had none
     before = files_of(tmp_path / "run")
     with pytest.raises(RequestError, match=r"cannot resume: .*another version"):
         trainer(init_from="resume")
     assert files_of(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed(trainer, tmp_path, capsys):
+    trainer(out_dir=tmp_path / "whole", max_iters=8).train()
+    one = trainer(eval_interval=4)
+    scripted = iter([9.0, 1.0, 2.0])  # at steps 0, 4, 8: the checkpoint of step 4 is the best, and stays
+    one.evaluate = lambda split: [next(scripted) if split == "val" else 5.0]
+    one.train()
+    assert checkpoint.steps(tmp_path / "run") == [4, 8]
+    file = checkpoint.newest(tmp_path / "run") / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert trainer(init_from="resume").train() == 0
+    said = capsys.readouterr().out
+    assert f"{file} is damaged: its SHA-256 is not the one in manifest.json: resuming from " in said
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    newest = checkpoint.newest(tmp_path / "run")
+    assert all(
+        torch.equal(t, weights(tmp_path / "whole")[name]) for name, t in checkpoint.load_parameters(newest).items()
+    )
 
 
 # ---- folders ----
