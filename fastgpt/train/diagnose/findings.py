@@ -47,7 +47,7 @@ class Facts:
     wanted_tokens_per_step: int | None = None
 
     @property
-    def planned_tokens(self) -> int:
+    def total_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.config.max_iters * self.config.tokens_per_step
 

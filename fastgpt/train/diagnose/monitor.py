@@ -241,23 +241,22 @@ class Monitor:
         logged_error = math.hypot(line.mean_error, line.slope_error * (now.step - line.middle))
         train, val = fmean(now.train), fmean(now.val)
         gap = logged - train
-        # independent errors of two means: they add in squares
+        # the errors of the two means are independent, so their squares add
         if gap < max(SIGNIFICANT * math.hypot(logged_error, standard_error(now.train)), VISIBLE):
             return None
         if val < logged:
             meaning = (
-                f"Validation loss is {_difference(logged - val)} below the logged loss because dropout adds "
-                f"{_difference(gap)} to the logged loss"
+                f"Dropout adds {_difference(gap)} to the logged loss, so validation loss is "
+                f"{_difference(logged - val)} below it"
             )
         else:
             meaning = (
-                f"Validation loss is {_difference(val - logged)} above the logged loss, but dropout adds "
-                f"{_difference(gap)} to the logged loss: the gap between validation and training is "
-                f"{_difference(val - train)}"
+                f"Dropout adds {_difference(gap)} to the logged loss, so the gap between validation and training is "
+                f"{_difference(val - train)}, not {_difference(val - logged)}"
             )
         text = (
-            f"step {now.step:,}: training loss is {logged:.3f} as logged, with dropout {dropout:g}, and {train:.3f} "
-            f"without dropout; validation loss is {val:.3f}, without dropout. {meaning}. Compare the two losses "
+            f"step {now.step:,}: training loss is {logged:.3f} as logged (with dropout {dropout:g}) and {train:.3f} "
+            f"without dropout; validation loss is {val:.3f} (without dropout). {meaning}. Compare the two losses "
             "without dropout"
         )
         return Finding("dropout-gap", now.step, text)

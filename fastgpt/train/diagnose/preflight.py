@@ -62,11 +62,11 @@ def named_size(facts: Facts) -> Finding | None:
 
 def dropout_on_fresh_data(facts: Facts) -> Finding | None:
     """Check for dropout in a run that sees no token twice."""
-    dropout, epochs = facts.gpt_config.dropout, facts.epochs(facts.planned_tokens)
+    dropout, epochs = facts.gpt_config.dropout, facts.epochs(facts.total_tokens)
     if dropout == 0 or facts.dataset_tokens is None or epochs >= 1:
         return None
     text = (
-        f"dropout is {dropout:g}, but the run covers only {epochs:.2g} of an epoch ({count(facts.planned_tokens)} of "
+        f"dropout is {dropout:g}, but the run covers only {epochs:.2g} of an epoch ({count(facts.total_tokens)} of "
         f"{count(facts.dataset_tokens)} tokens). No token is seen twice, so dropout prevents no overfitting and only "
         "raises the loss: use --dropout 0"
     )
@@ -75,13 +75,13 @@ def dropout_on_fresh_data(facts: Facts) -> Finding | None:
 
 def past_chinchilla(facts: Facts) -> Finding | None:
     """Check for far more tokens than are worth it for a model of this size."""
-    N, tokens = facts.gpt_config.n_params_without_positions, facts.planned_tokens
+    N, tokens = facts.gpt_config.n_params_without_positions, facts.total_tokens
     times = facts.tokens_per_parameter(tokens) / CHINCHILLA
     # For the same compute 6 N D at Chinchilla's ratio, N grows and the tokens D shrink by sqrt(times).
     if times < PAST_CHINCHILLA or N < LAW_HOLDS_FROM or facts.gpt_config.vocab_size < SMALLEST_SUBWORD_VOCABULARY:
         return None
     text = (
-        f"this run plans {count(tokens)} tokens, {times * CHINCHILLA:.0f} per parameter, {times:.1f} times "
+        f"this run trains on {count(tokens)} tokens, {times * CHINCHILLA:.0f} per parameter, {times:.1f} times "
         f"Chinchilla's {CHINCHILLA}. For the same compute, a model of about {count(N * math.sqrt(times))} parameters "
         f"on {count(tokens / math.sqrt(times))} tokens should reach a lower loss. Ignore this if the model has to be "
         "this small for its later use"
@@ -148,7 +148,7 @@ def small_products(facts: Facts) -> Finding | None:
     remedy = f"Use --batch_size {factor * c.micro_batch_size} to fill the GPU, if it fits into memory"
     if c.gradient_accumulation_steps % factor == 0:
         accumulation = c.gradient_accumulation_steps // factor
-        remedy += f", with --gradient_accumulation_steps {accumulation} to keep the tokens per update"
+        remedy += f". Add --gradient_accumulation_steps {accumulation} to keep the tokens per update"
     text = (
         f"the smallest matrix products ({c.micro_batch_size * c.block_size:,} tokens x width {c.n_embd}) have only "
         f"{tiles} {'tile' if tiles == 1 else 'tiles'} for the GPU's {facts.n_sm} multiprocessors: at most "

@@ -65,7 +65,7 @@ def test_the_largest_batch_fits_and_the_next_one_does_not():
     assert micro_batch.largest_batch(setup, 1 * GB) == 0
 
 
-def test_no_more_is_recomputed_than_memory_asks_for():
+def test_no_more_is_recomputed_than_memory_requires():
     setup = gpt2("gpt2-124m", batch_size=16)
     kinds = micro_batch.kinds_of_recompute(TrainConfig(), "cuda")
     peaks = {kind: trace_step(replace(setup, recompute=kind)).peak + trace.CUDA_RESERVE for kind in kinds}

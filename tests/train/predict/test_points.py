@@ -48,7 +48,7 @@ def test_a_large_product_runs_as_measured_on_the_card_or_its_family(card, share)
     assert points.large_product(GPUS[card]) == pytest.approx(share, rel=1e-3)
 
 
-def test_a_card_that_nobody_measured_boosts_like_its_family():
+def test_a_card_without_a_measurement_boosts_like_its_family():
     measured = [points.large_product(GPUS[f"NVIDIA GeForce RTX {n}"]) for n in ("4060 Ti", "4070 SUPER", "4090")]
     assert min(measured) < points.large_product(GPUS["NVIDIA GeForce RTX 4070"]) < max(measured)
     assert points.large_product(GPUS["NVIDIA GeForce RTX 4070"]) == pytest.approx(1.04, abs=0.02)
