@@ -1,6 +1,7 @@
 """Reasons to stop a run before its end: a signal, the time limit, or a file named STOP in its folder."""
 
 import math
+import os
 import signal
 import sys
 import time
@@ -63,7 +64,8 @@ class StopRequest:
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + SECONDS_BETWEEN_LOOKS
-            self._found_file = self._found_file or self._file.exists()
+            # os.path.exists, because Path.exists raises where a network file system has hiccups
+            self._found_file = self._found_file or os.path.exists(self._file)
         return self._signal is not None or self._found_file or now > self._deadline
 
     @property
