@@ -182,7 +182,7 @@ def test_sampling_without_a_checkpoint_is_refused(capsys, trained):
 def test_sampling_a_damaged_run_is_refused(capsys, trained):
     (file,) = Path(trained).glob("checkpoints/*/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    assert "model.safetensors cannot be read" in refusal(capsys, sample.main, trained)
+    assert "model.safetensors is damaged" in refusal(capsys, sample.main, trained)
     Path(trained, "config.json").write_text("{")
     assert "config.json is damaged" in refusal(capsys, sample.main, trained)
 
