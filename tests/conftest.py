@@ -33,9 +33,9 @@ WHOLE_MODELS = {"end_to_end", "integrations", "model", "train"}
 
 # Files that take longest, which processes that share the tests by file begin with: none is then left with one at last.
 LONGEST = [
-    "test_ahead_of_time.py", "test_output.py", "test_ops.py", "test_packaging.py", "test_trainer.py", "test_cpu_bench.py", "test_agreement.py", "test_limits.py",
-    "test_compile.py", "test_twins.py", "test_plan_command.py", "test_commands.py", "test_mfu_bench.py", "test_plan.py",
-    "test_doctor.py", "test_attention.py",
+    "test_ahead_of_time.py", "test_output.py", "test_ops.py", "test_packaging.py", "test_trainer.py",
+    "test_cpu_bench.py", "test_agreement.py", "test_limits.py", "test_compile.py", "test_twins.py",
+    "test_plan_command.py", "test_commands.py", "test_mfu_bench.py", "test_doctor.py", "test_attention.py",
 ]  # fmt: skip
 
 
