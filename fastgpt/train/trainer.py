@@ -170,18 +170,18 @@ class Trainer:
                 self._not_logged.append(UpdateMetrics(self.train_step, self.step, self.tokens, lr, since))
                 since = self._not_logged[-1].end
             # An evaluation or a checkpoint waits for the device anyway, so nothing is gained by logging after it.
-            self._log_updates(keep=int(self._log_late and logging and not (evaluating or saving)))
+            self._log_updates(keep=int(self._log_late and logging and not (evaluating or saving or stopping)))
             if self._diverged is not None:
                 return self._say_diverged(self._diverged)
+            if stopping:
+                return self._stop()
 
-            if evaluating and not stopping:
+            if evaluating:
                 self._evaluate()
-            if saving and not stopping:
+            if saving:
                 self._save()
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
-            if stopping:
-                return self._stop()
         return 0
 
     def _stop(self) -> int:

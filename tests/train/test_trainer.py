@@ -377,6 +377,27 @@ def test_a_gpu_tells_of_an_update_when_the_next_one_is_under_way(trainer, monkey
     assert " ".join(order) == " ".join([quarter.format(1, 2, 3, 4), quarter.format(5, 6, 7, 8)])
 
 
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_the_last_update_before_a_stop_is_logged_and_a_diverged_one_not_saved(trainer, monkeypatch, tmp_path, poisoned):
+    """On a GPU too, where updates are logged late."""
+    one = trainer()
+    monkeypatch.setattr(one, "_log_late", True)
+    stop_after(one, 3, signal.SIGTERM)
+    update = one._update
+
+    def poison():
+        if poisoned and one.step + 1 == 3:
+            with torch.no_grad():
+                one.train_step.store.master.fill_(float("nan"))
+            one.train_step.store.refresh()
+        return update()
+
+    one._update = poison
+    assert one.train() == (1 if poisoned else 128 + signal.SIGTERM)
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    assert checkpoint.steps(tmp_path / "run") == ([] if poisoned else [3])
+
+
 def test_without_clipping_the_gradient_norm_is_not_taken(trainer, tmp_path):
     trainer(grad_clip=0, max_iters=1).train()
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")["train"][0]["grad_norm"] is None
