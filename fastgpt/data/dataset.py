@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, read_shard, read_tokens
@@ -20,7 +21,7 @@ class Dataset:
     val: list[Tokens]
     meta: DatasetMeta | None  # None for bare files
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A digest of the tokens and their tokenizer, the same wherever the files lie.
 

@@ -94,6 +94,15 @@ def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
         raise RequestError(f"{where} has the token {tokens.max()}, outside its vocabulary of {vocab_size}")
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _size(path: str | Path) -> int:
     try:
         return os.stat(path).st_size
@@ -119,11 +128,7 @@ class Shard:
     @classmethod
     def of(cls, path: Path) -> "Shard":
         """The record of the shard at ``path``, from the file itself."""
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return cls(path.name, len(read_shard(path)), digest.hexdigest())
+        return cls(path.name, len(read_shard(path)), file_sha256(path))
 
 
 @dataclasses.dataclass(frozen=True)

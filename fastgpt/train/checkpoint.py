@@ -5,20 +5,20 @@ name is complete, also after a power cut. Older checkpoints are removed only aft
 each file; a file that no longer matches it is refused.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgpt.data.shards import file_sha256
 from fastgpt.errors import RequestError
 
 _PREFIX = "step-"
@@ -88,7 +88,7 @@ def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: di
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
     save_file({**_on_cpu(optimizer), **random_state()}, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    manifest = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    manifest = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps({"sha256": manifest}, indent=1))
     readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
     for path in partial.iterdir():
@@ -135,7 +135,7 @@ def verify(path: Path, names: Sequence[str] = _FILES) -> None:
         raise RequestError(f"{manifest} is damaged: it does not list {', '.join(_FILES)}")
     for name in names:
         try:
-            found = _digest(path / name)
+            found = file_sha256(path / name)
         except OSError as error:
             raise RequestError(f"{path / name} cannot be read: {error.strerror}") from error
         if found != expected[name]:
@@ -159,14 +159,6 @@ def newest_good(run_dir: Path) -> tuple[Path, list[str]]:
     if problems:
         raise RequestError(f"{run_dir} has no checkpoint that can be used: {'; '.join(problems)}")
     return newest(run_dir), problems  # raises
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -214,17 +206,16 @@ def load_parameters(path: Path) -> dict[str, Tensor]:
 def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     """The optimizer's moments, by kind and parameter name. ``RequestError`` if they are damaged."""
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _load_tensors(path / "optimizer.safetensors").items():
+    tensors = _load_tensors(path / "optimizer.safetensors", lambda name: not name.startswith(_RANDOM))
+    for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        if not key.startswith(_RANDOM):
-            moments.setdefault(kind, {})[name] = tensor
+        moments.setdefault(kind, {})[name] = tensor
     return moments
 
 
 def load_random_state(path: Path) -> dict[str, Tensor]:
     """The state of torch's random number generators. ``RequestError`` if the file is damaged."""
-    tensors = _load_tensors(path / "optimizer.safetensors")
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(_RANDOM)}
+    return _load_tensors(path / "optimizer.safetensors", lambda name: name.startswith(_RANDOM))
 
 
 def random_state() -> dict[str, Tensor]:
@@ -240,8 +231,10 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state[_RANDOM + "cuda"])
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a file with the names wanted; the others are not read."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from error

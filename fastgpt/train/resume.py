@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
     if start == "scratch":
         return resolve(given, presets)
     run_dir = Path(given.get("out_dir") or f"runs/{given.get('preset', TrainConfig.preset)}")
+    checkpoint.recover(run_dir)  # before auto takes the folder for one without a checkpoint
     if start == "auto" and not checkpoint.steps(run_dir):
         # a run that ended before its first checkpoint has nothing to lose
         return replace(resolve(given | {"init_from": "scratch"}, presets), overwrite=True)
@@ -63,16 +64,13 @@ def differences(run_dir: Path, config: TrainConfig) -> list[str]:
     return [f"{name} {now[name]} (was {before[name]})" for name in names]
 
 
-def find(
-    run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dataset
-) -> tuple[Path, list[str]]:  # fmt: skip
+def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dataset) -> tuple[Path, list[str]]:
     """The newest undamaged checkpoint of a run if it can be continued with this request, and what damage was found.
 
     Raises:
         RequestError: there is none, or it is of another architecture, other moments or other data, or it lies beyond
             the last update that is requested.
     """
-    checkpoint.recover(run_dir)
     path, damage = checkpoint.newest_good(run_dir)
     state = checkpoint.load_state(path)
     saved, wanted = state.model, asdict(gpt_config)

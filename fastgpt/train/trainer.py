@@ -64,10 +64,11 @@ class Trainer:
         self.lock = RunLock(self.run_dir)
         self.resumed_from: Path | None = None
         self._damage: list[str] = []  # of newer checkpoints
+        self._steps_found: list[int] = []  # those with a checkpoint, before the lock is held
         if config.init_from == "resume":
-            self.resumed_from, self._damage = resume.find(
-                self.run_dir, config, settled.gpt_config, settled.dataset
-            )  # fmt: skip
+            found = resume.find(self.run_dir, config, settled.gpt_config, settled.dataset)
+            self.resumed_from, self._damage = found
+            self._steps_found = checkpoint.steps(self.run_dir)
         self.loaders = {
             split: BatchLoader(
                 shards, config.micro_batch_size, config.block_size, seed=config.seed,
@@ -105,7 +106,6 @@ class Trainer:
         self._not_logged: deque[UpdateMetrics] = deque()
         self._diverged: UpdateMetrics | None = None  # the logged update whose loss was not finite
         self._flops_per_second: float | None = None  # of the update logged last
-        self._data_id = settled.dataset.identity
         self._n_damaged = 0  # lines of metrics.jsonl
         # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
         self._log_late = self.device.type == "cuda"
@@ -125,7 +125,7 @@ class Trainer:
             if self.config.init_from == "scratch":
                 run_folder.clear(self.run_dir)
             tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
-            if self.resumed_from is not None and self.resumed_from != checkpoint.newest_good(self.run_dir)[0]:
+            if self.resumed_from is not None and checkpoint.steps(self.run_dir) != self._steps_found:
                 raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
             run_folder.write_config(
                 self.run_dir, self.config, self.settled.gpt_config, tokenizer, self.settled.left_open
@@ -407,7 +407,7 @@ class Trainer:
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
             evaluated_step=evaluated,
-            data={"path": str(self.settled.dataset.path), "id": self._data_id},
+            data={"path": str(self.settled.dataset.path), "id": self.settled.dataset.identity},
             tokens=self.tokens,
             loader=self.batches.state_dict(),
             model=asdict(self.settled.gpt_config),

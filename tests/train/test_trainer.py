@@ -822,6 +822,25 @@ def test_auto_starts_anew_where_a_run_ended_before_its_first_checkpoint(trainer,
     assert (config.init_from, config.overwrite) == ("scratch", True)
 
 
+def test_auto_does_not_start_anew_where_a_checkpoint_lost_its_name_in_a_crash(trainer, tmp_path):
+    trainer(max_iters=1).train()
+    path = checkpoint.newest(tmp_path / "run")
+    path.rename(path.with_name(path.name + ".old"))
+    config = resume.parse(["--init_from=auto", f"--out_dir={tmp_path / 'run'}"], PRESETS)
+    assert (config.init_from, config.overwrite) == ("resume", False)
+    assert checkpoint.newest(tmp_path / "run") == path
+
+
+def test_a_run_in_which_another_process_saved_meanwhile_is_refused(trainer, tmp_path):
+    trainer(max_iters=4).train()
+    late = trainer(init_from="resume")
+    trainer(init_from="resume").train()
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match="another process has trained in .* meanwhile; start again"):
+        late.train()
+    assert {path: content for path, content in files_of(tmp_path / "run").items() if path.name != ".lock"} == before
+
+
 def test_other_data_of_the_same_vocabulary_is_refused(trainer, data_dir, tmp_path):
     trainer(max_iters=1).train()
     before = files_of(tmp_path / "run")
