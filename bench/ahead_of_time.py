@@ -133,7 +133,7 @@ def _adamw(parameters: int = PARAMETERS) -> None:
     flat, copy = _empty(parameters, dtype=torch.float32), _empty(parameters)
     scalar = _empty(dtype=torch.float32)
     norm = OPS["grad_norm"]([flat])
-    OPS["adamw_"]([flat], [flat], [flat], [flat], [copy], scalar, scalar, norm, 0.9, 0.95, 1e-8, 0.1, True)
+    OPS["adamw_"]([flat], [flat], [flat], [flat], [copy], scalar, scalar, norm, 0.9, 0.95, 1e-8, 0.1, True, scalar)
 
 
 def _adamw_8bit() -> None:
@@ -142,7 +142,7 @@ def _adamw_8bit() -> None:
     scales, scalar = _empty(-(-PARAMETERS // 256), dtype=torch.float32), _empty(dtype=torch.float32)
     OPS["adamw_8bit_"](
         [flat], [flat], [codes], [codes], [scales], [scales], [], scalar, scalar, scalar, _empty(dtype=torch.int64),
-        0.9, 0.95, 1e-8, 0.1, True, True,
+        0.9, 0.95, 1e-8, 0.1, True, True, scalar,
     )  # fmt: skip
 
 
@@ -150,6 +150,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CASES: dict[str, Callable[[], None]] = {
     **{f"attention bf16 D{D}": lambda D=D: _attention(D, BF16) for D in (32, 64, 96, 128, 256)},
     **{f"attention fp32 D{D}": lambda D=D: _attention(D, FP32) for D in (32, 64, 128)},
+    **{f"attention bf16 D{D}, copied": lambda D=D: _attention(D, BF16) for D in (40, 72, 200)},
     "attention bf16 D64 full": lambda: _attention(64, BF16, causal=False),
     **{f"attention bf16 D{D} dropout": lambda D=D: _attention(D, BF16, dropout_p=0.1) for D in (32, 64, 128, 256)},
     **{f"attention fp32 D{D} dropout": lambda D=D: _attention(D, FP32, dropout_p=0.1) for D in (32, 64, 128)},

@@ -57,6 +57,7 @@ double sum_of_squares(const T* x, int64_t n) {
 // grads: contiguous, any shapes. Returns the L2 norm of all of them taken as one vector, () fp32.
 Tensor grad_norm(const std::vector<Tensor>& grads) {
   const auto chunks = chunks_of(grads);
+  make_own(grads);
   std::vector<double> partials(chunks.size());
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
@@ -281,6 +282,7 @@ void update_all(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& copies,
     const Coefficients& c, const Options& options, const MomentsOf& moments_of) {
   const auto chunks = chunks_of(params);
+  for (const auto* list : {&params, &grads, &copies}) make_own(*list);
   int64_t copied = 0;
   for (const Tensor& copy : copies) copied += copy.numel();
   torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
@@ -307,13 +309,23 @@ auto plain_moments(const std::vector<Tensor>& exp_avgs, const std::vector<Tensor
   };
 }
 
+// Whether found_inf says that this step is to be skipped; with zero_grad the gradients have then been set to zero.
+bool is_skipped(const std::optional<Tensor>& found_inf, const std::vector<Tensor>& grads, bool zero_grad) {
+  if (!found_inf || *data<float>(*found_inf) == 0.0f) return false;
+  if (zero_grad)
+    for (Tensor grad : grads) torch::stable::zero_(grad);
+  return true;
+}
+
 // params, grads, exp_avgs, exp_avg_sqs: lists of contiguous tensors, one shape for each index; params and moments of
-// one dtype, grads of any. copies: bf16, or an empty list. step: () fp32. lr: () fp64. grad_scale: () fp32.
+// one dtype, grads of any. copies: bf16, or an empty list. step: () fp32. lr: () fp64. grad_scale and
+// found_inf: () fp32.
 void adamw_(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
     const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& copies, const Tensor& step, const Tensor& lr,
     const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay,
-    bool zero_grad) {
+    bool zero_grad, const std::optional<Tensor>& found_inf) {
+  if (is_skipped(found_inf, grads, zero_grad)) return;
   const auto c = coefficients(step, lr, grad_scale, beta1, beta2, eps, weight_decay);
   update_all(params, grads, copies, c, {zero_grad, false, 0}, plain_moments(exp_avgs, exp_avg_sqs, false));
 }
@@ -325,7 +337,8 @@ void adamw_8bit_(
     const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& exp_avg_scales,
     const std::vector<Tensor>& exp_avg_sq_scales, const std::vector<Tensor>& copies, const Tensor& step,
     const Tensor& lr, const std::optional<Tensor>& grad_scale, const Tensor& seed, double beta1, double beta2,
-    double eps, double weight_decay, bool zero_grad, bool stochastic_rounding) {
+    double eps, double weight_decay, bool zero_grad, bool stochastic_rounding, const std::optional<Tensor>& found_inf) {
+  if (is_skipped(found_inf, grads, zero_grad)) return;
   const auto c = coefficients(step, lr, grad_scale, beta1, beta2, eps, weight_decay);
   const auto key = static_cast<uint64_t>(*data<int64_t>(seed) + static_cast<int64_t>(*data<float>(step)));
   const Options options{zero_grad, stochastic_rounding, key};

@@ -78,12 +78,12 @@ FASTGPT_AMX inline void forward_panel(
       };
       Vec top = broadcast(row_max[i]);
       for (int64_t j = 0; j < n_panels; ++j) top = max(max(top, score(j, 0, row_max[i])), score(j, 1, row_max[i]));
-      const float new_max = max(top);
+      const float new_max = max(top), subtracted = finite_or_zero(new_max);
       if (p.dropout) p.dropout.factors(head, first + i, key, n_panels * kLanesOfPanel, keep);
       Vec total{};
       for (int64_t j = 0; j < n_panels; ++j) {
-        Vec left = exp_nonpositive(score(j, 0, -INFINITY) - new_max);
-        Vec right = exp_nonpositive(score(j, 1, -INFINITY) - new_max);
+        Vec left = exp_nonpositive(score(j, 0, -INFINITY) - subtracted);
+        Vec right = exp_nonpositive(score(j, 1, -INFINITY) - subtracted);
         total += left + right;
         if (p.dropout) {
           left *= load(keep + j * kLanesOfPanel);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "philox.h"
 #include "tensor.h"
@@ -86,5 +87,9 @@ struct Problem {
   // The query in this row attends to the keys [0, visible(row)).
   int64_t visible(int64_t row) const { return causal ? std::min(row + 1, n_key) : n_key; }
 };
+
+// What the online softmax subtracts from scores with the maximum `top`. It is 0 while all are -infinity, because
+// -infinity - -infinity is NaN, and a later key may have a finite score.
+inline float finite_or_zero(float top) { return top == -INFINITY ? 0.0f : top; }
 
 }  // namespace fastgpt

@@ -41,8 +41,19 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
+// Gives a copy-on-write tensor (torch._lazy_clone) memory of its own. PyTorch forbids that inside a parallel region,
+// where asking for the address of an element would do it.
+inline void make_own(const Tensor& t) { t.data_ptr(); }
+inline void make_own(const std::vector<Tensor>& tensors) {
+  for (const Tensor& t : tensors) make_own(t);
+}
+
 // `t` itself if it is contiguous, otherwise a copy.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  make_own(t);
+  return t;
+}
 
 template <class T>
 T* data(const Tensor& t) {

@@ -78,9 +78,10 @@ void forward_block(
       for_each_vector(
           visible, [&](int64_t j, int64_t lanes) { top = max(top, keep_first(load(row + j), lanes, row_max[i])); });
       const float new_max = max(top);
+      const float subtracted = finite_or_zero(new_max);
       Vec total{};
       for_each_vector(visible, [&](int64_t j, int64_t lanes) {
-        const Vec weight = keep_first(exp_nonpositive(load(row + j) - new_max), lanes);
+        const Vec weight = keep_first(exp_nonpositive(load(row + j) - subtracted), lanes);
         total += weight;
         store(row + j, weight);
       });

@@ -122,7 +122,7 @@ def _adamw(ops: Ops, sizes: tuple[int, ...], grad_dtype: torch.dtype = FP32) -> 
     norm = ops["grad_norm"](grads)
     ops["adamw_"](
         params, grads, exp_avgs, exp_avg_sqs, copies, torch.tensor(1.0), torch.tensor(1e-3), norm,
-        0.9, 0.95, 1e-8, 0.1, True,
+        0.9, 0.95, 1e-8, 0.1, True, torch.tensor(0.0),
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _adamw_8bit(ops: Ops, sizes: tuple[int, ...], coded: bool) -> None:
     scales = [[torch.ones(-(-size // 256)) for size in sizes if coded] for _ in range(2)]
     ops["adamw_8bit_"](
         params, grads, exp_avgs, exp_avg_sqs, *scales, copies, torch.tensor(1.0), torch.tensor(1e-3),
-        torch.tensor(1.0), torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True,
+        torch.tensor(1.0), torch.tensor(3), 0.9, 0.95, 1e-8, 0.1, True, True, torch.tensor(0.0),
     )  # fmt: skip
 
 
@@ -304,7 +304,7 @@ def _adamw_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, cop
     """With moments in the parameter's dtype."""
     lists = [[_no_data(n, dtype=dtype)] for dtype in (param, grad, param, param)]
     scalar = _no_data(dtype=FP32)
-    ops["adamw_"](*lists, [_no_data(n)] if copy else [], scalar, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, True)
+    ops["adamw_"](*lists, [_no_data(n)] if copy else [], scalar, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, True, scalar)
 
 
 def _compact_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, moment: torch.dtype) -> None:
@@ -313,8 +313,9 @@ def _compact_in_place(ops: Ops, n: int, param: torch.dtype, grad: torch.dtype, m
     scales = [[_no_data(-(-n // 256), dtype=FP32)] if moment == UINT8 else [] for _ in range(2)]
     scalar, copies = _no_data(dtype=FP32), [_no_data(n)] if param == FP32 else []
     ops["adamw_8bit_"](
-        *lists, *scales, copies, scalar, scalar, scalar, _no_data(dtype=INT64), 0.9, 0.95, 1e-8, 0.1, True, True
-    )
+        *lists, *scales, copies, scalar, scalar, scalar, _no_data(dtype=INT64), 0.9, 0.95, 1e-8, 0.1, True, True,
+        scalar,
+    )  # fmt: skip
 
 
 def _named(word: str, run: Callable[..., None], *choices: dict[str, Any]) -> dict[str, Case]:

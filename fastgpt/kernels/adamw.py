@@ -35,7 +35,8 @@ class Batch(NamedTuple):
 
     Attributes:
         group: the parameter group.
-        steps: the number of steps that they have taken; the bias correction depends on it.
+        steps: the number of steps that they have taken, since the bias correction depends on it. Where steps may be
+            skipped the host does not know it; equal numbers then stand for the same steps.
         place: their device, and the backend that takes their dtype.
         params: the parameters; each has a gradient.
         states: the state of each parameter.
@@ -57,7 +58,7 @@ class FusedAdamW(Optimizer):
     (they keep every option, and training continues to the same bits). ``amsgrad``, ``maximize`` and ``differentiable``
     are not supported: they are an error as an argument, in a parameter group and in a ``state_dict``. So is the
     ``state_dict`` of a plain Adam (``decoupled_weight_decay=False``). ``foreach``, ``fused`` and ``capturable`` choose
-    among PyTorch's kernels and have no effect here; groups keep them.
+    among PyTorch's kernels; they are accepted, kept in groups, and have no effect.
 
     A parameter may be one flat buffer that holds a whole model: the cost is one pass either way. ``state_bits`` and
     ``stochastic_rounding`` save memory, alone or together. Both draw random numbers from a seed of each parameter
@@ -82,11 +83,23 @@ class FusedAdamW(Optimizer):
             each moment and one fp32 scale for 256 consecutive elements, 2.03 bytes a parameter. The state then has
             uint8 ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``exp_avg_scale`` and
             ``exp_avg_sq_scale`` of shape (ceil(numel / 256),).
+        skip_nonfinite: a step whose gradient norm is infinite or NaN changes no parameter, no state and no copy, and
+            does not count as a step; it still sets the gradients to zero if asked to. Nothing waits for the device:
+            ``found_inf`` says whether the last step was skipped.
         stochastic_rounding: bf16 parameters, and their moments if these are bf16, are rounded up or down at random so
             that the mean is correct. Rounding to the nearest would lose steps smaller than half the distance of two
             bf16 numbers. This makes an fp32 master copy, 4 bytes a parameter, unnecessary.
         amsgrad: not supported; ``True`` is an error.
         maximize: not supported; ``True`` is an error.
+        foreach: no effect.
+        capturable: no effect; a step can always be captured.
+        differentiable: not supported; ``True`` is an error.
+        fused: no effect.
+
+    Attributes:
+        grad_norm: 0-dim fp32, of the last step, before clipping; ``None`` without ``max_grad_norm`` and
+            ``skip_nonfinite``.
+        found_inf: 0-dim fp32, 1 if the last step was skipped and 0 otherwise; ``None`` without ``skip_nonfinite``.
 
     Raises:
         TypeError: an argument has a wrong type, or a parameter a dtype other than the above.
@@ -107,11 +120,16 @@ class FusedAdamW(Optimizer):
         copies: Mapping[Tensor, Tensor] | None = None,
         state_bits: int = 32,
         stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
         amsgrad: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        _check_hyperparameters({**defaults, "amsgrad": amsgrad, "maximize": maximize})
+        _check_hyperparameters({**defaults, "amsgrad": amsgrad, "maximize": maximize, "differentiable": differentiable})
         if max_grad_norm is not None and max_grad_norm != math.inf:  # infinity measures the norm and never clips
             checks.number("max_grad_norm", max_grad_norm)
             if max_grad_norm <= 0.0:
@@ -124,7 +142,11 @@ class FusedAdamW(Optimizer):
         self.copies = dict(copies or {})
         self.state_bits = state_bits
         self.stochastic_rounding = stochastic_rounding
+        checks.boolean("skip_nonfinite", skip_nonfinite)
+        self.skip_nonfinite = skip_nonfinite
         self.grad_norm: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self._n_calls = 0  # of step
         # Each parameter's state["step"], its version, and its value then, so that no step has to read it from a GPU.
         self._steps: dict[Tensor, tuple[Tensor, int, int]] = {}
         self._captured = False  # a CUDA graph has captured a step; its replays change state["step"] and not _steps
@@ -134,12 +156,14 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"copies: has a key that is not a parameter, of shape {tuple(strangers.pop().shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "copies", "state_bits", "stochastic_rounding", "grad_norm")
+        own = (
+            "max_grad_norm", "copies", "state_bits", "stochastic_rounding", "skip_nonfinite", "grad_norm", "found_inf",
+        )  # fmt: skip
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._steps = {}
+        self._steps, self._n_calls = {}, 0
         self.__dict__.setdefault("_captured", False)
 
     @property
@@ -286,6 +310,7 @@ class FusedAdamW(Optimizer):
             The result of ``closure``.
 
         Raises:
+            ValueError: an option that is not supported has been set in a group.
             TypeError: the kernels of a parameter do not take the dtype of its gradient, or ``grad_scale`` is not a
                 number.
             RuntimeError: a gradient is sparse; a gradient or state does not fit its parameter, for example because the
@@ -297,18 +322,21 @@ class FusedAdamW(Optimizer):
                 loss = closure()
         capturing = _capturing()
         self._captured = self._captured or capturing
+        self._n_calls += 1
         batches = [batch for group in self.param_groups for batch in self._batches(group, capturing)]
         scale = self._scale(batches, grad_scale)
         for batch in batches:
             self._step_batch(batch, scale, zero_grad)
             if not capturing:  # a captured step has not run yet
+                steps = hash((batch.steps, self._n_calls)) if self.skip_nonfinite else batch.steps + 1
                 for p, state in zip(batch.params, batch.states, strict=True):
                     step = state["step"]
-                    self._steps[p] = step, step._version, batch.steps + 1
+                    self._steps[p] = step, step._version, steps
         return loss
 
     def _batches(self, group: dict[str, Any], capturing: bool) -> list[Batch]:
         """The parameters of a group that have a gradient, checked, divided into what one call of a kernel takes."""
+        _check_fixed_options(group)  # which other code may have set since
         batches: dict[tuple[int, torch.device, str], Batch] = {}
         kind: tuple[torch.device, torch.dtype] | None = None
         for p in group["params"]:
@@ -395,12 +423,17 @@ class FusedAdamW(Optimizer):
         """The factor of every gradient, including clipping, as a 0-dim fp32 tensor; ``None`` for 1."""
         if not isinstance(grad_scale, Tensor):
             checks.number("grad_scale", grad_scale)
-        if not batches or (self.max_grad_norm is None and not isinstance(grad_scale, Tensor) and grad_scale == 1.0):
+        measured = self.max_grad_norm is not None or self.skip_nonfinite
+        if not batches or (not measured and not isinstance(grad_scale, Tensor) and grad_scale == 1.0):
             return None
         scale = _on_device("grad_scale", grad_scale, torch.float32, batches[0].place[0])
-        if self.max_grad_norm is None:
+        if not measured:
             return scale
         self.grad_norm = _norm(batches) * scale
+        if self.skip_nonfinite:
+            self.found_inf = self.grad_norm.isfinite().logical_not().float()
+        if self.max_grad_norm is None:
+            return scale
         # 1e-6 as in torch.nn.utils.clip_grad_norm_
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * scale
 
@@ -415,18 +448,22 @@ class FusedAdamW(Optimizer):
         tensors = [params, [p.grad for p in params], moments("exp_avg"), moments("exp_avg_sq")]
         copies = [self.copies[p] for p in params] if self.copies else []
         lr = _on_device("lr", group["lr"], torch.float64, device)
-        torch._foreach_add_([state["step"] for state in states], 1)
+        found_inf = None if self.found_inf is None else self.found_inf.to(device)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
         if scale is not None:
             scale = scale.to(device)
-        step = states[0]["step"]
+        step = steps[0]
         hyperparameters = (beta1, beta2, group["eps"], group["weight_decay"], zero_grad)
         if not self._needs_adamw_8bit:
-            dispatch.resolve("adamw_", params[0])(*tensors, copies, step, lr, scale, *hyperparameters)
+            dispatch.resolve("adamw_", params[0])(
+                *tensors, copies, step, lr, scale, *hyperparameters, found_inf
+            )  # fmt: skip
             return
         scales = [moments("exp_avg_scale"), moments("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
         seed = torch.full((), group["seed"], dtype=torch.int64, device=device)
         dispatch.resolve("adamw_8bit_", params[0])(
-            *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding
+            *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding, found_inf
         )
 
 
@@ -474,11 +511,15 @@ def _states_by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any
     ]
 
 
-def _check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Check the hyperparameters of a parameter group, given or loaded."""
+def _check_fixed_options(group: Mapping[str, Any]) -> None:
     for name, only in FIXED_OPTIONS.items():
         if bool(group.get(name, only)) != only:
             raise ValueError(f"{name}: FusedAdamW supports only {only}, got {group[name]}")
+
+
+def _check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Check the hyperparameters of a parameter group, given or loaded."""
+    _check_fixed_options(group)
     for name in ("lr", "betas", "eps", "weight_decay"):
         if name not in group:
             raise ValueError(f"{name}: missing in a parameter group")

@@ -102,7 +102,8 @@ def attention(
     """Return ``softmax(q k^T * scale) v``, like ``torch.nn.functional.scaled_dot_product_attention``.
 
     Args:
-        q: ``(B, H, T, D)``, any strides, fp32, bf16 or fp16; D up to ``heads.MAX_HEAD_SIZE``, 256.
+        q: ``(B, H, T, D)``, any strides, fp32, bf16, fp16 or fp64; D up to ``heads.MAX_HEAD_SIZE``, 256. If all three
+            are 3-D, ``(B, T, D)``, there is one head.
         k: ``(B, H, S, D)``, dtype and device of ``q``.
         v: shape of ``k``.
         causal: position t attends to positions up to t only; needs S = T.
@@ -110,10 +111,10 @@ def attention(
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
         deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
             gradient of q with atomics, in one pass instead of two. This needs an fp32 buffer of the size of q. It
-            changes nothing on other devices.
+            changes nothing on other devices, nor under ``torch.use_deterministic_algorithms(True)``.
 
     Returns:
-        ``(B, H, T, D)`` in the dtype of ``q``, laid out in memory as ``(B, T, H, D)``, so that
+        The shape and dtype of ``q``, laid out in memory as ``(B, T, H, D)``, so that
         ``out.transpose(1, 2).reshape(B, T, H * D)`` copies nothing.
 
     Raises:
@@ -123,8 +124,11 @@ def attention(
     checks.floating(q=q, k=k, v=v)
     q, k, v = autocast.in_autocast_dtype(q, k, v)
     checks.same("q", q=q, k=k, v=v)
-    if q.dim() != 4 or 0 in q.shape or q.shape[3] > MAX_HEAD_SIZE:
-        raise ValueError(f"q: expected (B, H, T, D), none of them 0, D <= {MAX_HEAD_SIZE}, got {tuple(q.shape)}")
+    one_head = q.dim() == k.dim() == v.dim() == 3
+    if one_head:
+        q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+    if q.dim() != 4 or 0 in q.shape[1:] or q.shape[3] > MAX_HEAD_SIZE:
+        raise ValueError(f"q: expected (B, H, T, D), only B may be 0, D <= {MAX_HEAD_SIZE}, got {tuple(q.shape)}")
     B, H, T, D = q.shape
     if k.dim() != 4 or k.shape[2] == 0:
         raise ValueError(f"k: expected (B, H, S, D) with S > 0, got {tuple(k.shape)}")
@@ -135,11 +139,16 @@ def attention(
         raise ValueError(f"k: causal attention needs as many keys as queries, got {k.shape[2]} and {T}")
     checks.probability("dropout_p", dropout_p)
     checks.boolean("deterministic", deterministic)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     scale = scale_or_default(scale, D)
+    if B == 0:  # nothing to compute
+        out = q + k.sum() + v.sum()  # so that all three have gradients
+        return out.squeeze(1) if one_head else out
     k = distinct(k, q)
     v = distinct(v, q, k)
     seed = draw_seed(dropout_p, q.device)
-    return apply(_Attention, q, k, v, causal, scale, float(dropout_p), seed, deterministic)[0]
+    out = apply(_Attention, q, k, v, causal, scale, float(dropout_p), seed, deterministic)[0]
+    return out.squeeze(1) if one_head else out
 
 
 def attention_qkv(
@@ -158,14 +167,14 @@ def attention_qkv(
 
     Args:
         qkv: ``(B, T, 3C)``, q, k and v side by side, each ``n_head`` heads of ``C / n_head``; any strides,
-            fp32, bf16 or fp16.
+            fp32, bf16, fp16 or fp64.
         n_head: number of heads; must divide C.
         causal: position t attends to positions up to t only.
         scale: default ``1 / sqrt(C / n_head)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
         deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
             gradient of q with atomics, in one pass instead of two. This needs an fp32 buffer of the size of q. It
-            changes nothing on other devices.
+            changes nothing on other devices, nor under ``torch.use_deterministic_algorithms(True)``.
 
     Returns:
         ``(B, T, C)``, contiguous, dtype of ``qkv``.
@@ -177,13 +186,16 @@ def attention_qkv(
     checks.floating(qkv=qkv)
     (qkv,) = autocast.in_autocast_dtype(qkv)
     checks.integer("n_head", n_head)
-    if qkv.dim() != 3 or 0 in qkv.shape or qkv.shape[2] % 3:
-        raise ValueError(f"qkv: expected (B, T, 3C), none of them 0, got {tuple(qkv.shape)}")
+    if qkv.dim() != 3 or 0 in qkv.shape[1:] or qkv.shape[2] % 3:
+        raise ValueError(f"qkv: expected (B, T, 3C), only B may be 0, got {tuple(qkv.shape)}")
     C = qkv.shape[2] // 3
     checks.heads("n_head", n_head, "C", C)
     checks.boolean("causal", causal)
     checks.probability("dropout_p", dropout_p)
     checks.boolean("deterministic", deterministic)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     scale = scale_or_default(scale, C // n_head)
+    if qkv.shape[0] == 0:
+        return qkv[..., :C].clone()
     seed = draw_seed(dropout_p, qkv.device)
     return apply(_AttentionQKV, qkv, n_head, causal, scale, float(dropout_p), seed, deterministic)[0]

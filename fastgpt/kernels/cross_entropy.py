@@ -37,12 +37,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     """Return the mean of ``logsumexp(logits) - logits[target]`` over the rows that count, in nats.
 
     Args:
-        logits: ``(N, V)``, any strides, fp32, bf16 or fp16; sums are taken in fp32.
+        logits: ``(N, V)``, any strides, fp32, bf16, fp16 or fp64; sums are taken in fp32, those of fp64 in fp64.
         targets: ``(N,)`` int64 in ``[0, V)``, or ``ignore_index`` for a row that does not count.
         ignore_index: marks rows without a target.
 
     Returns:
-        0-dim fp32 tensor; NaN if no row counts, as in PyTorch.
+        0-dim fp32 tensor, fp64 for fp64 logits; NaN if no row counts, as in PyTorch.
 
     Raises:
         TypeError: a dtype does not fit.

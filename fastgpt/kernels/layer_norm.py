@@ -101,14 +101,18 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         checks.shape("bias", bias, (x.shape[-1],))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def _or_ones(weight: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_ones(x.shape[-1:]) if weight is None else weight
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalise the last dimension of ``x`` to mean 0 and variance 1, then scale and shift it.
 
     Statistics are computed in fp32. Two floats a row are kept for the backward.
 
     Args:
         x: ``(..., C)``, any strides, fp32, bf16 or fp16.
-        weight: ``(C,)``, dtype and device of ``x``.
+        weight: ``(C,)``, dtype and device of ``x``; or ``None`` for ones.
         bias: ``(C,)`` or ``None``.
         eps: added to the variance; at least 0.
 
@@ -119,8 +123,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape, a device or ``eps`` does not fit.
     """
-    checks.floating(x=x, weight=weight)
-    checks.floating_if_given(bias=bias)
+    checks.floating(x=x)
+    checks.floating_if_given(weight=weight, bias=bias)
+    weight = _or_ones(weight, x)
     main_grads = main_grads_of(weight, bias)  # of the parameters themselves, before autocast casts them
     x, weight, bias = autocast.in_float32(x, weight, bias)
     _check(x, weight, bias, eps)
@@ -128,7 +133,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """Return ``layer_norm(x + residual)`` and the sum itself, in one pass over memory.
 
@@ -138,7 +143,7 @@ def add_layer_norm(
     Args:
         x: ``(..., C)``, any strides, fp32, bf16 or fp16.
         residual: shape, dtype and device of ``x``.
-        weight: ``(C,)``, dtype and device of ``x``.
+        weight: ``(C,)``, dtype and device of ``x``; or ``None`` for ones.
         bias: ``(C,)`` or ``None``.
         eps: added to the variance; at least 0.
 
@@ -149,8 +154,9 @@ def add_layer_norm(
         TypeError: a dtype is not a float or differs from that of ``x``.
         ValueError: a shape, a device or ``eps`` does not fit.
     """
-    checks.floating(x=x, residual=residual, weight=weight)
-    checks.floating_if_given(bias=bias)
+    checks.floating(x=x, residual=residual)
+    checks.floating_if_given(weight=weight, bias=bias)
+    weight = _or_ones(weight, x)
     main_grads = main_grads_of(weight, bias)
     x, residual, weight, bias = autocast.in_float32(x, residual, weight, bias)
     _check(x, weight, bias, eps)

@@ -128,18 +128,20 @@ def embedding(index: Tensor, weight: Tensor) -> Tensor:
     """Return ``weight[index]`` like ``F.embedding``; the gradient is added to ``weight.main_grad``, if any.
 
     Args:
-        index: int64 of any shape, values in ``[0, V)``.
+        index: int64 or int32 of any shape, values in ``[0, V)``.
         weight: ``(V, C)``.
 
     Returns:
         ``(*index.shape, C)``.
 
     Raises:
-        TypeError: ``index`` is not int64, or ``weight`` is not a floating-point tensor.
+        TypeError: ``index`` is not int64 or int32, or ``weight`` is not a floating-point tensor.
         ValueError: ``weight`` is not a matrix, or on another device than ``index``.
         IndexError: a value lies outside ``[0, V)`` (on a CPU).
     """
     checks.floating(weight=weight)
+    if isinstance(index, Tensor) and index.dtype == torch.int32:
+        index = index.long()
     checks.indices("index", index, weight.device)
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight: expected (V, C) with V > 0, got {tuple(weight.shape)}")

@@ -16,6 +16,7 @@ from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
+from fastgpt.kernels.ops import loss_dtype
 
 # Bytes of logits that exist at a time on a CPU: 330 rows of fp32 at GPT-2's vocabulary. Each chunk reads the weight
 # twice and adds to its gradient once; with 160 rows a step takes a tenth longer.
@@ -53,8 +54,8 @@ def chunked(
         dweight: ``(V, C)``, any float dtype, or ``None`` if not needed.
     """
     N, V = x.shape[0], weight.shape[0]
-    total = x.new_zeros((), dtype=torch.float32)
-    inverse_count = torch.count_nonzero(targets != ignore_index).float().reciprocal()
+    total = x.new_zeros((), dtype=loss_dtype(x.dtype))
+    inverse_count = torch.count_nonzero(targets != ignore_index).to(total.dtype).reciprocal()
     scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
     rows = chunk_rows(x, V)
     buffer = x.new_empty((rows, V))
@@ -159,7 +160,7 @@ def linear_cross_entropy(
     accumulation, in the optimizer.
 
     Args:
-        x: ``(N, C)``, any strides, fp32, bf16 or fp16.
+        x: ``(N, C)``, any strides, fp32, bf16, fp16 or fp64.
         weight: ``(V, C)``, dtype and device of ``x``.
         targets: ``(N,)`` int64 in ``[0, V)``, or ``ignore_index`` for a row that does not count.
         ignore_index: marks rows without a target.
@@ -167,7 +168,7 @@ def linear_cross_entropy(
             the logits are rounded to fp16 in this call, so a scale applied to the loss would come too late.
 
     Returns:
-        0-dim fp32 tensor: the mean loss in nats; NaN if no row counts, as in PyTorch.
+        0-dim fp32 tensor, fp64 for fp64 inputs: the mean loss in nats; NaN if no row counts, as in PyTorch.
 
     Raises:
         TypeError: a dtype does not fit.

@@ -4,6 +4,7 @@ An argument of torch.nn that the kernels do not support, such as class weights, 
 ``ignore_index`` is -100 as in torch.nn; the functions default to -1.
 """
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 class Linear(nn.Linear):
     """``nn.Linear`` on :func:`linear`; gradients are added to a parameter's ``main_grad``, if any."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return linear(x, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -34,6 +35,7 @@ class Embedding(nn.Embedding):
         ValueError: ``padding_idx``, ``max_norm``, ``scale_grad_by_freq`` or ``sparse`` is set.
     """
 
+    @wraps(nn.Embedding.__init__)  # type: ignore[misc]  # its signature, which nn.utils.skip_init looks at
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _refuse("padding_idx", self.padding_idx is not None)
@@ -41,43 +43,43 @@ class Embedding(nn.Embedding):
         _refuse("scale_grad_by_freq", self.scale_grad_by_freq)
         _refuse("sparse", self.sparse)
 
-    def forward(self, index: Tensor) -> Tensor:
-        """int64 of any shape to ``(*index.shape, embedding_dim)``."""
-        return embedding(index, self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        """int64 or int32 of any shape to ``(*input.shape, embedding_dim)``."""
+        return embedding(input, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension, on :func:`layer_norm`.
 
     Raises:
-        ValueError: ``normalized_shape`` has several dimensions, or ``elementwise_affine`` is false.
+        ValueError: ``normalized_shape`` has several dimensions.
     """
 
+    @wraps(nn.LayerNorm.__init__)  # type: ignore[misc]  # its signature, which nn.utils.skip_init looks at
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if len(self.normalized_shape) != 1:
             raise ValueError(f"normalized_shape: expected one dimension, got {tuple(self.normalized_shape)}")
-        _refuse("elementwise_affine=False", not self.elementwise_affine)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, self.eps)
 
 
 class AddLayerNorm(LayerNorm):
     """:class:`LayerNorm` fused with the residual add before it, on :func:`add_layer_norm`."""
 
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Two ``(..., C)`` to the norm of their sum, and the sum."""
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        return add_layer_norm(input, residual, self.weight, self.bias, self.eps)
 
 
 class GELU(nn.GELU):
     """``nn.GELU`` on :func:`gelu`: exact by default; ``approximate="tanh"`` is GPT-2's form."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return gelu(x, self.approximate)
+        return gelu(input, self.approximate)
 
 
 class CausalSelfAttention(nn.Module):
@@ -146,6 +148,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         ValueError: ``weight``, ``label_smoothing`` or a ``reduction`` other than the mean is set.
     """
 
+    @wraps(nn.CrossEntropyLoss.__init__)  # type: ignore[misc]  # its signature, which nn.utils.skip_init looks at
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _refuse("weight", self.weight is not None)
@@ -166,13 +169,19 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         in_features: width, C.
         num_classes: size of the vocabulary, V.
-        ignore_index: marks positions without a target.
+        out_features: only ``()``; this and the next are arguments of ``torch.nn.LinearCrossEntropyLoss``.
+        bias: only ``False``.
         device: of the weight.
         dtype: of the weight.
+        reduction: only ``"mean"``.
+        weight: only ``None``.
+        ignore_index: marks positions without a target; ``None`` for -100.
+        label_smoothing: only 0.
+        options: only ``None``.
 
     Raises:
         TypeError: ``in_features``, ``num_classes`` or ``ignore_index`` is not an int.
-        ValueError: ``in_features`` or ``num_classes`` is less than 1.
+        ValueError: ``in_features`` or ``num_classes`` is less than 1, or an argument has a value that is not supported.
     """
 
     def __init__(
@@ -180,13 +189,26 @@ class LinearCrossEntropyLoss(nn.Module):
         in_features: int,
         num_classes: int,
         *,
-        ignore_index: int = -100,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        label_smoothing: float = 0.0,
+        options: Any = None,
     ) -> None:
         super().__init__()
         checks.size("in_features", in_features)
         checks.size("num_classes", num_classes)
+        _refuse("out_features", out_features != ())
+        _refuse("bias", bias)
+        _refuse(f"reduction={reduction!r}", reduction != "mean")
+        _refuse("weight", weight is not None)
+        _refuse("label_smoothing", label_smoothing != 0.0)
+        _refuse("options", options is not None)
+        ignore_index = -100 if ignore_index is None else ignore_index
         checks.integer("ignore_index", ignore_index)
         self.ignore_index = ignore_index
         self.linear = Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)

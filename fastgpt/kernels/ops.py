@@ -65,6 +65,16 @@ def _statistics(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _losses(logits: Tensor) -> Tensor:
+    """One number for each row of ``logits``: fp64 if they are, otherwise fp32."""
+    return logits.new_empty(logits.shape[:-1], dtype=loss_dtype(logits.dtype))
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses of inputs of ``dtype``: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 # ---- matrix product, embedding ----
 
 
@@ -275,9 +285,9 @@ def _(
 def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     """Lse = logsumexp(logits) and losses = lse - logits[target] of each row; 0 where the target is ignore_index.
 
-    logits: (N, V). targets: (N,) int64. losses, lse: (N,) fp32.
+    logits: (N, V). targets: (N,) int64. losses, lse: (N,) fp32, or fp64 if the logits are.
     """
-    return _statistics(logits), _statistics(logits)
+    return _losses(logits), _losses(logits)
 
 
 @operator(
@@ -288,7 +298,7 @@ def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
 def _(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
     """The gradient of the logits; rows whose target is ignore_index get zeros.
 
-    dlosses, lse: (N,) fp32. logits, result: (N, V). targets: (N,) int64.
+    dlosses, lse: (N,) fp32, or fp64 if the logits are. logits, result: (N, V). targets: (N,) int64.
     """
     return logits.new_empty(logits.shape)
 
@@ -301,9 +311,10 @@ def _(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_inde
 def _(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
     """The losses of cross_entropy; the gradient of scale * losses.sum() is written over the logits.
 
-    logits: (N, V), contiguous. targets: (N,) int64. scale: () fp32. losses: (N,) fp32.
+    logits: (N, V), contiguous. targets: (N,) int64. scale: () fp32. losses: (N,) fp32, or fp64 if
+    the logits are.
     """
-    return _statistics(logits)
+    return _losses(logits)
 
 
 @operator(
@@ -319,10 +330,10 @@ def _(
     """The mean cross-entropy of x @ weight.T over the rows that count, and its gradients times gradient_scale.
 
     x, dx: (N, C). weight, dweight: (V, C). targets: (N,) int64. gradient_scale: () fp32, or None for 1.
-    loss: () fp32. dx is empty without needs_dx, dweight without needs_dweight.
+    loss: () fp32, or fp64 if x is. dx is empty without needs_dx, dweight without needs_dweight.
     """
     return (
-        x.new_empty((), dtype=torch.float32),
+        x.new_empty((), dtype=loss_dtype(x.dtype)),
         x.new_empty(x.shape if needs_dx else (0,)),
         weight.new_empty(weight.shape if needs_dweight else (0,)),
     )
@@ -344,19 +355,20 @@ def _(grads: list[Tensor]) -> Tensor:
     "adamw_",
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
     " Tensor(e!)[] copies, Tensor step, Tensor lr, Tensor? grad_scale, float beta1, float beta2,"
-    " float eps, float weight_decay, bool zero_grad) -> ()",
+    " float eps, float weight_decay, bool zero_grad, Tensor? found_inf=None) -> ()",
     kind="optimizer",
 )
 def _(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
-    eps: float, weight_decay: float, zero_grad: bool,
+    eps: float, weight_decay: float, zero_grad: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One step of AdamW on every tensor of a list; with zero_grad the grads are then set to zero.
 
     params, grads, exp_avgs, exp_avg_sqs: contiguous, one shape for each index; dtypes may differ between the lists.
     copies: bf16, receive the new params; or an empty list.
-    step: () fp32, counted from 1. lr: () fp64. grad_scale: () fp32, multiplies the grads first; or None for 1. They are
+    step: () fp32, counted from 1. lr: () fp64. grad_scale: () fp32, multiplies the grads first; or None for 1.
+    found_inf: () fp32; if it is not 0, nothing changes but the grads that are set to zero; or None for 0. They are
     tensors on the params' device, so that a captured CUDA graph reads their current values.
     """
 
@@ -366,18 +378,19 @@ def _(
     "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
     " Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] copies, Tensor step, Tensor lr,"
     " Tensor? grad_scale, Tensor seed, float beta1, float beta2, float eps, float weight_decay, bool zero_grad,"
-    " bool stochastic_rounding) -> ()",
+    " bool stochastic_rounding, Tensor? found_inf=None) -> ()",
     kind="optimizer",
 )
 def _(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
     grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-    zero_grad: bool, stochastic_rounding: bool,
+    zero_grad: bool, stochastic_rounding: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     """adamw_ with moments of 8 bits, or with stochastic_rounding of bf16 params and moments, or with both.
 
     exp_avgs, exp_avg_sqs: uint8 codes (moments_8bit.py) if there are scales; otherwise as in adamw_.
     exp_avg_scales, exp_avg_sq_scales: (ceil(numel / 256),) fp32, one scale for 256 elements; or empty lists.
-    seed: () int64 on the params' device. params, grads, copies, step, lr, grad_scale, zero_grad: as in adamw_.
+    seed: () int64 on the params' device. params, grads, copies, step, lr, grad_scale, zero_grad, found_inf: as in
+    adamw_.
     """

@@ -195,11 +195,12 @@ def attention_qkv_backward(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    wide = _wide(logits)
     try:
-        losses = F.cross_entropy(_wide(logits), targets, ignore_index=ignore_index, reduction="none")
+        losses = F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="none")
     except IndexError as error:  # on a CPU
         raise RuntimeError(f"targets: {error}") from None
-    return _result(losses, torch.float32), _result(_wide(logits).logsumexp(-1), torch.float32)
+    return _result(losses, wide.dtype), _result(wide.logsumexp(-1), wide.dtype)
 
 
 def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
@@ -264,21 +265,26 @@ def _adamw_update(
     return _wide(param) * decay - (step_size * m) / (v.sqrt() / correction2 + eps), m, v
 
 
+def _write(old: Tensor, new: Tensor, found_inf: Tensor | None) -> None:
+    """Copy ``new`` to ``old``, unless ``found_inf`` is not 0; its value is not read by the host."""
+    old.copy_(new if found_inf is None else torch.where(found_inf == 0, new.to(old.dtype), old))
+
+
 def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
-    eps: float, weight_decay: float, zero_grad: bool,
+    eps: float, weight_decay: float, zero_grad: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     coefficients = _adamw_coefficients(step, lr, beta1, beta2, weight_decay)
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         p, m, v = _adamw_update(
             param, grad, _wide(exp_avg), _wide(exp_avg_sq), coefficients, grad_scale, beta1, beta2, eps
         )
-        exp_avg.copy_(m)
-        exp_avg_sq.copy_(v)
-        param.copy_(p)
+        _write(exp_avg, m, found_inf)
+        _write(exp_avg_sq, v, found_inf)
+        _write(param, p, found_inf)
         if copies:
-            copies[i].copy_(p)
+            _write(copies[i], p, found_inf)
         if zero_grad:
             grad.zero_()
 
@@ -308,7 +314,7 @@ def adamw_8bit_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
     grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-    zero_grad: bool, stochastic_rounding: bool,
+    zero_grad: bool, stochastic_rounding: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     coefficients = _adamw_coefficients(step, lr, beta1, beta2, weight_decay)
     key = seed + step.long()
@@ -330,16 +336,16 @@ def adamw_8bit_(
             for k, (moment, new, random) in enumerate(zip((exp_avg, exp_avg_sq), updated, halves, strict=True)):
                 if scales:
                     codes, scale = encode_moment(_blocks(new.float()), _blocks(random), signed=k == 0)
-                    moment.copy_(codes.view(-1)[:n])
-                    scales[k].copy_(scale)
+                    _write(moment, codes.view(-1)[:n], found_inf)
+                    _write(scales[k], scale, found_inf)
                 elif stochastic_rounding and moment.dtype == torch.bfloat16:
-                    moment.copy_(round_stochastically(new, random))
+                    _write(moment, round_stochastically(new, random), found_inf)
                 else:
-                    moment.copy_(new)
+                    _write(moment, new, found_inf)
             if stochastic_rounding and param.dtype == torch.bfloat16:
                 p = round_stochastically(p, _random_halves(key, i, 1, first, n)[1])
-            param.copy_(p)
+            _write(param, p, found_inf)
             for twin in copy:
-                twin.copy_(p)
+                _write(twin, p, found_inf)
             if zero_grad:
                 grad.zero_()

@@ -439,6 +439,71 @@ def test_a_nan_gradient_spoils_its_own_element_only(device, dtype):
     assert not any(p.isnan().any() for p in params[:3] + params[4:])
 
 
+SKIPPING = {
+    "fp32": (torch.float32, {}),
+    "bf16": (torch.bfloat16, {}),
+    "8 bits": (torch.float32, {"state_bits": 8}),
+    "8 bits, stochastic rounding": (torch.bfloat16, {"state_bits": 8, "stochastic_rounding": True}),
+    "stochastic rounding": (torch.bfloat16, {"stochastic_rounding": True}),
+}
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize(("kind", "options"), SKIPPING.values(), ids=list(SKIPPING))
+def test_a_step_that_is_skipped_leaves_no_trace(device, kind, options, bad, max_grad_norm):
+    """Parameters, moments, copies and step counts have the bits of a run without it, also after the next step."""
+    params = parameters(kind, device, [(63,), (300, 3)])
+    others = clones(params)
+    steps = list(gradients(params, 3))
+    runs = []
+    for tensors in (params, others):
+        torch.manual_seed(5)
+        copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in tensors} if kind == torch.float32 else None
+        optimizer = FusedAdamW(
+            tensors, 1e-2, max_grad_norm=max_grad_norm, copies=copies, skip_nonfinite=True, **options
+        )
+        runs.append((optimizer, tensors))
+    for i, grads in enumerate(steps):
+        for optimizer, tensors in runs:
+            if i == 1 and tensors is params:
+                assign(params, grads)
+                params[1].grad[7, 1] = bad
+                optimizer.step(zero_grad=True)
+                assert optimizer.found_inf.item() == 1
+                assert not optimizer.grad_norm.isfinite()
+                assert all(p.grad.count_nonzero() == 0 for p in params)
+            assign(tensors, grads)
+            optimizer.step()
+            assert optimizer.found_inf.item() == 0
+    for p, other in zip(params, others, strict=True):
+        assert torch.equal(p, other)
+        for name, moment in runs[0][0].state[p].items():
+            assert torch.equal(moment, runs[1][0].state[other][name]), name
+        if kind == torch.float32:
+            assert torch.equal(runs[0][0].copies[p], runs[1][0].copies[other])
+    assert runs[0][0].state[params[0]]["step"].item() == 3
+
+
+def test_a_parameter_that_missed_the_skipped_step_keeps_its_own_step_count(device):
+    """The host takes both for having taken one step, but only one of them has."""
+    params = parameters(torch.float32, device, [(5,), (5,)])
+    others = clones(params)
+    ours = FusedAdamW(params, 1e-2, skip_nonfinite=True)
+    params[0].grad, params[1].grad = torch.full_like(params[0], math.nan), None
+    ours.step()
+    params[0].grad, params[1].grad = None, torch.ones_like(params[1])
+    ours.step()
+    theirs = torch.optim.AdamW(others, 1e-2)
+    others[1].grad = torch.ones_like(others[1])
+    theirs.step()
+    for tensors, optimizer in ((params, ours), (others, theirs)):
+        for p in tensors:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.testing.assert_close(params, others)
+
+
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_the_number_of_threads_changes_no_bit(device, dtype, on_threads):
     grads = [g.detach() for g in parameters(dtype, device, [*SIZES, (200_000,)])]

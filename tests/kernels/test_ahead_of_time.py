@@ -40,7 +40,10 @@ def described(row):
 
 
 # fp32 heads of 128, three tf32 products for each, on sm_120: every block shape that was tried spills a little.
-MAY_SPILL = {(120, "attention fp32 D128"), (120, "attention fp32 D128 dropout")}
+# Heads of 48 in the block of 64: a configuration without a spill there costs heads of 64 a tenth of their bound.
+MAY_SPILL = {
+    (120, "attention fp32 D128"), (120, "attention fp32 D128 dropout"), (80, "attention bf16 D40, copied"),
+}  # fmt: skip
 
 
 def test_no_kernel_spills_registers(rows):

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.kernels import attention, attention_qkv, use_backend
-from fastgpt.kernels.heads import MAX_HEAD_SIZE
+from fastgpt.kernels import attention, attention_qkv, dispatch, use_backend
+from fastgpt.kernels.heads import MAX_HEAD_SIZE, split_heads
 from fastgpt.kernels.philox import dropout_factors
 from fastgpt.kernels.triton import attention as on_triton
 from fastgpt.kernels.triton import launch
@@ -443,6 +443,30 @@ def test_a_single_pass_takes_any_strides(backend, device, dtype, rule, strided, 
         rule.accuracy(*both, [strided(t) for t in inputs], second_peer=peer)
 
 
+def beside_hidden_keys(n_hidden, score):
+    """Ours and the formula, ours with keys in front of the others whose scores with every query are ``score``."""
+
+    def ours(q, k, v):
+        q = torch.cat([q, torch.full_like(q[..., :1], 1e5)], dim=-1)
+        hidden = torch.zeros_like(k[:, :, :1]).expand(-1, -1, n_hidden, -1)
+        marks = [torch.full_like(hidden[..., :1], score), torch.zeros_like(k[..., :1])]
+        k = torch.cat([torch.cat([hidden, k], dim=2), torch.cat(marks, dim=2)], dim=-1)
+        v = torch.cat([torch.cat([hidden, v], dim=2), torch.zeros_like(k[..., :1])], dim=-1)
+        return attention(q, k, v, causal=False, scale=0.25)[..., :-1]
+
+    return ours, functions(causal=False, scale=0.25)[1]
+
+
+@pytest.mark.parametrize("n_hidden", [1, 64, 128, 200])
+def test_keys_whose_scores_are_minus_infinity_count_for_nothing(device, dtype, rule, n_hidden):
+    """Also where a query has met no other key yet: -inf - -inf must not enter the online softmax."""
+    inputs = operands(1, 2, 70, 23, 100, dtype=dtype, device=device)
+    ours, formula = beside_hidden_keys(n_hidden, -math.inf)
+    truth = formula(*(t.double() for t in inputs))
+    rule.error("output", ours(*inputs), [formula(*inputs)], truth, dtype, 2.0)
+    rule.accuracy(*beside_hidden_keys(n_hidden, -3e38), inputs)  # the products overflow, so the gradients are finite
+
+
 @on_a_gpu
 @causality
 @pytest.mark.parametrize("shape", [(1, 63, 15, 3), (2, 127, 48, 2), (2, 65, 192, 3)], ids=str)
@@ -456,6 +480,33 @@ def test_a_single_pass_writes_one_packed_gradient(backend, device, dtype, rule, 
     (dqkv,) = torch.autograd.grad(both[0](qkv).sum(), qkv)
     assert dqkv.is_contiguous()
     assert dqkv.dtype == dtype
+
+
+def test_the_kernels_read_a_gpts_heads_in_place():
+    qkv = torch.randn(2, 8, 3 * 4 * 16)
+    for head in split_heads(qkv, 4, 3):
+        assert on_triton._readable(head) is head
+    shared = torch.randn(2, 1, 8, 16).expand(2, 4, 8, 16)
+    assert on_triton._readable(shared) is shared
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(2, 3, 8, 20),  # rows that are no multiple of 16
+        torch.randn(2, 3, 8, 40)[..., :16],  # rows 40 apart
+        torch.randn(2 * 3 * 8 * 16 + 1)[1:].view(2, 3, 8, 16),  # an address that 16 does not divide
+        torch.randn(2, 3, 8, 32)[..., ::2],  # every second element
+        torch.randn(2, 100)[:, :96].view(2, 2, 3, 16),  # batch entries 100 apart
+    ],
+    ids=lambda t: f"{tuple(t.shape)} {t.stride()}",
+)
+def test_heads_that_the_kernels_would_read_element_by_element_are_copied(tensor):
+    """With strides or addresses that 16 does not divide, most launch configurations would spill registers."""
+    D, read = tensor.shape[3], on_triton._readable(tensor)
+    assert on_triton._readable(read) is read
+    assert torch.equal(read[..., :D], tensor)
+    assert (read[..., D:] == 0).all()
 
 
 @on_a_gpu
@@ -499,6 +550,26 @@ def test_in_a_single_pass_the_gradients_of_keys_and_values_have_the_same_bits_ea
     assert all(map(torch.equal, first[2:], again[2:]))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_atomics_where_pytorch_is_told_to_be_deterministic(monkeypatch, packed):
+    """As PyTorch's own operators, which then take an algorithm that is deterministic if they have one."""
+    resolve, asked = dispatch.resolve, []
+
+    def spy(name, tensor):
+        if name.endswith("_backward"):
+            return lambda *args: asked.append(args[-1]) or resolve(name, tensor)(*args)
+        return resolve(name, tensor)
+
+    monkeypatch.setattr(dispatch, "resolve", spy)
+    for enabled in (True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda enabled=enabled: enabled)
+        if packed:
+            attention_qkv(torch.randn(1, 8, 12, requires_grad=True), 2, deterministic=False).sum().backward()
+        else:
+            attention(*(t.requires_grad_() for t in operands(1, 2, 8, 4)), deterministic=False).sum().backward()
+    assert asked == [True, False]
+
+
 @on_a_gpu
 def test_what_tuning_has_added_up_is_not_in_the_gradient(backend, device, monkeypatch):
     inputs = operands(1, 2, 70, 16, device=device)
@@ -537,8 +608,9 @@ def wrong_arguments():
     meta = q.to("meta")
     yield "q: not a tensor", TypeError, "q: ", (None, q, q), {}
     yield "q: integers", TypeError, "q: ", (q.int(), q, q), {}
-    yield "q: three dimensions", ValueError, "q: ", (q[0], q[0], q[0]), {}
-    yield "q: empty", ValueError, "q: ", (q[:0], q[:0], q[:0]), {}
+    yield "q: two dimensions", ValueError, "q: ", (q[0, 0], q[0, 0], q[0, 0]), {}
+    yield "q: three dimensions", ValueError, "q: ", (q[0], q, q), {}
+    yield "q: no heads", ValueError, "q: ", (q[:, :0], q[:, :0], q[:, :0]), {}
     yield "q: head too large", ValueError, "q: ", (torch.randn(1, 1, 2, MAX_HEAD_SIZE + 1),) * 3, {}
     yield "k: dtype", TypeError, "k: ", (q, q.bfloat16(), q), {}
     yield "k: device", ValueError, "k: ", (q, meta, q), {}

@@ -220,5 +220,4 @@ def test_a_wrong_argument_is_named(backend, error, message, arguments):
 def test_float64_gradients_agree_with_finite_differences():
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 3, -1, 2])
-    # The loss is fp32: a step of 1e-3 keeps its rounding, 1e-7, to 1e-4 of the difference.
-    assert torch.autograd.gradcheck(lambda t: cross_entropy(t, targets), (logits,), eps=1e-3, atol=1e-3, rtol=0)
+    assert torch.autograd.gradcheck(lambda t: cross_entropy(t, targets), (logits,))

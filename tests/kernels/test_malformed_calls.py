@@ -36,6 +36,7 @@ class Argument:
         any_dtype: no other argument's dtype has to be its own.
         any_device: nor has any other's device.
         n_classes: what its indices must stay below.
+        int32: int32 is allowed beside int64.
     """
 
     values: tuple[Any, ...] = ()
@@ -46,6 +47,7 @@ class Argument:
     any_dtype: bool = False
     any_device: bool = False
     n_classes: int | None = None
+    int32: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ KIND = Argument(("", "erf", "TANH", None, True, 0, ["tanh"]))
 
 INDICES = torch.tensor([1, -1, 4, 0])
 SEVEN = Argument(n_classes=7)
-NORM = {"weight": PLAIN, "bias": OPTIONAL, "eps": EPS}
+NORM = {"weight": OPTIONAL, "bias": OPTIONAL, "eps": EPS}
 OPTIONS = {"causal": BOOL, "scale": SCALE, "dropout_p": PROBABILITY, "deterministic": BOOL}
 
 TARGETS = {
@@ -132,7 +134,7 @@ TARGETS = {
         kernels.attention_qkv,
         {"qkv": floats(2, 5, 24), "n_head": 2},
         {
-            "qkv": Argument(any_size=(-3, -2), any_dtype=True, any_device=True),
+            "qkv": Argument(any_size=(-3, -2), empty=(-3,), any_dtype=True, any_device=True),
             "n_head": Argument((*SIZE.values, 3, 16, 3 * 10**9)),
             **OPTIONS,
         },
@@ -154,7 +156,7 @@ TARGETS = {
         kernels.embedding,
         {"index": INDICES.abs(), "weight": floats(7, 8)},
         {
-            "index": Argument(any_rank=True, any_size=(-1,), empty=(-1,), n_classes=7),
+            "index": Argument(any_rank=True, any_size=(-1,), empty=(-1,), n_classes=7, int32=True),
             "weight": Argument(any_size=(-2, -1), empty=(-1,), any_dtype=True),
         },
     ),
@@ -180,7 +182,7 @@ TARGETS = {
         made_and_called(kernels.Embedding, "index"),
         {"index": INDICES.abs(), "num_embeddings": 7, "embedding_dim": 8},
         {
-            "index": Argument(any_rank=True, any_size=(-1,), empty=(-1,), n_classes=7),
+            "index": Argument(any_rank=True, any_size=(-1,), empty=(-1,), n_classes=7, int32=True),
             "padding_idx": Argument((0, 3, -1)),
             "max_norm": Argument((0.0, 1.0)),
             "scale_grad_by_freq": Argument((True,)),
@@ -190,7 +192,7 @@ TARGETS = {
     "LayerNorm": Target(
         made_and_called(kernels.LayerNorm, "x"),
         {"x": floats(2, 3, 8), "normalized_shape": 8},
-        {"x": ROWS, "normalized_shape": Argument(((3, 8), ())), "elementwise_affine": Argument((False,)), "eps": EPS},
+        {"x": ROWS, "normalized_shape": Argument(((3, 8), ())), "eps": EPS},
         {"weight"},
     ),
     "AddLayerNorm": Target(
@@ -240,7 +242,19 @@ TARGETS = {
     "LinearCrossEntropyLoss": Target(
         made_and_called(kernels.LinearCrossEntropyLoss, "input", "target"),
         {"input": floats(4, 8), "target": INDICES, "in_features": 8, "num_classes": 7, "ignore_index": -1},
-        {"input": PLAIN, "target": SEVEN, "in_features": SIZE, "num_classes": SIZE, "ignore_index": INDEX},
+        {
+            "input": PLAIN,
+            "target": SEVEN,
+            "in_features": SIZE,
+            "num_classes": SIZE,
+            "ignore_index": Argument(INDEX.values[1:]),
+            "out_features": Argument(((2,),)),
+            "bias": Argument((True,)),
+            "reduction": Argument(("sum", "none")),
+            "weight": Argument((floats(7),)),
+            "label_smoothing": Argument((0.1,)),
+            "options": Argument((object(),)),
+        },
         {"weight", "targets"},
     ),
 }
@@ -278,7 +292,8 @@ def spoilt(t: Tensor, argument: Argument) -> Iterator[Spoilt]:
         yield Spoilt(type(value).__name__, value)
     whole = t.dtype == torch.int64
     for dtype in (torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int32 if whole else torch.int64):
-        yield Spoilt(str(dtype), t.to(dtype))
+        if not (argument.int32 and dtype == torch.int32):
+            yield Spoilt(str(dtype), t.to(dtype))
     for dtype in () if argument.any_dtype else (torch.float64, torch.bfloat16, torch.float16):
         yield Spoilt(str(dtype), t.to(dtype), by_itself=whole, cast=not whole and dtype != torch.float64)
     yield Spoilt("COO", t.to_sparse())

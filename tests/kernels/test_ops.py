@@ -117,6 +117,10 @@ def cases(dtype):
     yield "grad_norm", ([r(3, 5), r(7)],)
     yield "adamw_", adamw(copies=False, scale=False)
     yield "adamw_", adamw(copies=True, scale=True)
+    for found_inf in (torch.tensor(0.0), torch.tensor(1.0)):
+        yield "adamw_", (*adamw(copies=True, scale=True), found_inf)
+        yield "adamw_8bit_", (*compact(eight_bits=True, stochastic_rounding=False), found_inf)
+        yield "adamw_8bit_", (*compact(eight_bits=False, stochastic_rounding=True), found_inf)
     yield "adamw_8bit_", compact(eight_bits=True, stochastic_rounding=False)
     yield "adamw_8bit_", compact(eight_bits=False, stochastic_rounding=True)
 

@@ -139,14 +139,14 @@ SHIPPED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 FASTEST = autotune.CANDIDATES[5]
 
 
-def tune(key="attention T=64", fails=()):
+def tune(key="attention T=64", fails=(), error=None):
     """The winner where FASTEST takes 1 ms and everything else 2; and what was tried."""
     tried = []
 
     def run(config):
         tried.append(config)
         if config in fails:
-            raise OutOfResources(2, 1, "shared memory")
+            raise error or OutOfResources(2, 1, "shared memory")
 
     def time(call):
         call()
@@ -164,6 +164,23 @@ def test_tuning_tries_the_shipped_configuration_and_every_candidate_and_takes_th
 def test_a_candidate_that_asks_for_too_much_is_passed_over(cache):
     best, _ = tune(fails=[FASTEST])
     assert best == SHIPPED  # the first of equals
+
+
+def test_a_candidate_that_does_not_compile_is_passed_over(cache):
+    best, _ = tune(fails=[FASTEST], error=RuntimeError("PassManager::run failed"))
+    assert best == SHIPPED
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("CUDA error")])
+def test_a_device_that_fails_ends_the_tuning_and_no_winner_is_kept(cache, error):
+    with pytest.raises(type(error)):
+        tune(fails=[FASTEST], error=error)
+    assert list(cache.rglob("*.json")) == []
+
+
+def test_where_no_candidate_runs_the_reason_is_raised(cache):
+    with pytest.raises(RuntimeError, match="PassManager"):
+        tune(fails=[SHIPPED, *autotune.CANDIDATES], error=RuntimeError("PassManager::run failed"))
 
 
 def test_a_shape_is_tuned_once_and_remembered_on_disk(cache):

@@ -110,21 +110,33 @@ def _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, 
     return p, m, v
 
 
+@triton.jit
+def _n_written(n, found_inf, MAY_SKIP: tl.constexpr, ALIGNED: tl.constexpr):
+    """How many of a tensor's n elements are updated: all, or none if this step is skipped."""
+    if MAY_SKIP:
+        n = tl.where(tl.load(found_inf) == 0.0, n, 0)
+        if ALIGNED:
+            n = tl.multiple_of(n, 16)
+    return n
+
+
 @kernel
 def _adamw_kernel(
     pointers, sizes, tensors, offsets,  # the tables, of params, grads, exp_avgs, exp_avg_sqs and perhaps copies
     coefficients,  # (3,) fp32
     grad_scale,  # () fp32; not read without HAS_SCALE
+    found_inf,  # () fp32; not read without MAY_SKIP
     n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr,
-    ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    MAY_SKIP: tl.constexpr, ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of one tensor. P, G, M: dtypes of params, grads and moments. Grid: (n_chunks,)."""
     chunk = tl.program_id(0)
     tensor = tl.load(tensors + chunk)
     here = tl.multiple_of(tl.load(offsets + chunk), CHUNK) + tl.arange(0, CHUNK)
-    inside = here < _size(sizes, tensor, ALIGNED)
+    n = _size(sizes, tensor, ALIGNED)
+    inside, written = here < n, here < _n_written(n, found_inf, MAY_SKIP, ALIGNED)
     param = _start(pointers, tensor, P, ALIGNED)
     grad = _start(pointers + n_tensors, tensor, G, ALIGNED)
     exp_avg = _start(pointers + 2 * n_tensors, tensor, M, ALIGNED)
@@ -137,11 +149,12 @@ def _adamw_kernel(
     v = tl.load(exp_avg_sq + here, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(param + here, mask=inside, other=0.0).to(tl.float32)
     p, m, v = _updated(p, g, m, v, coefficients, beta2, one_minus_beta1, one_minus_beta2, eps)
-    tl.store(exp_avg + here, m.to(M), mask=inside)
-    tl.store(exp_avg_sq + here, v.to(M), mask=inside)
-    tl.store(param + here, p.to(P), mask=inside)
+    tl.store(exp_avg + here, m.to(M), mask=written)
+    tl.store(exp_avg_sq + here, v.to(M), mask=written)
+    tl.store(param + here, p.to(P), mask=written)
     if HAS_COPY:
-        tl.store(_start(pointers + 4 * n_tensors, tensor, tl.bfloat16, ALIGNED) + here, p.to(tl.bfloat16), mask=inside)
+        copy = _start(pointers + 4 * n_tensors, tensor, tl.bfloat16, ALIGNED)
+        tl.store(copy + here, p.to(tl.bfloat16), mask=written)
     if ZERO_GRAD:
         tl.debug_barrier()  # the zeros may be stored by other threads than loaded these gradients: wait for all
         tl.store(grad + here, tl.zeros((CHUNK,), dtype=G), mask=inside)
@@ -214,13 +227,14 @@ def _adamw_8bit_kernel(
     pointers, sizes, tensors, offsets,  # the tables; with CODED the two lists of scales come before the copies
     coefficients,  # (3,) fp32
     grad_scale,  # () fp32; not read without HAS_SCALE
+    found_inf,  # () fp32; not read without MAY_SKIP
     key,  # () int64, seed + step
     numbers,  # (n_tensors,) int64, each tensor's number in the caller's list, which the random numbers depend on
     n_tensors,
     beta2, one_minus_beta1, one_minus_beta2, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CODED: tl.constexpr,
     STOCHASTIC_P: tl.constexpr, STOCHASTIC_M: tl.constexpr, HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr,
-    ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    MAY_SKIP: tl.constexpr, ZERO_GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of one tensor, as (ROWS, 256): a row has one scale. Grid: (n_chunks,).
 
@@ -258,25 +272,27 @@ def _adamw_8bit_kernel(
     )
 
     seed = tl.load(key)
+    n_written = _n_written(n, found_inf, MAY_SKIP, ALIGNED)
+    written, rows_written = here < n_written, starts < n_written
     if CODED:
         for_m, for_v = _random_halves(seed, number, 0, begin, ROWS)
         m, scale = _encoded(m, for_m, 127)
-        tl.store(exp_avg_scale, scale, mask=starts < n)
+        tl.store(exp_avg_scale, scale, mask=rows_written)
         v, scale = _encoded(v, for_v, 255)
-        tl.store(exp_avg_sq_scale, scale, mask=starts < n)
+        tl.store(exp_avg_sq_scale, scale, mask=rows_written)
     elif STOCHASTIC_M:
         for_m, for_v = _random_halves(seed, number, 0, begin, ROWS)
         m, v = _stochastic(m, for_m), _stochastic(v, for_v)
     if STOCHASTIC_P:
         _, for_p = _random_halves(seed, number, 1, begin, ROWS)
         p = _stochastic(p, for_p)
-    tl.store(exp_avg + here, m.to(M), mask=inside)
-    tl.store(exp_avg_sq + here, v.to(M), mask=inside)
-    tl.store(param + here, p.to(P), mask=inside)
+    tl.store(exp_avg + here, m.to(M), mask=written)
+    tl.store(exp_avg_sq + here, v.to(M), mask=written)
+    tl.store(param + here, p.to(P), mask=written)
     if HAS_COPY:
         COPY: tl.constexpr = 6 if CODED else 4  # the number of the list of copies
         copy = _start(pointers + COPY * n_tensors, tensor, tl.bfloat16, ALIGNED)
-        tl.store(copy + here, p.to(tl.bfloat16), mask=inside)
+        tl.store(copy + here, p.to(tl.bfloat16), mask=written)
     if ZERO_GRAD:
         tl.debug_barrier()  # as above
         tl.store(grad + here, tl.zeros((ROWS, _MOMENT_BLOCK), dtype=G), mask=inside)
@@ -372,10 +388,15 @@ def _coefficients(step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_d
     return torch.stack((step_size, correction2, 1.0 - rate * weight_decay)).float()
 
 
+def _or_any(placeholder: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors. A kernel's pointer cannot be ``None``, so one that is not read is that of ``placeholder``."""
+    return [placeholder if t is None else t for t in tensors]
+
+
 def adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     copies: list[Tensor], step: Tensor, lr: Tensor, grad_scale: Tensor | None, beta1: float, beta2: float,
-    eps: float, weight_decay: float, zero_grad: bool,
+    eps: float, weight_decay: float, zero_grad: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     config = configuration(device_of(params[0]), "adamw", "any")
     coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
@@ -384,10 +405,11 @@ def adamw_(
         tables, constants = _tables(lists, config["CHUNK"], config["CHUNK"] // 2)
         launch(
             _adamw_kernel, (tables[2].numel(),), *tables, coefficients,
-            coefficients if grad_scale is None else grad_scale, len(lists[0]),
+            *_or_any(coefficients, grad_scale, found_inf), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
-            HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, **config | constants,
+            HAS_COPY=bool(copies), HAS_SCALE=grad_scale is not None, MAY_SKIP=found_inf is not None,
+            ZERO_GRAD=zero_grad, **config | constants,
         )  # fmt: skip
 
 
@@ -395,7 +417,7 @@ def adamw_8bit_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor], copies: list[Tensor], step: Tensor, lr: Tensor,
     grad_scale: Tensor | None, seed: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-    zero_grad: bool, stochastic_rounding: bool,
+    zero_grad: bool, stochastic_rounding: bool, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
     config = configuration(device_of(params[0]), "adamw_8bit", "any")
     coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
@@ -406,11 +428,12 @@ def adamw_8bit_(
         tables, constants = _tables(lists, config["CHUNK"])
         launch(
             _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
-            coefficients if grad_scale is None else grad_scale, key,
+            *_or_any(coefficients, grad_scale, found_inf), key,
             _cached(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,
             STOCHASTIC_M=stochastic_rounding and lists[2][0].dtype == torch.bfloat16, HAS_COPY=bool(copies),
-            HAS_SCALE=grad_scale is not None, ZERO_GRAD=zero_grad, **config | constants,
+            HAS_SCALE=grad_scale is not None, MAY_SKIP=found_inf is not None, ZERO_GRAD=zero_grad,
+            **config | constants,
         )  # fmt: skip

@@ -30,7 +30,7 @@ has one axis, B * H * blocks, with the blocks of one head side by side, so that 
 Dao, "FlashAttention-2", 2023.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,13 +185,16 @@ def _attend(
         if MASKED:
             visible = _visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N)
             scores = tl.where(visible, scores * scale, float("-inf"))
-            # every query sees the first key of the first block, so new_top is finite: no -inf - -inf, which is NaN
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            weights = _exp(scores - new_top[:, None], FP32)
-        else:  # scale >= 0 (_forward sees to that), so the scaled maximum is the maximum of the scaled; one FMA scales
+        else:  # scale >= 0 (_forward sees to that), so the scaled maximum is the maximum of the scaled
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
-            weights = _exp(tl.fma(scores, scale, -new_top[:, None]), FP32)
-        correction = _exp(top - new_top, FP32)  # 0 for the first block, where top is -inf
+        # while all scores of a row are -inf, 0 is subtracted: -inf - -inf would be NaN, and a later key may be finite
+        subtracted = tl.where(new_top == float("-inf"), 0.0, new_top)
+        if MASKED:
+            weights = _exp(scores - subtracted[:, None], FP32)
+        else:  # one FMA scales and subtracts
+            weights = _exp(tl.fma(scores, scale, -subtracted[:, None]), FP32)
+        correction = _exp(top - subtracted, FP32)  # 0 for the first block, where top is -inf
         total = total * correction + tl.sum(weights, axis=1)  # before dropout, which is applied to normalised weights
         acc = acc * correction[:, None]
         if DROPOUT:
@@ -508,12 +511,44 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-def _readable(x: Tensor) -> Tensor:
-    """Return ``x``, copied if the kernels cannot read it: D must be contiguous, and offsets in a block fit 32 bits.
+# Triton compiles a kernel for strides and addresses that 16 divides, and loads 16 bytes at a time. With others each
+# element of a tile has an address of its own, in 64 bits. These fill the registers: most configurations spill.
+_ALIGNED = 16  # elements
 
+
+def _width(D: int) -> int:
+    """The elements of a row that the kernels work on: D rounded up to a multiple of 16."""
+    return -(-D // _ALIGNED) * _ALIGNED
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return ``x``, (B, H, T, D), as the kernels read it: itself, or a copy whose rows are filled up with zeros.
+
+    It is copied if D or a stride is no multiple of 16, if D is not contiguous, or if offsets in a block exceed 32 bits.
     A block has at most 256 rows, so a position stride below 2**23 keeps its offsets below 2**31.
     """
-    return x if x.stride(3) == 1 and x.stride(2) < 2**23 else x.contiguous()
+    *strides, last = x.stride()
+    aligned = x.shape[3] % _ALIGNED == 0 and x.data_ptr() % 16 == 0 and not any(s % _ALIGNED for s in strides)
+    if aligned and last == 1 and x.stride(2) < 2**23:
+        return x
+    D = x.shape[3]
+    rows = x.new_empty((*x.shape[:3], _width(D)))
+    rows[..., :D].copy_(x)
+    rows[..., D:].zero_()
+    return rows
+
+
+def _writable(x: Tensor) -> Tensor:
+    """``x`` if its D is a multiple of 16. Otherwise a buffer with rows so long; ``_write_back`` copies it to ``x``."""
+    D = x.shape[3]
+    return x if D % _ALIGNED == 0 else x.new_empty((*x.shape[:3], _width(D)))
+
+
+def _write_back(buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy what the kernels wrote to tensors that :func:`_writable` has given a buffer."""
+    for buffer, x in zip(buffers, tensors, strict=True):
+        if buffer is not x:
+            x.copy_(buffer[..., : x.shape[3]])
 
 
 def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
@@ -603,13 +638,15 @@ def _forward(
     if scale < 0.0:  # the kernel scales the maximum of the scores, which needs scale >= 0
         q, scale = -q, -scale
     q, k, v = _readable(q), _readable(k), _readable(v)
+    result = _writable(out)
     H, T = q.shape[1:3]
     constants = _constants(q, causal, dropout_p, seed)
     _launch(
         "attention_forward", _forward_kernel, (T, "BLOCK_M"),
-        q, k, v, out, lse, lse if seed is None else seed, *_strides(q, k, v, out), H, T, k.shape[2],
+        q, k, v, result, lse, lse if seed is None else seed, *_strides(q, k, v, result), H, T, k.shape[2],
         scale, *_dropout(dropout_p), constants=constants | _order(q),
     )  # fmt: skip
+    _write_back([result], [out])
 
 
 def _backward(
@@ -618,6 +655,8 @@ def _backward(
 ) -> None:  # fmt: skip
     """Write ``dq``, ``dk`` and ``dv``, (B, H, T, D) or (B, H, S, D)."""
     dout, q, k, v, out = (_readable(t) for t in (dout, q, k, v, out))
+    gradients = dq, dk, dv
+    dq, dk, dv = (_writable(t) for t in gradients)
     H, T, S = q.shape[1], q.shape[2], k.shape[2]
     delta = torch.empty_like(lse)
     constants = _constants(q, causal, dropout_p, seed)
@@ -634,6 +673,7 @@ def _backward(
             q, k, v, dout, lse, delta, dk, dv, seed_or_any, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
             constants=constants,
         )  # fmt: skip
+        _write_back([dq, dk, dv], gradients)
         return
     dq_sums = q.new_empty(q.shape, dtype=torch.float32)
     width = {name: constants[name] for name in ("D", "BLOCK_D")}
@@ -646,6 +686,7 @@ def _backward(
         ),
     )  # fmt: skip
     _launch_on_rows(_round_dq_kernel, dq_sums, dq, *_strides(dq), H, T, scale, **width)
+    _write_back([dq, dk, dv], gradients)
 
 
 def _splittable(packed: Tensor) -> Tensor:

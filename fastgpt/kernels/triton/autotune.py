@@ -72,12 +72,16 @@ def best(
     if torch.cuda.is_current_stream_capturing():
         return winners.get(key, shipped)
     if key not in winners:
-        timings = []
+        timings, failed = [], None
         for candidate in [shipped, *CANDIDATES]:
             try:
                 timings.append((time(lambda candidate=candidate: run(candidate)), candidate))
-            except TritonError:  # it needs more resources than the device has, or does not compile
-                continue
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the candidate; all others would fail
+                raise
+            except (TritonError, RuntimeError) as error:  # it needs more than the device has, or a compiler pass failed
+                failed = error
+        if failed is not None and not timings:
+            raise failed
         winners[key] = min(timings, key=lambda timing: timing[0])[1]
         _save(path(device), winners)
     return winners[key]
