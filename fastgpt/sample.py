@@ -3,6 +3,7 @@
 python -m fastgpt.sample runs/quickstart --prompt "def main("
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fastgpt.cli import Parser, run
 from fastgpt.data.stream import show
 from fastgpt.data.tokenizers import Tokenizer, tokenizer_from_meta
 from fastgpt.errors import RequestError
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT
 from fastgpt.train import checkpoint, run_folder
 
 
@@ -52,15 +53,21 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer]:
         RequestError: ``path`` is not a run, has no checkpoint or a damaged one, or was trained on tokens without a
             tokenizer.
     """
-    config = run_folder.read_config(path)
-    if config["tokenizer"] is None:
+    tokenizer = run_folder.read_config(path).tokenizer
+    if tokenizer is None:
         raise RequestError(f"{path} was trained on tokens without a tokenizer, so they cannot be turned into text")
-    newest = checkpoint.newest(path)
-    checkpoint.verify(newest, ["model.safetensors"])
+    newest, damage = checkpoint.newest_good(path, ["model.safetensors", "state.json"])
+    for problem in damage:
+        print(f"{problem}: sampling from {newest}", file=sys.stderr)
+    config = checkpoint.load_state(newest).model
+    if config.n_params != checkpoint.n_parameters(newest):
+        raise RequestError(
+            f"{newest / 'model.safetensors'} does not hold the {config.n_params:,} parameters of its model"
+        )
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = GPT(GPTConfig(**config["model"]))
-    model.load_state_dict(checkpoint.load_parameters(newest), assign=True)
-    return model.to(device), tokenizer_from_meta(config["tokenizer"])
+        model = GPT(config)
+    model.load_state_dict(checkpoint.load_parameters(newest, model.state_dict()), assign=True)
+    return model.to(device), tokenizer_from_meta(tokenizer)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str | None) -> list[int]:

@@ -27,9 +27,11 @@ class BatchLoader:
         block_size: tokens in a block, T.
         seed: of each epoch's offsets and order.
         pin_memory: put batches in page-locked memory, from which a GPU copies without waiting.
-        what: names the shards in the error message.
+        what: names the shards in error messages.
+        vocab_size: ids must be smaller; ``None`` for any.
 
-    Raises ``RequestError`` if no shard is long enough for one block and its next token.
+    Raises ``RequestError`` if no shard is long enough for one block and its next token, and when a batch is drawn that
+    has an id outside the vocabulary.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class BatchLoader:
         *,
         pin_memory: bool = False,
         what: str = "the dataset",
+        vocab_size: int | None = None,
     ) -> None:
         self.shards = list(shards)
         self.batch_size = batch_size
         self.block_size = block_size
         self.pin_memory = pin_memory
+        self._what, self._vocab_size = what, vocab_size
         self._starts = np.array([max(0, len(shard) - block_size) for shard in self.shards], dtype=np.int64)
         # Positions at which a block may start are numbered through all shards; these are each shard's first and end.
         self._ends = np.cumsum(self._starts)
@@ -116,6 +120,11 @@ class BatchLoader:
         for row, (position, owner) in enumerate(zip(positions.tolist(), owners.tolist(), strict=True)):
             start = position - int(self._firsts[owner])
             block = self.shards[owner][start : start + self.block_size + 1]
+            if self._vocab_size is not None and block.max() >= self._vocab_size:
+                raise RequestError(
+                    f"shard {owner} of {self._what} has the token {block.max()} at position "
+                    f"{start + int(block.argmax()):,}, outside the vocabulary of {self._vocab_size}"
+                )
             x_rows[row] = block[:-1]
             y_rows[row] = block[1:]
         return x, y
@@ -140,6 +149,10 @@ class BatchLoader:
                 "cannot resume: the checkpoint does not tell which batches were drawn, because another version of "
                 "fastgpt wrote it; start anew with --init_from scratch"
             )
+        if min(state.values()) < 0:
+            raise RequestError(f"cannot resume: the checkpoint states a position in the data that is none, {state}")
         self._seed = state["seed"]
         self._begin(state["epoch"])
+        if state["visited"] > len(self._order):
+            raise RequestError(f"cannot resume: of the {len(self._order)} blocks, {state['visited']} have been drawn")
         self._visited, self._tokens_drawn = state["visited"], state["tokens_drawn"]

@@ -12,7 +12,6 @@ as uint16, all little-endian. A dataset is a folder:
 
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt import json_files
 from fastgpt.data.tokenizers import Tokens
 from fastgpt.errors import RequestError
 
 MAGIC = 20240520
+MAGIC_UINT32 = 20240801  # of llm.c's shards for Llama 3
 VERSION = 1
 HEADER_BYTES = 256 * 4
 META_FILE = "meta.json"
@@ -83,9 +84,15 @@ def read_tokens(path: str | Path) -> Tokens:
     # Bare GPT-2 tokens cannot start like a shard: the magic number's lower half is 55432.
     if size >= 4 and np.fromfile(path, dtype="<i4", count=1)[0] == MAGIC:
         return read_shard(path)
+    if size >= 4 and np.fromfile(path, dtype="<i4", count=1)[0] == MAGIC_UINT32:
+        raise RequestError(f"{path} holds 32-bit tokens, as llm.c writes them for Llama 3; only 16-bit ones are read")
     if size % 2:
         raise RequestError(f"{path} is no file of uint16 tokens: its {size} bytes are an odd number")
-    return _map(path, 0, size // 2)
+    tokens = _map(path, 0, size // 2)
+    # Vocabularies of 32-bit tokens have at most some 200,000 entries, so their upper halves are 0 to 3.
+    if size % 4 == 0 and size >= 256 and tokens[1:4096:2].max() <= 3 < tokens[0:4096:2].max():
+        raise RequestError(f"{path} looks like a file of 32-bit tokens; only 16-bit ones are read")
+    return tokens
 
 
 def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
@@ -125,6 +132,12 @@ class Shard:
     tokens: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.file in ("", ".", "..") or "/" in self.file or "\\" in self.file:
+            raise ValueError(
+                f"a shard is a file of the folder with a number of tokens, not {self.file!r}, {self.tokens}"
+            )
+
     @classmethod
     def of(cls, path: Path) -> "Shard":
         """The record of the shard at ``path``, from the file itself."""
@@ -142,23 +155,19 @@ class DatasetMeta:
     train: list[Shard]
     val: list[Shard]
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.vocab_size <= 65536:
+            raise ValueError(f"vocab_size must be from 1 to 65536, got {self.vocab_size}")
+
     def write(self, folder: Path) -> None:
         """Write ``folder/meta.json``, which makes ``folder`` a dataset."""
-        partial = folder / f".{META_FILE}.{os.getpid()}"
-        try:
-            partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, folder / META_FILE)
-        finally:
-            partial.unlink(missing_ok=True)
+        json_files.write(folder / META_FILE, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> "DatasetMeta":
         """The content of ``folder/meta.json``. ``RequestError`` if it is not what ``write`` writes."""
         path = folder / META_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            for split in ("train", "val"):
-                content[split] = [Shard(**shard) for shard in content[split]]
-            return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RequestError(f"{path} cannot be read ({error}): prepare the dataset again") from error
+            return json_files.build(cls, json_files.read(path), str(path))
+        except RequestError as error:
+            raise RequestError(f"{error}: prepare the dataset again") from error

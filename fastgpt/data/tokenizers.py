@@ -159,10 +159,15 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
 
 
 def tokenizer_from_meta(meta: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``Tokenizer.to_meta`` described. ``RequestError`` if its name is unknown."""
-    if meta["name"] == CharTokenizer.name:
-        return CharTokenizer(meta["vocabulary"])
-    return build_tokenizer(meta["name"], "")
+    """The tokenizer that ``Tokenizer.to_meta`` described. ``RequestError`` if it is none that fastgpt knows."""
+    name, vocabulary = meta.get("name"), meta.get("vocabulary")
+    if not isinstance(name, str):
+        raise RequestError(f"the tokenizer's description has no name: {str(meta)[:60]}")
+    if name != CharTokenizer.name:
+        return build_tokenizer(name, "")
+    if not isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary) or not vocabulary:
+        raise RequestError("the tokenizer's vocabulary is not a text of different characters")
+    return CharTokenizer(vocabulary)
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

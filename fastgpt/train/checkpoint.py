@@ -5,26 +5,27 @@ name is complete, also after a power cut. Older checkpoints are removed only aft
 each file; a file that no longer matches it is refused.
 """
 
-import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgpt import json_files
 from fastgpt.data.shards import file_sha256
 from fastgpt.errors import RequestError
+from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"
 _RANDOM = "rng_state."
 _PARTIAL, _OLD = ".partial", ".old"
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 
 
@@ -36,15 +37,31 @@ class State:
     tokens: int
     best_val_loss: float | None  # among the checkpoints
     best_step: int | None
-    loader: dict[str, Any]
-    model: dict[str, Any]
+    loader: dict[str, int]
+    model: GPTConfig
     state_bits: int = 32  # of the moments
+    skipped: int = 0  # updates, whose gradients were not finite
     loss_scale: float = 1.0
     updates_since_overflow: int = 0
     data: dict[str, str] | None = None  # the dataset's path and identity
     evaluated_step: int | None = None  # of the last evaluation, -1 before the first
     eval_batch_size: int | None = None  # blocks in a batch of an evaluation
     optimizer_seeds: list[int] = field(default_factory=list)  # of each parameter group that rounds stochastically
+
+    def __post_init__(self) -> None:
+        if self.step < 0 or self.tokens < 0 or not 0 <= self.skipped <= self.step:
+            raise ValueError(f"step {self.step}, tokens {self.tokens}, skipped {self.skipped} are not those of a run")
+        if self.state_bits not in (8, 32) or self.loss_scale <= 0.0:
+            raise ValueError(f"state_bits {self.state_bits}, loss_scale {self.loss_scale} are not those of a run")
+        if self.eval_batch_size is not None and self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size {self.eval_batch_size} is less than 1")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The SHA-256 of each file of a checkpoint."""
+
+    sha256: dict[str, str]
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -70,14 +87,17 @@ def newest(run_dir: Path) -> Path:
     return folder(run_dir, found[-1])
 
 
-def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
-    """Write a checkpoint. Of earlier ones only that with the best validation loss is kept.
+def save(
+    run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], keep: int = 1
+) -> Path:
+    """Write a checkpoint, then remove earlier ones.
 
     Args:
         run_dir: the run's folder.
         state: the rest of the run's state.
         parameters: fp32, by name.
         moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
+        keep: how many of the newest remain, with this one; the one with the best validation loss always does.
     """
     target = folder(run_dir, state.step)
     partial, old = (target.with_name(target.name + suffix) for suffix in (_PARTIAL, _OLD))
@@ -87,9 +107,9 @@ def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: di
     save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
     save_file({**_on_cpu(optimizer), **random_state()}, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    manifest = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps({"sha256": manifest}, indent=1))
+    json_files.write(partial / "state.json", asdict(state))
+    manifest = Manifest({path.name: file_sha256(path) for path in sorted(partial.iterdir())})
+    json_files.write(partial / MANIFEST, asdict(manifest))
     readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
     for path in partial.iterdir():
         path.chmod(readable)
@@ -100,8 +120,10 @@ def save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: di
     partial.rename(target)
     _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-    for step in steps(run_dir):
-        if step not in (state.step, state.best_step):
+    earlier = [step for step in steps(run_dir) if step < state.step]
+    kept = {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]}
+    for step in steps(run_dir):  # later ones too: the run was resumed before them because they are damaged
+        if step not in kept:
             shutil.rmtree(folder(run_dir, step))
     return target
 
@@ -114,7 +136,7 @@ def recover(run_dir: Path) -> None:
             old.rename(target)
 
 
-def verify(path: Path, names: Sequence[str] = _FILES) -> None:
+def verify(path: Path, names: Sequence[str] = FILES) -> None:
     """Compare files of a checkpoint with its manifest. A checkpoint from before there were manifests is accepted.
 
     Args:
@@ -127,12 +149,9 @@ def verify(path: Path, names: Sequence[str] = _FILES) -> None:
     manifest = path / MANIFEST
     if not manifest.exists():
         return
-    try:
-        expected = dict(json.loads(manifest.read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{manifest} is damaged: {error}") from error
-    if not expected.keys() >= set(_FILES):
-        raise RequestError(f"{manifest} is damaged: it does not list {', '.join(_FILES)}")
+    expected = json_files.build(Manifest, json_files.read(manifest), str(manifest)).sha256
+    if not expected.keys() >= set(FILES):
+        raise RequestError(f"{manifest} is damaged: it does not list {', '.join(FILES)}")
     for name in names:
         try:
             found = file_sha256(path / name)
@@ -142,8 +161,12 @@ def verify(path: Path, names: Sequence[str] = _FILES) -> None:
             raise RequestError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
-def newest_good(run_dir: Path) -> tuple[Path, list[str]]:
+def newest_good(run_dir: Path, names: Sequence[str] = FILES) -> tuple[Path, list[str]]:
     """The newest checkpoint whose files are those that were written, and what is wrong with newer ones.
+
+    Args:
+        run_dir: the run's folder.
+        names: the files that matter; all by default.
 
     Raises:
         RequestError: there is none.
@@ -151,7 +174,7 @@ def newest_good(run_dir: Path) -> tuple[Path, list[str]]:
     problems: list[str] = []
     for step in reversed(steps(run_dir)):
         try:
-            verify(folder(run_dir, step))
+            verify(folder(run_dir, step), names)
         except RequestError as error:
             problems.append(str(error))
             continue
@@ -192,25 +215,59 @@ def load_state(path: Path) -> State:
     Raises:
         RequestError: it is damaged, or another version of fastgpt wrote it.
     """
+    return json_files.build(State, json_files.read(path / "state.json"), str(path / "state.json"))
+
+
+def n_parameters(path: Path) -> int:
+    """How many parameters a checkpoint has, from the head of its file. ``RequestError`` if it is damaged."""
+    file = path / "model.safetensors"
     try:
-        return State(**json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RequestError(f"{path / 'state.json'} cannot be read: {error}") from error
+        with safe_open(file, framework="pt") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{file} cannot be read: {error}") from error
 
 
-def load_parameters(path: Path) -> dict[str, Tensor]:
-    """The parameters of a checkpoint, by name, on the CPU. ``RequestError`` if they are damaged."""
-    return _load_tensors(path / "model.safetensors")
+def load_parameters(path: Path, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The parameters of a checkpoint, by name, on the CPU.
+
+    Args:
+        path: folder of the checkpoint.
+        like: tensors with the names, shapes and dtypes that are expected; ``None`` for any.
+
+    Raises:
+        RequestError: they are damaged, or not the ones that are expected.
+    """
+    file = path / "model.safetensors"
+    parameters = _load_tensors(file)
+    if like is not None:
+        _check_like(file, parameters, like)
+    return parameters
 
 
-def load_moments(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's moments, by kind and parameter name. ``RequestError`` if they are damaged."""
+def load_moments(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's moments, by kind and parameter name. The arguments and errors are those of `load_parameters`."""
+    file = path / "optimizer.safetensors"
+    tensors = _load_tensors(file, lambda name: not name.startswith(_RANDOM))
+    if like is not None:
+        _check_like(file, tensors, {f"{kind}.{name}": t for kind, named in like.items() for name, t in named.items()})
     moments: dict[str, dict[str, Tensor]] = {}
-    tensors = _load_tensors(path / "optimizer.safetensors", lambda name: not name.startswith(_RANDOM))
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         moments.setdefault(kind, {})[name] = tensor
     return moments
+
+
+def _check_like(file: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise ``RequestError`` unless names, shapes and dtypes are those of ``like``: a copy would convert in silence."""
+    for name in sorted(tensors.keys() ^ like.keys()):
+        raise RequestError(f"{file}: {name} is {'missing' if name in like else 'unknown'}")
+    for name, expected in like.items():
+        t = tensors[name]
+        if t.shape != expected.shape or t.dtype != expected.dtype:
+            raise RequestError(
+                f"{file}: expected {name} of {expected.dtype}, {tuple(expected.shape)}, got {t.dtype}, {tuple(t.shape)}"
+            )
 
 
 def load_random_state(path: Path) -> dict[str, Tensor]:
@@ -225,10 +282,13 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Set torch's random number generators to ``state``."""
-    torch.set_rng_state(state[_RANDOM + "cpu"])
-    if _RANDOM + "cuda" in state and torch.cuda.is_initialized():  # not initialized: this run is on the CPU
-        torch.cuda.set_rng_state(state[_RANDOM + "cuda"])
+    """Set torch's random number generators to ``state``. ``RequestError`` if it is not what ``random_state`` gives."""
+    try:
+        torch.set_rng_state(state[_RANDOM + "cpu"])
+        if _RANDOM + "cuda" in state and torch.cuda.is_initialized():  # not initialized: this run is on the CPU
+            torch.cuda.set_rng_state(state[_RANDOM + "cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise RequestError(f"the checkpoint's random state cannot be used: {error}") from error
 
 
 def _load_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

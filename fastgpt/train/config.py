@@ -20,6 +20,7 @@ from fastgpt.units import count, parse_count
 
 _AT_LEAST_ONE = (
     "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "log_interval",
+    "max_skipped_updates", "keep_checkpoints",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "total_batch_size", "warmup_iters", "checkpoint_interval", "max_hours", "learning_rate", "min_lr",
@@ -80,6 +81,9 @@ class TrainConfig:
     beta2: float = _option(0.95, "AdamW's decay rate of the second moment")
     weight_decay: float = _option(0.1, "weight decay of matrices; vectors have none")
     grad_clip: float = _option(1.0, "gradients are scaled down to at most this norm; 0: no clipping")
+    max_skipped_updates: int = _option(
+        10, "end the run after so many updates in a row whose gradients are not finite; each is skipped"
+    )
     state_bits: Literal[8, 32] = _option(32, "bits of each of AdamW's moments; 8 bits save 6 bytes a parameter")
 
     # evaluation, logging, checkpoints
@@ -87,6 +91,7 @@ class TrainConfig:
     eval_iters: int = _option(200, "batches of each split in an evaluation")
     log_interval: int = _option(1, "updates between logged lines")
     checkpoint_interval: int = _option(0, "updates between checkpoints; 0: one at each evaluation")
+    keep_checkpoints: int = _option(2, "newest checkpoints to keep, besides the one with the best validation loss")
     tensorboard: bool = _option(False, "also log to TensorBoard, in out_dir/tensorboard")
     wandb: bool = _option(False, "also log to Weights & Biases, in the project WANDB_PROJECT (fastgpt if not set)")
 

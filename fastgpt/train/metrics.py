@@ -33,7 +33,7 @@ class Timestamp:
 
 
 class UpdateMetrics:
-    """Loss, gradient norm and time of the last update, copied while the device goes on working.
+    """Loss, gradient norm, time and skipped updates after the last update, copied while the device goes on working.
 
     Args:
         train_step: has just been called.
@@ -45,10 +45,11 @@ class UpdateMetrics:
 
     def __init__(self, train_step: TrainStep, step: int, tokens: int, lr: float, since: Timestamp) -> None:
         self.step, self.tokens, self.lr = step, tokens, lr
-        norm = train_step.grad_norm
-        # Copies of their own: the next update overwrites both tensors before anybody reads these.
-        self._loss = train_step.loss.to("cpu", non_blocking=True, copy=True)
-        self._grad_norm = None if norm is None else norm.to("cpu", non_blocking=True, copy=True)
+        loss, norm = train_step.loss, train_step.grad_norm
+        self._has_norm = norm is not None
+        # One copy of its own for all: the next update overwrites these tensors before anybody reads them.
+        values = [loss, loss if norm is None else norm, train_step.skipped, train_step.skipped_in_a_row]
+        self._values = torch.stack(values).to("cpu", non_blocking=True)
         self._since, self.end = since, Timestamp(train_step.loss.device, step)
 
     def seconds(self) -> float:
@@ -57,8 +58,16 @@ class UpdateMetrics:
 
     def loss(self) -> float:
         """Mean loss of the update's micro-batches. Valid only after :meth:`seconds`, which waits for the copy."""
-        return self._loss.item()
+        return self._values[0].item()
 
     def grad_norm(self) -> float | None:
-        """Gradient norm before clipping; ``None`` without clipping. Valid only after :meth:`seconds`."""
-        return None if self._grad_norm is None else self._grad_norm.item()
+        """Gradient norm before clipping; ``None`` in fp16 without clipping. Valid only after :meth:`seconds`."""
+        return self._values[1].item() if self._has_norm else None
+
+    def skipped(self) -> int:
+        """Updates that were skipped so far. Valid only after :meth:`seconds`."""
+        return int(self._values[2].item())
+
+    def skipped_in_a_row(self) -> int:
+        """Those since the last update that was not skipped. Valid only after :meth:`seconds`."""
+        return int(self._values[3].item())

@@ -4,10 +4,11 @@ A resumed run is the run that would have been, so whatever must be the same is c
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from fastgpt import json_files
 from fastgpt.data.dataset import Dataset
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
@@ -18,6 +19,7 @@ from fastgpt.train.config import TrainConfig, parse_flags, resolve
 _UNREMARKABLE = {
     "preset", "init_from", "overwrite", "out_dir", "data_dir", "device", "batch_size", "gradient_accumulation_steps",
     "recompute", "expect_params", "tensorboard", "wandb", "backend", "cuda_graphs", "max_hours",
+    "max_skipped_updates", "keep_checkpoints",
 }  # fmt: skip
 
 
@@ -41,25 +43,24 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
         return replace(resolve(given | {"init_from": "scratch"}, presets), overwrite=True)
     checkpoint.newest(run_dir)  # there is one, or the request is refused
     saved = run_folder.read_config(run_dir)
-    values = known_flags(saved.get("train")) | saved.get("left_open", {})
+    values = known_flags(saved.train) | known_flags(saved.left_open)
     return resolve(given | {"init_from": "resume", "out_dir": str(run_dir)}, presets, values)
 
 
-def known_flags(saved: Any) -> dict[str, Any]:
+def known_flags(saved: dict[str, Any]) -> dict[str, Any]:
     """The saved values of flags that this version of fastgpt has.
 
     Raises:
-        RequestError: they are not what a run writes.
+        RequestError: a value has the wrong type.
     """
-    if not isinstance(saved, dict):
-        raise RequestError(f"{run_folder.CONFIG} is damaged: it does not state the run's flags")
-    names = {item.name for item in fields(TrainConfig)}
-    return {name: value for name, value in saved.items() if name in names}
+    hints = get_type_hints(TrainConfig)
+    names = [name for name in hints if name in saved]
+    return {name: json_files.convert(hints[name], saved[name], f"{run_folder.CONFIG}: {name}") for name in names}
 
 
 def differences(run_dir: Path, config: TrainConfig) -> list[str]:
     """The flags that differ from those of the run before, as ``learning_rate 0.01 (was 0.02)``."""
-    before, now = known_flags(run_folder.read_config(run_dir).get("train")), asdict(config)
+    before, now = known_flags(run_folder.read_config(run_dir).train), asdict(config)
     names = [name for name in now if name in before and name not in _UNREMARKABLE and now[name] != before[name]]
     return [f"{name} {now[name]} (was {before[name]})" for name in names]
 
@@ -73,9 +74,10 @@ def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dat
     """
     path, damage = checkpoint.newest_good(run_dir)
     state = checkpoint.load_state(path)
-    saved, wanted = state.model, asdict(gpt_config)
-    if any(saved[name] != wanted[name] for name in saved if name != "dropout"):  # dropout may change
-        raise RequestError(f"cannot resume: {path} holds a model of {_shape(saved)}, the request is {_shape(wanted)}")
+    if replace(state.model, dropout=gpt_config.dropout) != gpt_config:  # dropout may change
+        raise RequestError(
+            f"cannot resume: {path} holds a model of {_shape(state.model)}, the request is {_shape(gpt_config)}"
+        )
     if state.state_bits != config.state_bits:
         raise RequestError(
             f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
@@ -92,6 +94,6 @@ def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dat
     return path, damage
 
 
-def _shape(model: dict[str, Any]) -> str:
+def _shape(model: GPTConfig) -> str:
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-    return ", ".join(f"{name}={model[name]}" for name in names)
+    return ", ".join(f"{name}={getattr(model, name)}" for name in names)

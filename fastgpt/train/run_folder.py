@@ -1,14 +1,14 @@
 """A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, perhaps ``tensorboard/``."""
 
-import json
 import os
 import shutil
 import socket
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastgpt import json_files
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
@@ -21,6 +21,23 @@ except ImportError:  # Windows
 CONFIG, METRICS, PLOT, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 LOCK = ".lock"
 TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The content of ``config.json``: what later commands need to know about a run.
+
+    Attributes:
+        train: the flags, as they were settled for the device.
+        model: the architecture.
+        tokenizer: its description, ``None`` for tokens without one.
+        left_open: the flags that the request left to the device, as they were then; a resumed run settles them again.
+    """
+
+    train: dict[str, Any]
+    model: GPTConfig
+    tokenizer: dict[str, Any] | None
+    left_open: dict[str, Any] = field(default_factory=dict)
 
 
 def held(run_dir: Path) -> list[Path]:
@@ -106,41 +123,30 @@ def clear(run_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_config(
-    run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, tokenizer: dict[str, Any] | None,
-    left_open: dict[str, Any],
-) -> None:  # fmt: skip
-    """Write ``config.json``: what later commands need to know about the run.
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write ``config.json``.
 
     Args:
         run_dir: is created if it does not exist.
-        config: as it was settled for the device.
-        gpt_config: the architecture.
-        tokenizer: its description, if there is one.
-        left_open: the flags that the request left to the device, as they were then; a resumed run settles them again.
+        config: the content.
 
     Raises:
         RequestError: the folder cannot be written to.
     """
-    content = {
-        "train": asdict(config), "left_open": left_open, "model": asdict(gpt_config), "tokenizer": tokenizer,
-    }  # fmt: skip
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+        json_files.write(run_dir / CONFIG, asdict(config))
     except OSError as error:
         raise RequestError(f"cannot write to --out_dir {run_dir}: {error.strerror}") from error
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
+def read_config(run_dir: Path) -> RunConfig:
     """The content of ``config.json``.
 
     Raises:
         RequestError: ``run_dir`` is not a run, or the file is damaged.
     """
-    try:
-        return json.loads((run_dir / CONFIG).read_text())
-    except OSError as error:
-        raise RequestError(f"{run_dir} is not a run: it has no {CONFIG}") from error
-    except ValueError as error:
-        raise RequestError(f"{run_dir / CONFIG} is damaged: {error}") from error
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise RequestError(f"{run_dir} is not a run: it has no {CONFIG}")
+    return json_files.build(RunConfig, json_files.read(path), str(path))

@@ -34,8 +34,10 @@ class TrainStep:
     state. The second one is recorded. From then on the two graphs are replayed. CUDA cannot record on its default
     stream, so create and call this on another one (:func:`leave_default_stream`). Batches must keep their shape.
 
-    fp16 uses loss scaling: the loss is multiplied before the backward, so that small gradients do not become zero. An
-    update whose gradients are not finite is skipped. For this the host reads the gradient norm in each update.
+    An update whose gradients are not finite is skipped: the weights and the moments stay as they are.
+
+    fp16 uses loss scaling: the loss is multiplied before the backward, so that small gradients do not become zero. The
+    host then reads the gradient norm in each update.
 
     Args:
         model: fp32; its parameters move into ``store``.
@@ -56,6 +58,9 @@ class TrainStep:
         moments: AdamW's, as flat buffers by kind.
         forward: the model, compiled or not.
         loss: 0-dim fp32 on the device, mean loss of the last update's micro-batches.
+        skipped: 0-dim fp32 on the device, updates that were skipped so far.
+        skipped_in_a_row: 0-dim fp32 on the device, those since the last one that was not. In fp16, where gradients
+            overflow now and then because of the scale, it counts updates whose loss is not finite.
         loss_scale: factor of the loss in fp16; 1 in other dtypes.
     """
 
@@ -76,8 +81,9 @@ class TrainStep:
         self.store = ParameterStore(model, dtype, device)
         groups = self.store.groups(weight_decay)
         self.optimizer = FusedAdamW(
-            groups, 0.0, betas, max_grad_norm=max_grad_norm, copies=self.store.copies(groups), state_bits=state_bits
-        )
+            groups, 0.0, betas, max_grad_norm=max_grad_norm, copies=self.store.copies(groups), state_bits=state_bits,
+            skip_nonfinite=dtype != torch.float16,
+        )  # fmt: skip
         self.moments = self.store.moments(state_bits)
         for i, group in enumerate(groups):
             parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
@@ -89,6 +95,7 @@ class TrainStep:
         self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
         self.loss = torch.zeros((), device=self.lr.device)
+        self.skipped, self.skipped_in_a_row = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
         self._sum = torch.zeros_like(self.loss)  # of the losses of this update's micro-batches
         self._scale = torch.full_like(self.loss, FIRST_LOSS_SCALE) if dtype == torch.float16 else None
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
@@ -101,7 +108,7 @@ class TrainStep:
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """0-dim fp32, the last update's gradient norm before clipping, on the device; ``None`` without clipping."""
+        """0-dim fp32, the last update's gradient norm before clipping; ``None`` in fp16 without clipping."""
         return self.optimizer.grad_norm
 
     def __call__(self, next_batch: Callable[[], Batch], lr: float) -> None:
@@ -185,6 +192,9 @@ class TrainStep:
     def _update(self) -> None:
         # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
         self.optimizer.step(grad_scale=1.0 / self.accumulation, zero_grad=True)
+        assert self.optimizer.found_inf is not None
+        self.skipped += self.optimizer.found_inf
+        self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
 
     def _note_loss(self) -> None:
         torch.div(self._sum, self.accumulation, out=self.loss)
@@ -193,6 +203,7 @@ class TrainStep:
     def _update_scaled(self) -> None:
         """Do what :meth:`_update` does, with gradients of a scaled loss. If they are not finite, halve the scale."""
         assert self._scale is not None
+        self.skipped_in_a_row.add_(1).mul_(self._sum.isfinite().logical_not())
         if math.isfinite(torch.linalg.vector_norm(self.store.grad).item()):
             self.optimizer.step(grad_scale=1.0 / (self.accumulation * self.loss_scale), zero_grad=True)
             self.store.refresh()
@@ -202,6 +213,7 @@ class TrainStep:
             factor = 2.0
         else:
             self.store.grad.zero_()
+            self.skipped += 1
             if self.optimizer.max_grad_norm is not None:
                 self.optimizer.grad_norm = torch.full_like(self.loss, math.inf)
             factor = 0.5

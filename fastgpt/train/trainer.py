@@ -24,6 +24,7 @@ import torch
 from fastgpt import hardware
 from fastgpt.data.loader import BatchLoader
 from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.verify import ShardVerifier
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
 from fastgpt.train import checkpoint, introduction, resume, run_folder, trackers
@@ -31,7 +32,7 @@ from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Fi
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.metrics import Timestamp, UpdateMetrics
-from fastgpt.train.run_folder import RunLock
+from fastgpt.train.run_folder import RunConfig, RunLock
 from fastgpt.train.schedule import learning_rate
 from fastgpt.train.settle import Settled
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
@@ -39,6 +40,12 @@ from fastgpt.train.stop import Interrupted, StopRequest
 from fastgpt.units import count_of
 
 Result = TypeVar("Result")
+
+DIVERGED_ADVICE = "A lower --learning_rate or a longer --warmup_iters usually helps."
+
+
+class Diverged(Exception):
+    """The run cannot go on: gradients or weights are not finite. The message is for the user."""
 
 
 class Trainer:
@@ -62,6 +69,7 @@ class Trainer:
         self.config = config = settled.config
         self.device, self.dtype, self.run_dir = settled.device, settled.dtype, settled.run_dir
         self.lock = RunLock(self.run_dir)
+        self.shards = ShardVerifier(settled.dataset)
         self.resumed_from: Path | None = None
         self._damage: list[str] = []  # of newer checkpoints
         self._steps_found: list[int] = []  # those with a checkpoint, before the lock is held
@@ -73,6 +81,7 @@ class Trainer:
             split: BatchLoader(
                 shards, config.micro_batch_size, config.block_size, seed=config.seed,
                 pin_memory=self.device.type == "cuda", what=f"the {name} split of {config.dataset}",
+                vocab_size=settled.gpt_config.vocab_size,
             )
             for split, shards, name in (
                 ("train", settled.dataset.train, "training"), ("val", settled.dataset.val, "validation"),
@@ -104,7 +113,7 @@ class Trainer:
         self.best_step: int | None = None
         self._from_old_checkpoint = False  # one that does not state when the run was last evaluated
         self._not_logged: deque[UpdateMetrics] = deque()
-        self._diverged: UpdateMetrics | None = None  # the logged update whose loss was not finite
+        self._n_skipped = 0  # updates, as far as they have been reported
         self._flops_per_second: float | None = None  # of the update logged last
         self._n_damaged = 0  # lines of metrics.jsonl
         # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
@@ -127,9 +136,8 @@ class Trainer:
             tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
             if self.resumed_from is not None and checkpoint.steps(self.run_dir) != self._steps_found:
                 raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
-            run_folder.write_config(
-                self.run_dir, self.config, self.settled.gpt_config, tokenizer, self.settled.left_open
-            )
+            run_config = RunConfig(asdict(self.config), self.settled.gpt_config, tokenizer, self.settled.left_open)
+            run_folder.write_config(self.run_dir, run_config)
             if self.device.type == "cpu":
                 keep_freed_memory()
             with self.stop:
@@ -144,10 +152,14 @@ class Trainer:
 
     def _run(self) -> int:
         try:
-            return self._loop()
-        except Interrupted:  # in the middle of an update or an evaluation
-            self._log_updates(keep=0)
-            return self._stop() if self._diverged is None else self._say_diverged(self._diverged)
+            try:
+                return self._loop()
+            except Interrupted:  # in the middle of an update or an evaluation
+                self._log_updates(keep=0)
+                return self._stop()
+        except Diverged as error:
+            self.log.say(str(error))
+            return 1
 
     def _loop(self) -> int:
         config = self.config
@@ -157,6 +169,7 @@ class Trainer:
                 self._save()
         since = Timestamp(self.device, self.step)  # the next logged time is the mean over the updates since then
         while self.step < config.max_iters:
+            self.shards.check()
             lr = self._update()
             self.step += 1
             self.tokens += config.tokens_per_step
@@ -171,14 +184,13 @@ class Trainer:
                 since = self._not_logged[-1].end
             # An evaluation or a checkpoint waits for the device anyway, so nothing is gained by logging after it.
             self._log_updates(keep=int(self._log_late and logging and not (evaluating or saving or stopping)))
-            if self._diverged is not None:
-                return self._say_diverged(self._diverged)
             if stopping:
                 return self._stop()
 
             if evaluating:
                 self._evaluate()
             if saving:
+                self.shards.wait()  # what is saved comes from the data that it says it comes from
                 self._save()
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
@@ -323,12 +335,15 @@ class Trainer:
     # ---- logging ----
 
     def _log_updates(self, keep: int) -> None:
-        """Log finished updates, all but the last ``keep``. Stops at the first one whose loss is not finite."""
-        while len(self._not_logged) > keep and self._diverged is None:
+        """Log finished updates, all but the last ``keep``.
+
+        Raises:
+            Diverged: too many in a row were skipped. A checkpoint has been saved if the weights are finite.
+        """
+        while len(self._not_logged) > keep:
             metrics = self._not_logged.popleft()
             self._log_update(metrics)
-            if not math.isfinite(metrics.loss()):
-                self._diverged = metrics
+            self._report_skipped(metrics)
 
     def _log_update(self, metrics: UpdateMetrics) -> None:
         seconds, loss, grad_norm = metrics.seconds(), metrics.loss(), metrics.grad_norm()
@@ -352,12 +367,19 @@ class Trainer:
         for finding in findings:
             self.log.find(step=finding.step, code=finding.code, text=finding.text)
 
-    def _say_diverged(self, metrics: UpdateMetrics) -> int:
-        self.log.say(
-            f"the loss is {metrics.loss()} at step {metrics.step}: the run has diverged and stops here without a "
-            "checkpoint; a lower --learning_rate or a longer --warmup_iters usually helps"
-        )
-        return 1
+    def _report_skipped(self, metrics: UpdateMetrics) -> None:
+        """Report updates that were skipped since the last report; raise ``Diverged`` if they are too many in a row."""
+        new, in_a_row = metrics.skipped() - self._n_skipped, metrics.skipped_in_a_row()
+        self._n_skipped = metrics.skipped()
+        if new and self.dtype != torch.float16:  # there it is how the loss scale is found
+            text = f"{count_of(new, 'update')} up to step {metrics.step} skipped: gradients were not finite"
+            self.log.find(step=metrics.step, code="skipped", text=text)
+        if in_a_row >= self.config.max_skipped_updates:
+            path = self._save()
+            raise Diverged(
+                f"the gradients of {count_of(in_a_row, 'update')} in a row were not finite, up to step {metrics.step}: "
+                f"the run ends. The weights from before them are saved: {path}. {DIVERGED_ADVICE}"
+            )
 
     def _introduce(self) -> None:
         known = self.monitor.findings
@@ -397,11 +419,17 @@ class Trainer:
         return self.step % interval == 0 if interval else evaluating
 
     def _save(self) -> Path:
+        """Save a checkpoint; raises ``Diverged`` if the weights are not finite."""
         start = time.perf_counter()
         evaluated, loss = self.val_loss or (-1, math.inf)
         if evaluated == self.step and loss < (math.inf if self.best_val_loss is None else self.best_val_loss):
             self.best_val_loss, self.best_step = loss, self.step
         step = self.train_step
+        if not step.store.master.isfinite().all():
+            raise Diverged(
+                f"the weights are not finite at step {self.step}: the run has diverged and ends without another "
+                f"checkpoint. {DIVERGED_ADVICE}"
+            )
         state = checkpoint.State(
             step=self.step,
             best_val_loss=self.best_val_loss,
@@ -410,27 +438,32 @@ class Trainer:
             data={"path": str(self.settled.dataset.path), "id": self.settled.dataset.identity},
             tokens=self.tokens,
             loader=self.batches.state_dict(),
-            model=asdict(self.settled.gpt_config),
+            model=self.settled.gpt_config,
             state_bits=self.config.state_bits,
+            skipped=int(step.skipped),
             loss_scale=step.loss_scale,
             updates_since_overflow=step.updates_since_overflow,
             eval_batch_size=self.eval_batch_size,
             optimizer_seeds=[group["seed"] for group in step.optimizer.param_groups if "seed" in group],
         )
         moments = {kind: step.store.named(flat) for kind, flat in step.moments.items()}
-        path = checkpoint.save(self.run_dir, state, step.store.named(step.store.master), moments)
+        parameters, keep = step.store.named(step.store.master), self.config.keep_checkpoints
+        path = checkpoint.save(self.run_dir, state, parameters, moments, keep)
         self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
         return path
 
     def _load(self, path: Path) -> None:
         state, step = checkpoint.load_state(path), self.train_step
-        step.store.load(checkpoint.load_parameters(path))
-        for kind, named in checkpoint.load_moments(path).items():
-            for name, view in step.store.named(step.moments[kind]).items():
-                view.copy_(named[name])
+        step.store.load(checkpoint.load_parameters(path, step.store.named(step.store.master)))
+        moments = {kind: step.store.named(flat) for kind, flat in step.moments.items()}
+        for kind, named in checkpoint.load_moments(path, moments).items():
+            for name, tensor in named.items():
+                moments[kind][name].copy_(tensor)
         checkpoint.set_random_state(checkpoint.load_random_state(path))
         for optimizer_state in step.optimizer.state.values():
-            optimizer_state["step"].fill_(state.step)
+            optimizer_state["step"].fill_(state.step - state.skipped)
+        step.skipped.fill_(state.skipped)
+        self._n_skipped = state.skipped
         for group, seed in zip(step.optimizer.param_groups, state.optimizer_seeds, strict=False):
             group["seed"] = seed
         step.set_loss_scale(state.loss_scale, state.updates_since_overflow)

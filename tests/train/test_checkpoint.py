@@ -5,11 +5,18 @@ import os
 import pytest
 import torch
 
+from fastgpt import json_files
 from fastgpt.errors import RequestError
+from fastgpt.model import GPTConfig
 from fastgpt.train import checkpoint
 
 RUN_STATE = checkpoint.State(
-    step=3, best_val_loss=1 / 3, best_step=2, tokens=12345, loader={"epoch": 1, "visited": 70}, model={"n_layer": 2}
+    step=3,
+    best_val_loss=1 / 3,
+    best_step=2,
+    tokens=12345,
+    loader={"epoch": 1, "visited": 70},
+    model=GPTConfig(n_layer=2),
 )
 
 
@@ -77,6 +84,20 @@ def test_only_the_best_earlier_checkpoint_is_kept(tmp_path):
     assert checkpoint.steps(tmp_path) == [5]
 
 
+@pytest.mark.parametrize(("keep", "left"), [(1, [2, 6]), (2, [2, 5, 6]), (3, [2, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_as_many_of_the_newest_as_are_asked_for_are_kept_besides_the_best(tmp_path, keep, left):
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, state(step, min(step, 2)), *tensors(), keep)
+    assert checkpoint.steps(tmp_path) == left
+
+
+def test_a_later_checkpoint_than_the_one_that_was_resumed_is_removed(tmp_path):
+    for step in (1, 2, 8):
+        checkpoint.save(tmp_path, state(step, 1), *tensors(), 2)
+    checkpoint.save(tmp_path, state(3, 1), *tensors(), 2)  # that of step 8 was damaged
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+
+
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
     for step in (9, 10, 10_000_000):
         checkpoint.save(tmp_path, state(step, 9), *tensors())
@@ -131,7 +152,7 @@ def test_a_run_without_a_checkpoint_is_a_wrong_request(tmp_path):
 def test_a_state_that_names_no_bits_is_of_moments_of_32(tmp_path):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
     content = json.loads((path / "state.json").read_text())
-    del content["state_bits"], content["optimizer_seeds"]
+    del content["state_bits"], content["optimizer_seeds"], content[json_files.CHECKSUM]
     (path / "state.json").write_text(json.dumps(content))
     assert checkpoint.load_state(path) == RUN_STATE
     assert RUN_STATE.state_bits == 32
@@ -141,8 +162,70 @@ def test_a_state_that_names_no_bits_is_of_moments_of_32(tmp_path):
 def test_a_damaged_state_is_a_wrong_request_that_names_the_file(tmp_path, content):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
     (path / "state.json").unlink() if content is None else (path / "state.json").write_text(content)
-    with pytest.raises(RequestError, match=r"state\.json cannot be read"):
+    with pytest.raises(RequestError, match=r"state\.json(: | is damaged: | cannot be read: )"):
         checkpoint.load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "3"}, r"step: expected an integer of 64 bits, got '3'"),
+        ({"step": 1e30}, r"step: expected an integer of 64 bits, got 1e\+30"),
+        ({"step": 10**30}, r"step: expected an integer of 64 bits"),
+        ({"step": True}, r"step: expected an integer of 64 bits, got True"),
+        ({"step": -3}, r"step -3, tokens 12345, skipped 0 are not those of a run"),
+        ({"best_val_loss": "low"}, r"best_val_loss: expected a finite number or null, got 'low'"),
+        ({"loader": [1, 2]}, r"loader: expected a table, got \[1, 2\]"),
+        ({"loader": {"epoch": 0.5}}, r"loader: epoch: expected an integer of 64 bits, got 0.5"),
+        ({"model": {}}, r"model: 'block_size' is missing"),
+        ({"optimizer_seeds": {}}, r"optimizer_seeds: expected a list, got \{\}"),
+        ({"stepp": 3}, r"unknown entry 'stepp'; did you mean step\?"),
+    ],
+)
+def test_an_entry_of_another_type_or_range_is_named(tmp_path, change, message):
+    path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
+    content = json_files.read(path / "state.json")
+    json_files.write(path / "state.json", content | change)
+    with pytest.raises(RequestError, match=r"state\.json: " + message):
+        checkpoint.load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("a"), "a is missing"),
+        (lambda t: t.update(c=torch.ones(2)), "c is unknown"),
+        (lambda t: t.update(a=t["a"].half()), r"expected a of torch.float32, \(2, 2\), got torch.float16, \(2, 2\)"),
+        (lambda t: t.update(a=t["a"].int()), r"expected a of torch.float32, \(2, 2\), got torch.int32, \(2, 2\)"),
+        (lambda t: t.update(a=t["a"][:1, :1]), r"expected a of torch.float32, \(2, 2\), got torch.float32, \(1, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("which", ["model", "optimizer"])
+def test_other_tensors_than_those_expected_are_named(tmp_path, which, change, message):
+    parameters, moments = tensors()
+    changed = {name: t.clone() for name, t in (parameters if which == "model" else moments["exp_avg"]).items()}
+    change(changed)
+    if which == "model":
+        path = checkpoint.save(tmp_path, RUN_STATE, changed, moments)
+    else:
+        path = checkpoint.save(tmp_path, RUN_STATE, parameters, moments | {"exp_avg": changed})
+        message = message.replace("expected a", r"expected exp_avg\.a")
+    load = checkpoint.load_parameters if which == "model" else checkpoint.load_moments
+    with pytest.raises(RequestError, match=rf"{which}\.safetensors: .*{message}"):
+        load(path, parameters if which == "model" else moments)
+
+
+def test_a_kind_of_moments_that_is_missing_is_named(tmp_path):
+    parameters, moments = tensors()
+    path = checkpoint.save(tmp_path, RUN_STATE, parameters, {"exp_avg": moments["exp_avg"]})
+    with pytest.raises(RequestError, match=r"optimizer\.safetensors: exp_avg_sq\.a is missing"):
+        checkpoint.load_moments(path, moments)
+
+
+@pytest.mark.parametrize("state", [{}, {"rng_state.cpu": torch.zeros(7, dtype=torch.uint8)}])
+def test_a_random_state_that_is_none_is_a_wrong_request(state):
+    with pytest.raises(RequestError, match="random state cannot be used"):
+        checkpoint.set_random_state(state)
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer"])
@@ -157,7 +240,9 @@ def test_damaged_tensors_are_a_wrong_request_that_names_the_file(tmp_path, name,
 
 def test_the_state_is_json_that_others_can_read(tmp_path):
     path = checkpoint.save(tmp_path, RUN_STATE, *tensors())
-    assert json.loads((path / "state.json").read_text()) == dataclasses.asdict(RUN_STATE)
+    content = json.loads((path / "state.json").read_text())
+    del content[json_files.CHECKSUM]
+    assert content == dataclasses.asdict(RUN_STATE)
 
 
 # ---- damage ----

@@ -83,10 +83,28 @@ def test_the_gradient_norm_is_that_of_the_mean_loss():
     assert step.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_without_clipping_there_is_no_gradient_norm():
-    step = make(max_grad_norm=None)
-    train(step, 1)
-    assert step.grad_norm is None
+def test_without_clipping_the_gradient_norm_is_known_too():
+    """It tells whether the update has to be skipped."""
+    clipped, free = make(max_grad_norm=1e9), make(max_grad_norm=None)
+    assert train(clipped, 2) == train(free, 2)
+    assert torch.equal(clipped.grad_norm, free.grad_norm)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(state_bits):
+    step, undisturbed = make(state_bits=state_bits), make(state_bits=state_bits)
+    source = list(batches(5))
+    for i, batch in enumerate(source):
+        if i in (1, 2, 4):
+            step.store.grad[5] = float("nan")  # as a micro-batch before this one would leave it
+        else:
+            undisturbed([batch].__iter__().__next__, 1e-2)
+        step([batch].__iter__().__next__, 1e-2)
+        expected = {0: (0, 0), 1: (1, 1), 2: (2, 2), 3: (2, 0), 4: (3, 1)}[i]
+        assert (step.skipped.item(), step.skipped_in_a_row.item()) == expected
+        assert step.store.grad.count_nonzero() == 0
+    assert torch.equal(step.store.master, undisturbed.store.master)
+    assert torch.equal(step.store.working, undisturbed.store.working)
 
 
 def test_a_learning_rate_of_zero_changes_nothing():

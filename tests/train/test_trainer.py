@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastgpt import json_files
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import write_shard
@@ -398,9 +399,12 @@ def test_the_last_update_before_a_stop_is_logged_and_a_diverged_one_not_saved(tr
     assert checkpoint.steps(tmp_path / "run") == ([] if poisoned else [3])
 
 
-def test_without_clipping_the_gradient_norm_is_not_taken(trainer, tmp_path):
-    trainer(grad_clip=0, max_iters=1).train()
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")["train"][0]["grad_norm"] is None
+def test_without_clipping_the_gradient_norm_is_logged_too(trainer, tmp_path):
+    norms = []
+    for grad_clip in (0, 1e9):
+        trainer(grad_clip=grad_clip, max_iters=1, overwrite=True).train()
+        norms.append(read_metrics(tmp_path / "run" / "metrics.jsonl")["train"][0]["grad_norm"])
+    assert norms[0] == norms[1] > 0
 
 
 # ---- batches and evaluation ----
@@ -447,7 +451,7 @@ def test_evaluation_leaves_no_gradient(trainer):
 
 
 def test_the_best_checkpoint_stays_and_earlier_ones_go(trainer, tmp_path):
-    one = trainer(eval_interval=2)
+    one = trainer(eval_interval=2, keep_checkpoints=1)
     scripted = iter([9.0, 3.0, 1.0, 2.0, 4.0])  # at steps 0, 2, 4, 6, 8
     one.evaluate = lambda split: [next(scripted) if split == "val" else 5.0]
     one.train()
@@ -464,7 +468,7 @@ def test_checkpoints_can_be_more_frequent_than_evaluations(trainer, tmp_path, mo
 
 
 def test_the_best_is_chosen_among_the_steps_that_have_a_checkpoint(trainer, tmp_path):
-    one = trainer(eval_interval=1, checkpoint_interval=2)
+    one = trainer(eval_interval=1, checkpoint_interval=2, keep_checkpoints=1)
     scripted = iter([9.0, 8.0, 5.0, 4.0, 6.0, 7.0, 7.0, 7.0, 7.0])  # step 3 is best, but is not saved
     one.evaluate = lambda split: [next(scripted) if split == "val" else 5.0]
     one.train()
@@ -482,6 +486,56 @@ def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, c
     assert one.train() == 1
     assert "has diverged" in capsys.readouterr().out
     assert checkpoint.steps(tmp_path / "run") == []
+
+
+def poison(one, steps):
+    """Let the gradients of these updates be NaN."""
+    update = one.train_step._update
+
+    def poisoned():
+        if one.step + 1 in steps:
+            one.train_step.store.grad[3] = float("nan")
+        update()
+
+    one.train_step._update = poisoned
+
+
+@pytest.mark.parametrize("log_interval", [1, 4])
+def test_an_update_whose_gradients_are_not_finite_is_skipped_and_reported(trainer, tmp_path, capsys, log_interval):
+    one = trainer(log_interval=log_interval)
+    poison(one, {2, 3})
+    assert one.train() == 0
+    said = capsys.readouterr().out
+    assert "skipped: gradients were not finite" in said
+    assert ("2 updates up to step 4 skipped" in said) == (log_interval == 4)
+    assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).skipped == 2
+
+
+def test_a_resumed_run_counts_the_skipped_updates_as_an_uninterrupted_one_does(trainer, tmp_path):
+    for name, parts in (("whole", [8]), ("parts", [4, 8])):
+        for i, last in enumerate(parts):
+            one = trainer(out_dir=tmp_path / name, max_iters=last, init_from="resume" if i else "scratch")
+            poison(one, {2, 3, 6})
+            assert one.train() == 0
+    whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    assert [checkpoint.load_state(path).skipped for path in (whole, parts)] == [3, 3]
+
+
+def test_after_too_many_skipped_updates_in_a_row_the_run_ends_with_the_weights_from_before(trainer, tmp_path, capsys):
+    one = trainer(max_skipped_updates=3)
+    poison(one, {2, 4, 5, 6, 7, 8})
+    assert one.train() == 1
+    said = capsys.readouterr().out
+    assert "the gradients of 3 updates in a row were not finite, up to step 6: the run ends." in said
+    assert checkpoint.steps(tmp_path / "run")[-1] == 6
+    other = trainer(out_dir=tmp_path / "other")
+    poison(other, {2, 4, 5, 6})
+    stop_after(other, 6, signal.SIGTERM)
+    other.train()
+    saved, expected = (checkpoint.newest(tmp_path / name) / "model.safetensors" for name in ("run", "other"))
+    assert saved.read_bytes() == expected.read_bytes()
 
 
 # ---- resuming ----
@@ -507,7 +561,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, f
 def test_the_best_checkpoint_of_before_the_interruption_stays(trainer, tmp_path):
     for steps, scripted in ((4, [9.0, 1.0, 2.0]), (8, [3.0, 4.0])):  # at steps 0, 2, 4; at 6, 8
         losses = iter(scripted)
-        one = trainer(eval_interval=2, max_iters=steps, init_from="resume" if steps == 8 else "scratch")
+        start = "resume" if steps == 8 else "scratch"
+        one = trainer(eval_interval=2, max_iters=steps, init_from=start, keep_checkpoints=1)
         one.evaluate = lambda split, losses=losses: [next(losses) if split == "val" else 5.0]
         one.train()
     assert checkpoint.steps(tmp_path / "run") == [2, 8]
@@ -585,7 +640,7 @@ def test_a_damaged_checkpoint_is_a_wrong_request(trainer, tmp_path):
 def test_a_checkpoint_of_a_version_that_drew_batches_otherwise_is_refused_and_left_alone(trainer, tmp_path):
     trainer(max_iters=1).train()
     file = checkpoint.newest(tmp_path / "run") / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "loader": {"rng": {"state": 1}}}))
+    json_files.write(file, json_files.read(file) | {"loader": {"rng": 1}})
     (file.parent / "manifest.json").unlink()  # such a version had none
     before = files_of(tmp_path / "run")
     with pytest.raises(RequestError, match=r"cannot resume: .*another version"):
@@ -836,7 +891,7 @@ def test_a_run_in_which_another_process_saved_meanwhile_is_refused(trainer, tmp_
     late = trainer(init_from="resume")
     trainer(init_from="resume").train()
     before = files_of(tmp_path / "run")
-    with pytest.raises(RequestError, match="another process has trained in .* meanwhile; start again"):
+    with pytest.raises(RequestError, match=r"another process has trained in .* meanwhile; start again"):
         late.train()
     assert {path: content for path, content in files_of(tmp_path / "run").items() if path.name != ".lock"} == before
 

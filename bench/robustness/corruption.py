@@ -1,0 +1,238 @@
+"""Damages the files of a small run and of its dataset at random, and sees what is made of them.
+
+    python -m bench.robustness.corruption               # 2,000 damages, 200 runs without any
+    python -m bench.robustness.corruption --trials 20   # the short form
+
+Each trial copies a run with two checkpoints and its dataset, damages one file, resumes the run and samples from it. It
+ends in one of these ways:
+
+    refused      status 2 and one line that names a file; nothing has been written
+    told         the damage is named, and the run ends with the right bits without the damaged part
+    harmless     the right bits, without a word: nothing that matters was damaged
+    silent       other bits without a word
+    traceback    an error that is Python's own
+    unnamed      refused, without a file's name
+    hang         no end within a minute
+
+Only the first three may occur, and a run without damage must never be refused.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench import records
+from bench.robustness.child import FLAGS, Ended, finish, prepare
+from fastgpt.train import checkpoint
+
+FAILURES = ("silent", "traceback", "unnamed", "hang")
+PAGE = 4096  # bytes that a disk loses together
+
+# ---- the damages ----
+
+
+def flip(content: bytearray, draw: random.Random) -> bytes:
+    """One bit."""
+    if content:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    return content
+
+
+def truncate(content: bytearray, draw: random.Random) -> bytes:
+    """The end is missing."""
+    return content[: draw.randrange(len(content) + 1)]
+
+
+def zero(content: bytearray, draw: random.Random) -> bytes:
+    """A page, or what there is of one, is zero."""
+    start = draw.randrange(0, len(content) + 1, PAGE)
+    end = min(start + PAGE, len(content))
+    content[start:end] = bytes(end - start)
+    return content
+
+
+def extend(content: bytearray, draw: random.Random) -> bytes:
+    """Rubbish at the end."""
+    return content + draw.randbytes(draw.randrange(1, 100))
+
+
+def exchange(content: bytearray, draw: random.Random) -> bytes:
+    """Two stretches of 64 bytes have changed places."""
+    if len(content) >= 128:
+        a, b = sorted(draw.sample(range(0, len(content) - 63, 64), 2))
+        content[a : a + 64], content[b : b + 64] = content[b : b + 64], content[a : a + 64]
+    return content
+
+
+def overwrite(content: bytearray, draw: random.Random) -> bytes:
+    """Up to 16 bytes have other values."""
+    start = draw.randrange(len(content) + 1)
+    return content[:start] + draw.randbytes(min(16, len(content) - start)) + content[start + 16 :]
+
+
+DAMAGES: list[Callable[[bytearray, random.Random], bytes]] = [flip, truncate, zero, extend, exchange, overwrite]
+
+
+def damage(folder: Path, draw: random.Random) -> tuple[list[Path], str]:
+    """Damage one file below ``folder``, or two by swapping them; which, and how."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    path = draw.choice(files)
+    if draw.random() < 0.1:  # another file of the same kind in its place
+        other = draw.choice([file for file in files if file.suffix == path.suffix])
+        content = other.read_bytes()
+        other.write_bytes(path.read_bytes())
+        path.write_bytes(content)
+        return [path, other], "swap"
+    how = draw.choice(DAMAGES)
+    path.write_bytes(how(bytearray(path.read_bytes()), draw))
+    return [path], how.__name__
+
+
+# ---- what becomes of them ----
+
+
+def resume(folder: Path) -> Ended:
+    """Resume the run in ``folder`` to its end."""
+    return finish("train", f"--out_dir={folder / 'run'}", "--init_from=resume", "--max_iters=26", "--device=cpu")
+
+
+def sample(folder: Path) -> Ended:
+    """Sample from the run in ``folder``."""
+    return finish("sample", str(folder / "run"), "--max_new_tokens=20", "--prompt=1")
+
+
+def weights(folder: Path) -> str:
+    """The digest of the newest model."""
+    return hashlib.sha256((checkpoint.newest(folder / "run") / "model.safetensors").read_bytes()).hexdigest()
+
+
+def outcome(ended: Ended, right: bool, damaged: list[Path]) -> str:
+    """The word for how a command has ended.
+
+    Args:
+        ended: the end.
+        right: whether its result is that of the run without damage.
+        damaged: the files.
+    """
+    if ended.status is None:
+        return "hang"
+    if "Traceback" in ended.output:
+        return "traceback"
+    named = any(path.name in ended.output for path in damaged)
+    if ended.status == 0:
+        told = named and ("damaged" in ended.output or "cannot be read" in ended.output)
+        return "silent" if not right else "told" if told else "harmless"
+    lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    return "refused" if ended.status == 2 and len(lines) == 1 and named else "unnamed"
+
+
+class Trial(NamedTuple):
+    """One command on one damaged copy."""
+
+    file: str  # without the step of its checkpoint
+    damage: str
+    command: str
+    outcome: str
+    output: str
+
+
+def trial(base: Path, folder: Path, draw: random.Random, right: tuple[str, str, str]) -> list[Trial]:
+    """Damage a copy of ``base``, then sample from it and resume it.
+
+    Args:
+        base: a run and its dataset.
+        folder: where the copy is made, and removed.
+        draw: of the damage.
+        right: the digest of the resumed run's weights, and the samples of its two checkpoints.
+    """
+    shutil.copytree(base, folder)
+    damaged, how = damage(folder, draw)
+    file = "/".join(part if "step-" not in part else "step" for part in damaged[0].relative_to(folder).parts)
+    sampled = sample(folder)
+    found = [Trial(file, how, "sample", outcome(sampled, sampled.output.endswith(right[1:]), damaged), sampled.output)]
+    resumed = resume(folder)
+    as_expected = resumed.status == 0 and weights(folder) == right[0]
+    found.append(Trial(file, how, "resume", outcome(resumed, as_expected, damaged), resumed.output))
+    shutil.rmtree(folder)
+    return found
+
+
+def whole_run(base: Path, folder: Path) -> tuple[str, str, str]:
+    """Make a run with two checkpoints and its dataset in ``base``; what comes of it, undamaged, as `trial` needs it."""
+    prepare(base)
+    shutil.copytree(base, folder)  # where every trial finds its dataset
+    flags = [*FLAGS, "--dataset=d", f"--data_dir={folder}", f"--out_dir={base / 'run'}", "--lr_decay_iters=26"]
+    samples = []
+    for last, start in ((10, "scratch"), (20, "resume")):
+        ended = finish("train", *flags, f"--max_iters={last}", f"--init_from={start}")
+        assert ended.status == 0, ended.output
+        samples.append(sample(base).output)
+    for path in (base / "text.txt", base / "run" / "loss.png"):  # nothing reads them
+        path.unlink(missing_ok=True)
+    assert checkpoint.steps(base / "run") == [10, 20]
+    shutil.rmtree(folder)
+    shutil.copytree(base, folder)
+    ended = resume(folder)
+    assert ended.status == 0, ended.output
+    right = weights(folder), *samples
+    shutil.rmtree(folder)
+    return right
+
+
+def false_alarms(base: Path, folder: Path, right: tuple[str, str, str], n: int) -> int:
+    """How many of ``n`` undamaged copies are not sampled from and resumed as they should."""
+    alarms = 0
+    for _ in range(n):
+        shutil.copytree(base, folder)
+        sampled, resumed = sample(folder), resume(folder)
+        alarms += sampled.output != right[2] or resumed.status != 0 or weights(folder) != right[0]
+        shutil.rmtree(folder)
+    return alarms
+
+
+def main() -> None:
+    """Try them all, and write the record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.robustness.corruption", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--trials", type=int, help="damages (2000); a tenth as many runs without any")
+    parser.add_argument("--seed", type=int, default=1)
+    request = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    n, table = request.trials or 2000, Counter[tuple[str, ...]]()
+    with tempfile.TemporaryDirectory() as place:
+        base, folder = Path(place) / "base", Path(place) / "trial"
+        base.mkdir()
+        right = whole_run(base, folder)
+        for i in range(n):
+            for found in trial(base, folder, random.Random(f"{request.seed} {i}"), right):
+                table[found[:-1]] += 1
+                if found.outcome in FAILURES:
+                    print(f"trial {i}: {', '.join(found[:-1])}\n{found.output[-1500:]}", file=sys.stderr, flush=True)
+        alarms = false_alarms(base, folder, right, n // 10)
+    outcomes = Counter[str]()
+    for row, times in table.items():
+        outcomes[row[-1]] += times
+    print(
+        ", ".join(f"{times} {outcome}" for outcome, times in outcomes.most_common()), f"; {alarms} false alarms", sep=""
+    )
+    if request.trials is None:
+        record = records.begin("corruption", "bench.robustness.corruption", None, torch.device("cpu"))
+        rows = [[*row, times] for row, times in sorted(table.items())]
+        summary = {"damages": n, "undamaged": n // 10, "false alarms": alarms, "table": rows}
+        records.write(record | {"outcomes": summary}, records.results_folder("cpu") / "corruption")
+    sys.exit(bool(alarms or any(outcomes[outcome] for outcome in FAILURES)))
+
+
+if __name__ == "__main__":
+    main()

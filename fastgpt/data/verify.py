@@ -1,0 +1,59 @@
+"""Whether a dataset's shards are the ones that were written."""
+
+import itertools
+import threading
+from collections.abc import Sequence
+
+from fastgpt.data.dataset import Dataset
+from fastgpt.data.shards import META_FILE, Shard, file_sha256
+from fastgpt.errors import RequestError
+
+AT_ONCE = 64 << 20  # bytes that are compared before the run begins: about 50 ms
+
+
+class ShardVerifier:
+    """Compares shards with their SHA-256 in ``meta.json``: small datasets at once, the rest of others in a thread.
+
+    Bare token files have nothing to be compared with.
+
+    Args:
+        dataset: its shards are read again, from the files.
+
+    Raises:
+        RequestError: a shard has changed or cannot be read.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        shards = [*dataset.meta.train, *dataset.meta.val] if dataset.meta else []
+        self._folder = dataset.path
+        self._problem: str | None = None
+        n_bytes = itertools.accumulate(2 * shard.tokens for shard in shards)
+        n_at_once = sum(total <= AT_ONCE for total in n_bytes)
+        self._compare(shards[:n_at_once])
+        self.check()
+        self._thread = threading.Thread(target=self._compare, args=(shards[n_at_once:],), daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise ``RequestError`` if a shard has been found to differ."""
+        if self._problem is not None:
+            raise RequestError(self._problem)
+
+    def wait(self) -> None:
+        """Wait until all shards have been compared, then :meth:`check`."""
+        self._thread.join()
+        self.check()
+
+    def _compare(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            path = self._folder / shard.file
+            try:
+                found = file_sha256(path)
+            except OSError as error:
+                self._problem = f"{path} cannot be read: {error.strerror}"
+                return
+            if found != shard.sha256:
+                self._problem = (
+                    f"{path} is damaged: its SHA-256 is not the one in {META_FILE}; prepare or copy it again"
+                )
+                return
