@@ -153,7 +153,7 @@ SMALL_PLANTS = [
     Plant("gelu: a mask one too long", "bounds: reads", gelu, SMALL["gelu"],
           {"tl.load(x + here, mask=here < n": "tl.load(x + here, mask=here <= n"}),
     Plant("adamw: a store without mask", "bounds: writes", adamw, SMALL["adamw"],
-          {"v.to(M), mask=inside": "v.to(M)"}),
+          {"v.to(M), mask=written": "v.to(M)"}),
     Plant("layer_norm: two programs, one share", "race", layer_norm, SMALL["add_layer_norm C96"],
           {"shares + program * C": "shares + program // 2 * C"}),
     Plant("cross_entropy: the gradient a row off", "race", cross_entropy, SMALL["cross_entropy V65"],
