@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all gpu gpu-rehearsal gpu-proof mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu gpu-rehearsal gpu-proof soak corruption mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,12 @@ gpu:  ## test and time everything on an NVIDIA GPU in ten minutes, with this pyt
 
 gpu-rehearsal: $(VENV)/.installed  ## run the stages of make gpu, small, on a machine without a GPU
 	$(BIN)/python -m bench.gpu --rehearse --out build/gpu-rehearsal
+
+soak: $(VENV)/.installed  ## kill small runs 1,300 times and compare what becomes of them, in about half an hour
+	$(BIN)/python -m bench.robustness.soak
+
+corruption: $(VENV)/.installed  ## damage the files of a small run 2,000 times, in about half an hour
+	$(BIN)/python -m bench.robustness.corruption
 
 gpu-proof: $(VENV)/.installed  ## check the GPU's kernels for illegal accesses and races, without a GPU
 	$(BIN)/python -m bench.gpu_proof

@@ -29,6 +29,10 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 
 
+class NotSaved(OSError):
+    """The disk did not take a checkpoint; the message says why."""
+
+
 @dataclass(frozen=True)
 class State:
     """What a run needs to continue, besides tensors. All of it is JSON."""
@@ -98,11 +102,41 @@ def save(
         parameters: fp32, by name.
         moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
         keep: how many of the newest remain, with this one; the one with the best validation loss always does.
+
+    Raises:
+        NotSaved: the disk is full, or does not take it for another reason. Earlier checkpoints are as they were.
     """
     target = folder(run_dir, state.step)
     partial, old = (target.with_name(target.name + suffix) for suffix in (_PARTIAL, _OLD))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        _write(partial, state, parameters, moments)
+        if target.exists():  # saved before at this step
+            target.rename(old)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way
+        raise NotSaved(getattr(error, "strerror", None) or str(error)) from error
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    earlier = [step for step in steps(run_dir) if step < state.step]
+    kept = {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]}
+    for step in steps(run_dir):  # later ones too: the run was resumed before them because they are damaged
+        if step not in kept:
+            shutil.rmtree(folder(run_dir, step))
+    return target
+
+
+def n_bytes(parameters: int, state_bits: int) -> int:
+    """The size of a checkpoint of a model: fp32 parameters and two moments, in 8 bits with an fp32 scale for 256."""
+    return parameters * 4 + 2 * (parameters * 4 if state_bits == 32 else parameters + parameters // 64)
+
+
+def _write(
+    partial: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]
+) -> None:  # fmt: skip
+    """Write all files of a checkpoint to the folder ``partial``, and have the disk write them."""
     partial.mkdir(parents=True)
     save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
     optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
@@ -115,17 +149,6 @@ def save(
         path.chmod(readable)
         _flush(path)
     _flush(partial)
-    if target.exists():  # saved before at this step
-        target.rename(old)
-    partial.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    earlier = [step for step in steps(run_dir) if step < state.step]
-    kept = {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]}
-    for step in steps(run_dir):  # later ones too: the run was resumed before them because they are damaged
-        if step not in kept:
-            shutil.rmtree(folder(run_dir, step))
-    return target
 
 
 def recover(run_dir: Path) -> None:

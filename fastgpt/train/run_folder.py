@@ -12,6 +12,7 @@ from fastgpt import json_files
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
+from fastgpt.units import count_of, size
 
 try:
     import fcntl
@@ -65,6 +66,25 @@ def check(config: TrainConfig) -> Path:
             "or another --out_dir"
         )
     return run_dir
+
+
+def check_room(run_dir: Path, checkpoints: int, n_bytes: int) -> None:
+    """Refuse a run whose checkpoints do not fit the disk.
+
+    Args:
+        run_dir: its folder, which exists.
+        checkpoints: how many have to fit beside what is there.
+        n_bytes: the size of one.
+
+    Raises:
+        RequestError: they do not.
+    """
+    free = shutil.disk_usage(run_dir).free
+    if checkpoints * n_bytes > free:
+        raise RequestError(
+            f"the disk of {run_dir} has {size(free)} free, less than the {count_of(checkpoints, 'checkpoint')} of "
+            f"{size(n_bytes)} that the run has to write: make room, or pass another --out_dir or --keep_checkpoints 1"
+        )
 
 
 class RunLock:

@@ -136,6 +136,7 @@ class Trainer:
             tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
             if self.resumed_from is not None and checkpoint.steps(self.run_dir) != self._steps_found:
                 raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
+            run_folder.check_room(self.run_dir, *self._checkpoints_to_come())
             run_config = RunConfig(asdict(self.config), self.settled.gpt_config, tokenizer, self.settled.left_open)
             run_folder.write_config(self.run_dir, run_config)
             if self.device.type == "cpu":
@@ -159,6 +160,11 @@ class Trainer:
                 return self._stop()
         except Diverged as error:
             self.log.say(str(error))
+            return 1
+        except checkpoint.NotSaved as error:
+            left = checkpoint.steps(self.run_dir)
+            newest = f"the newest is of step {left[-1]}" if left else "there is none"
+            self.log.say(f"the checkpoint of step {self.step} could not be written ({error}); {newest}")
             return 1
 
     def _loop(self) -> int:
@@ -191,7 +197,12 @@ class Trainer:
                 self._evaluate()
             if saving:
                 self.shards.wait()  # what is saved comes from the data that it says it comes from
-                self._save()
+                try:
+                    self._save()
+                except checkpoint.NotSaved as error:  # the next one may find room; only the last one has to
+                    if last:
+                        raise
+                    self.log.say(f"no checkpoint at step {self.step}: {error}; the run goes on")
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
         return 0
@@ -418,8 +429,22 @@ class Trainer:
         interval = self.config.checkpoint_interval
         return self.step % interval == 0 if interval else evaluating
 
+    def _checkpoints_to_come(self) -> tuple[int, int]:
+        """How many checkpoints the disk has to hold besides those that are there, and the bytes of one."""
+        config = self.config
+        to_write = -(-(config.max_iters - self.step) // (config.checkpoint_interval or config.eval_interval))
+        # the newest ones, the best one, and the one that is being written
+        at_most = config.keep_checkpoints + 2 - len(checkpoint.steps(self.run_dir))
+        size = checkpoint.n_bytes(self.settled.gpt_config.n_params, config.state_bits)
+        return min(to_write, max(1, at_most)), size
+
     def _save(self) -> Path:
-        """Save a checkpoint; raises ``Diverged`` if the weights are not finite."""
+        """Save a checkpoint.
+
+        Raises:
+            Diverged: the weights are not finite.
+            NotSaved: the disk does not take it.
+        """
         start = time.perf_counter()
         evaluated, loss = self.val_loss or (-1, math.inf)
         if evaluated == self.step and loss < (math.inf if self.best_val_loss is None else self.best_val_loss):

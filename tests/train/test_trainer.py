@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastgpt import json_files
 from fastgpt.data.dataset import open_dataset
@@ -536,6 +537,68 @@ def test_after_too_many_skipped_updates_in_a_row_the_run_ends_with_the_weights_f
     other.train()
     saved, expected = (checkpoint.newest(tmp_path / name) / "model.safetensors" for name in ("run", "other"))
     assert saved.read_bytes() == expected.read_bytes()
+
+
+# ---- a full disk ----
+
+
+def fill_disk(monkeypatch, at_saves):
+    """Let these attempts to save fail for lack of room, counted from 1."""
+    write, attempts = checkpoint.save_file, iter(range(1, 1000))
+
+    def full(content, path, **options):
+        if path.name == "model.safetensors" and next(attempts) in at_saves:
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        write(content, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+
+
+def test_a_checkpoint_that_the_disk_refuses_is_told_and_the_run_goes_on(trainer, tmp_path, monkeypatch, capsys):
+    fill_disk(monkeypatch, {2, 3})
+    assert trainer(checkpoint_interval=2).train() == 0
+    said = capsys.readouterr().out
+    assert "no checkpoint at step 4: Error while serializing: I/O error: No space left on device" in said
+    assert "no checkpoint at step 6" in said
+    assert checkpoint.steps(tmp_path / "run") == [2, 8]
+
+
+def test_if_the_disk_refuses_the_last_checkpoint_the_run_fails_in_one_line(trainer, tmp_path, monkeypatch, capsys):
+    fill_disk(monkeypatch, {2})
+    assert trainer(checkpoint_interval=4).train() == 1
+    assert "the checkpoint of step 8 could not be written (Error while" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000004"]
+
+
+def test_on_a_signal_too(trainer, tmp_path, monkeypatch, capsys):
+    fill_disk(monkeypatch, {1})
+    one = trainer()
+    stop_after(one, 3, signal.SIGTERM)
+    assert one.train() == 1
+    assert "the checkpoint of step 3 could not be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("free", "fits"), [(4, True), (3.9, False)])
+def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused_before_it_begins(trainer, monkeypatch, free, fits):
+    one = trainer(checkpoint_interval=2)  # two of the newest, the best one, and one that is being written
+    one_size = checkpoint.n_bytes(one.settled.gpt_config.n_params, 32)
+    usage = shutil.disk_usage(".")._replace(free=int(free * one_size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    if fits:
+        assert one.train() == 0
+    else:
+        with pytest.raises(RequestError, match=r"the disk of .* has .* free, less than the 4 checkpoints of .* that"):
+            one.train()
+
+
+def test_a_checkpoint_takes_the_bytes_that_were_foretold(trainer, tmp_path):
+    for bits in (32, 8):
+        one = trainer(state_bits=bits, out_dir=tmp_path / f"run{bits}", max_iters=1)
+        one.train()
+        files = checkpoint.newest(tmp_path / f"run{bits}").iterdir()
+        taken = sum(path.stat().st_size for path in files)
+        assert 0 < taken - checkpoint.n_bytes(one.settled.gpt_config.n_params, bits) < 20_000  # heads, random state
 
 
 # ---- resuming ----
