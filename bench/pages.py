@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import agree
-from fastgpt.units import GIB, gib, number, rate, size
+from fastgpt.units import GIB, count_of, gib, number, rate, size
 
 Record = dict[str, Any]
 
@@ -156,8 +156,7 @@ def device_words(record: Record) -> str:
 
 def threads_words(record: Record) -> str:
     """``1 thread``, ``2 threads``."""
-    n = record["device"]["threads"]
-    return f"{n} thread{'s'[: n != 1]}"
+    return count_of(record["device"]["threads"], "thread")
 
 
 def shape_words(comparison: Record) -> str:

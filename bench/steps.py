@@ -223,7 +223,7 @@ def disagreeing(record: Record) -> tuple[list[str], float]:
 
 
 def report(record: Record) -> int:
-    """Print the table and whether all is well; the exit status."""
+    """Print the table, and what is wrong if anything is. Returns the exit status."""
     comparisons = record["comparisons"]
     rows = table(comparisons)
     if len(comparisons) == 1:

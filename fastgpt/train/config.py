@@ -16,6 +16,7 @@ from fastgpt.cli import Parser, parse_bool
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.kernels.dispatch import BACKENDS
 from fastgpt.model.config import GPTConfig
+from fastgpt.train.schedule import learning_rate
 from fastgpt.units import count, parse_count
 
 _AT_LEAST_ONE = (
@@ -27,7 +28,7 @@ _NOT_NEGATIVE = (
     "weight_decay", "grad_clip",
 )  # fmt: skip
 
-SIZE_TOLERANCE = 0.02  # of --expect_params; covers that some count position embeddings and some do not
+SAME_SIZE = 0.02  # relative difference of two numbers of parameters that counts as none
 
 
 def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -151,6 +152,13 @@ class TrainConfig:
         """Tokens in one update."""
         return self.total_batch_size or self.micro_batch_size * self.gradient_accumulation_steps * self.block_size
 
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of an update, the first of which is step 0."""
+        return learning_rate(
+            step, peak=self.learning_rate, floor=self.min_lr, warmup_iters=self.warmup_iters,
+            decay_iters=self.lr_decay_iters,
+        )  # fmt: skip
+
     def torch_dtype(self, automatic: torch.dtype) -> torch.dtype:
         """The dtype of the weights that the model computes with; ``automatic`` for ``--dtype auto``."""
         return automatic if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -194,14 +202,17 @@ class TrainConfig:
             raise RequestError(str(error)) from error
         if self.expect_params:
             expected = parse_count("expect_params", self.expect_params)
-            if all(
-                abs(n / expected - 1) > SIZE_TOLERANCE for n in (config.n_params, config.n_params_without_positions)
-            ):
+            if not is_of_size(config, expected):
                 raise RequestError(
                     f"--expect_params {self.expect_params}, but this model has {count(config.n_params, 2)} parameters "
                     f"(n_layer={config.n_layer}, n_embd={config.n_embd}, vocabulary {config.vocab_size})"
                 )
         return config
+
+
+def is_of_size(config: GPTConfig, n_params: float) -> bool:
+    """Whether a model has about so many parameters; some count position embeddings and some do not."""
+    return any(abs(n / n_params - 1) <= SAME_SIZE for n in (config.n_params, config.n_params_without_positions))
 
 
 def _parse_batch_size(text: str) -> int | None:
@@ -233,15 +244,6 @@ def parse_flags(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) 
     )
     add_flags(parser)
     return vars(parser.parse_args(argv))
-
-
-def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> TrainConfig:
-    """The run that a command line requests: a preset's values, overridden by the flags.
-
-    Raises:
-        RequestError: a preset or a flag is unknown, or a value is invalid.
-    """
-    return resolve(parse_flags(argv, presets), presets)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -90,13 +90,13 @@ def settle(config: TrainConfig) -> Settled:
     except RuntimeError as error:
         raise RequestError(str(error)) from error
     trackers.check(config)
-    run_dir = Path(config.out_dir) if config.init_from == "resume" else run_folder.check(config)
+    resuming = config.init_from == "resume"
+    run_dir = Path(config.out_dir) if resuming else run_folder.check(config)
     dataset = _open_or_prepare(config)
     # bare token files do not state their vocabulary, and are taken for GPT-2's
     gpt_config = config.gpt_config(padded_vocab_size(dataset.vocab_size or GPT2_VOCABULARY))
     memory, _ = hardware.memory(device)
     settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
-    resuming = config.init_from == "resume"
     changes = resume.differences(run_dir, settled) if resuming and run_folder.is_run(run_dir) else []
     open_values = {"batch_size": None, "recompute": "auto"}
     left_open = {name: value for name, value in open_values.items() if getattr(config, name) == value}

@@ -33,7 +33,6 @@ from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.metrics import Timestamp, UpdateMetrics
 from fastgpt.train.run_folder import RunConfig, RunLock
-from fastgpt.train.schedule import learning_rate
 from fastgpt.train.settle import Settled
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
 from fastgpt.train.stop import Interrupted, StopRequest
@@ -216,10 +215,7 @@ class Trainer:
 
     def _update(self) -> float:
         """One update; returns its learning rate."""
-        c = self.config
-        lr = learning_rate(
-            self.step, peak=c.learning_rate, floor=c.min_lr, warmup_iters=c.warmup_iters, decay_iters=c.lr_decay_iters
-        )
+        lr = self.config.learning_rate_at(self.step)
         position, random_state, n_drawn = self.batches.state_dict(), checkpoint.random_state(), count()
 
         def next_batch() -> Batch:

@@ -13,8 +13,8 @@ import pytest
 
 from fastgpt.data.prepare import prepare
 from fastgpt.kernels import use_backend
-from fastgpt.train.config import parse
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.resume import parse
 from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
 

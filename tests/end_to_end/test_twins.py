@@ -15,9 +15,9 @@ from fastgpt import hardware
 from fastgpt.data.prepare import prepare
 from fastgpt.gpus import find_gpu
 from fastgpt.train import diagnose
-from fastgpt.train.config import parse
 from fastgpt.train.predict import roofline
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.resume import parse
 from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
 

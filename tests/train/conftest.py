@@ -2,7 +2,6 @@ import random
 
 import pytest
 
-from fastgpt.train.config import parse
 from fastgpt.train.presets import PRESETS
 
 # A run of a tenth of a second.
@@ -30,6 +29,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def trainer(data_dir, tmp_path):
     """Makes a trainer of a tiny model from flags given as keywords, in ``tmp_path/run`` if not told otherwise."""
+    from fastgpt.train.resume import parse
     from fastgpt.train.settle import settle  # here, so that tests of the step alone need torch alone
     from fastgpt.train.trainer import Trainer
 

@@ -4,8 +4,9 @@ import pytest
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train.config import TrainConfig, parse
+from fastgpt.train.config import TrainConfig
 from fastgpt.train.presets import PRESETS
+from fastgpt.train.resume import parse
 from fastgpt.units import parse_gigabytes
 
 _NAMES = """

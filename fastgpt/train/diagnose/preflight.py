@@ -4,11 +4,10 @@ import math
 import re
 
 from fastgpt.model.config import GPTConfig
-from fastgpt.train.config import TrainConfig
+from fastgpt.train.config import TrainConfig, is_of_size
 from fastgpt.train.diagnose.findings import Facts, Finding, joined
 from fastgpt.train.predict.roofline import TILES
 from fastgpt.train.presets import PRESETS
-from fastgpt.train.schedule import learning_rate
 from fastgpt.units import count
 
 NAMED_SIZE = "named-size"  # code of the finding that is reported first, before the lines that introduce the run
@@ -21,7 +20,6 @@ CHINCHILLA = 20  # tokens per parameter with the lowest loss for the compute (Ho
 PAST_CHINCHILLA = 5
 # Chinchilla's law was fitted to larger models and to subword tokens. It is not known to hold below these sizes.
 LAW_HOLDS_FROM, SMALLEST_SUBWORD_VOCABULARY = 10_000_000, 1000
-SAME_SIZE = 0.02  # relative difference that counts as the same size, as for --expect_params
 RATE_LEFT = 0.02  # fraction of the way from the floor to the peak; a smaller rest has no visible effect on the loss
 TIME_AT_FLOOR = 0.05  # fraction of the run; a shorter time at the floor costs almost nothing
 WORTH_FILLING = 600.0  # seconds; in a shorter run, a GPU that is not filled costs minutes at most
@@ -40,7 +38,7 @@ def named_size(facts: Facts) -> Finding | None:
     if stated is None or config.expect_params:  # with --expect_params the size has been checked already
         return None
     size = float(stated[1]) * {"m": 1e6, "b": 1e9}[stated[2]]
-    if any(abs(n / size - 1) <= SAME_SIZE for n in (gpt_config.n_params, gpt_config.n_params_without_positions)):
+    if is_of_size(gpt_config, size):
         return None
     preset = PRESETS.get(config.preset, {})
     changes = {}  # this run's value -> the preset's
@@ -94,7 +92,7 @@ def schedule_end(facts: Facts) -> Finding | None:
     c = facts.config
     if c.min_lr >= c.learning_rate:  # a constant rate does not decay
         return None
-    last = _rate(c, c.max_iters - 1)
+    last = c.learning_rate_at(c.max_iters - 1)
     at_floor = 1 - c.lr_decay_iters / c.max_iters
     remedy = f"use --lr_decay_iters {c.max_iters} to end the decay with the run"
     if c.lr_decay_iters > c.max_iters and last - c.min_lr > RATE_LEFT * (c.learning_rate - c.min_lr):
@@ -160,10 +158,3 @@ def small_products(facts: Facts) -> Finding | None:
 def _most_tiles(M: int, N: int) -> int:
     """Return the number of tiles of an M x N product with the smallest tile size."""
     return max(math.ceil(M / rows) * math.ceil(N / columns) for rows, columns in TILES)
-
-
-def _rate(config: TrainConfig, step: int) -> float:
-    return learning_rate(
-        step, peak=config.learning_rate, floor=config.min_lr, warmup_iters=config.warmup_iters,
-        decay_iters=config.lr_decay_iters,
-    )  # fmt: skip
