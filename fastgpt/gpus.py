@@ -41,6 +41,7 @@ ARCHITECTURES = {
 }
 
 BF16_SINCE, FP8_SINCE = 80, 89  # capabilities
+KERNELS_SINCE = 80  # our Triton kernels; older GPUs run plain PyTorch
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

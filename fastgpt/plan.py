@@ -24,7 +24,7 @@ from fastgpt.cli import Parser, run
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.sources import SOURCES
 from fastgpt.errors import RequestError
-from fastgpt.gpus import GPUS, find_gpu
+from fastgpt.gpus import GPUS, KERNELS_SINCE, find_gpu
 from fastgpt.limits import Bound
 from fastgpt.model import GPTConfig
 from fastgpt.model.config import GPT2_VOCABULARY, padded_vocab_size
@@ -341,6 +341,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = config.gpt_config(padded_vocab_size(vocab_size))
     if gpu_name:
         gpu = find_gpu(gpu_name)
+        if gpu.capability < KERNELS_SINCE:
+            raise RequestError(
+                f"the {gpu.name} has compute capability {gpu.capability / 10}, and the kernels need "
+                f"{KERNELS_SINCE / 10} (Ampere): training runs there on plain PyTorch, which is not predicted"
+            )
         dtype = config.torch_dtype(torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
         if gpu.tflops(dtype) is None:
             raise RequestError(f"the {gpu.name} has no {config.dtype}")

@@ -119,7 +119,7 @@ def test_a_card_like_which_nobody_has_measured_any_gets_no_interval(capsys):
     assert "no public step on such a card is known" in text
     assert "nine of ten public programs" not in text
     assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090")["predicted"]["interval"] is None
-    assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "t4")["predicted"]["others"] == {}  # no bf16
+    assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090", "--dtype", "float16")["predicted"]["others"] == {}
 
 
 def test_the_public_points_are_printed_beside_their_predictions(capsys):
@@ -181,7 +181,8 @@ def test_lines_fit_a_terminal(capsys):
         (["--preset", "gpt2-1558m", "--gpu", "rtx-4070"], "one sequence of 1024 tokens does not fit into 12.0 GiB"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--vram", "some"], "such as 12GB"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--tokens", "lots"], "--tokens takes a count"),
-        (["--preset", "gpt2-124m", "--gpu", "t4", "--dtype", "bfloat16"], "has no bfloat16"),
+        (["--preset", "gpt2-124m", "--gpu", "t4"], r"Tesla T4 has compute capability 7\.5, and the kernels need 8\.0"),
+        (["--preset", "gpt2-124m", "--gpu", "v100-sxm2-32gb"], r"7\.0.* plain PyTorch, which is not predicted"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--total_batch_size", "500000"], "not a whole number"),
         (["--preset", "gpt2-124m", "--gpu", "rtx-4070", "--expect_params", "350M"], "123.59M parameters|124.37M"),
         (["--presett", "gpt2-124m"], "did you mean --preset"),

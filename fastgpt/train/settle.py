@@ -121,7 +121,9 @@ def _fill_in(
     """The request with what it left to the device, and the prediction of its step."""
     # On a CPU only where a choice depends on it: measuring its ceilings and tracing the step take two seconds.
     automatic = config.batch_size is None
-    machine = roofline.at_hand(device, dtype) if automatic or hardware.known_gpu(device) is not None else None
+    # Only our kernels are predicted; a choice between micro-batches holds without them too.
+    predictable = hardware.known_gpu(device) is not None and dispatch.backend_of(device, dtype)[0] != "reference"
+    machine = roofline.at_hand(device, dtype) if automatic or predictable else None
     setup = Setup(
         gpt_config, config.batch_size or 1, device.type, dtype, config.state_bits, deterministic=config.deterministic
     )

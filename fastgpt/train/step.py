@@ -192,9 +192,9 @@ class TrainStep:
     def _update(self) -> None:
         # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
         self.optimizer.step(grad_scale=1.0 / self.accumulation, zero_grad=True)
-        assert self.optimizer.found_inf is not None
-        self.skipped += self.optimizer.found_inf
-        self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
+        if self.optimizer.found_inf is not None:  # None in fp16
+            self.skipped += self.optimizer.found_inf
+            self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
 
     def _note_loss(self) -> None:
         torch.div(self._sum, self.accumulation, out=self.loss)
