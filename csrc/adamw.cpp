@@ -327,6 +327,7 @@ void adamw_(
     bool zero_grad, const std::optional<Tensor>& found_inf) {
   if (is_skipped(found_inf, grads, zero_grad)) return;
   const auto c = coefficients(step, lr, grad_scale, beta1, beta2, eps, weight_decay);
+  for (const auto* list : {&exp_avgs, &exp_avg_sqs}) make_own(*list);
   update_all(params, grads, copies, c, {zero_grad, false, 0}, plain_moments(exp_avgs, exp_avg_sqs, false));
 }
 
@@ -341,6 +342,7 @@ void adamw_8bit_(
   if (is_skipped(found_inf, grads, zero_grad)) return;
   const auto c = coefficients(step, lr, grad_scale, beta1, beta2, eps, weight_decay);
   const auto key = static_cast<uint64_t>(*data<int64_t>(seed) + static_cast<int64_t>(*data<float>(step)));
+  for (const auto* list : {&exp_avgs, &exp_avg_sqs, &exp_avg_scales, &exp_avg_sq_scales}) make_own(*list);
   const Options options{zero_grad, stochastic_rounding, key};
   if (exp_avg_scales.empty())
     return update_all(params, grads, copies, c, options, plain_moments(exp_avgs, exp_avg_sqs, stochastic_rounding));

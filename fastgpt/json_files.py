@@ -6,8 +6,8 @@ taken as it is, so that a person may edit it and remove the entry.
 
 import hashlib
 import json
-import math
 import os
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -109,7 +109,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return {key: convert(args[1], item, f"{where}: {key}") for key, item in value.items()}
     elif is_dataclass(hint):
         return build(hint, value, where, complete=True)  # type: ignore[arg-type]
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
+    elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # not NaN either
         return float(value)
     elif (hint is int and type(value) is int and abs(value) < 2**63) or (
         hint in (str, bool, NoneType) and type(value) is hint

@@ -104,6 +104,7 @@ def test_a_dataclass_is_built_with_all_that_it_holds():
         ({"name": 3}, "name: expected text, got 3"),
         ({"rate": "fast"}, "rate: expected a finite number, got 'fast'"),
         ({"rate": float("nan")}, "rate: expected a finite number, got nan"),
+        ({"rate": 10**400}, "rate: expected a finite number, got 1000"),
         ({"rate": False}, "rate: expected a finite number, got False"),
         ({"bits": 16}, "bits: expected 8 or 32, got 16"),
         ({"bits": 8.0}, "bits: expected 8 or 32, got 8.0"),

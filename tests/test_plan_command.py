@@ -119,7 +119,9 @@ def test_a_card_like_which_nobody_has_measured_any_gets_no_interval(capsys):
     assert "no public step on such a card is known" in text
     assert "nine of ten public programs" not in text
     assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090")["predicted"]["interval"] is None
-    assert planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090", "--dtype", "float16")["predicted"]["others"] == {}
+    assert (
+        planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-3090", "--dtype", "float16")["predicted"]["others"] == {}
+    )
 
 
 def test_the_public_points_are_printed_beside_their_predictions(capsys):

@@ -26,6 +26,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ import torch
 
 from bench import records
 from bench.robustness.child import FLAGS, Ended, finish, prepare
+from fastgpt import limits
 from fastgpt.train import checkpoint
 
 FAILURES = ("silent", "traceback", "unnamed", "hang")
@@ -103,7 +106,9 @@ def damage(folder: Path, draw: random.Random) -> tuple[list[Path], str]:
 
 def resume(folder: Path) -> Ended:
     """Resume the run in ``folder`` to its end."""
-    return finish("train", f"--out_dir={folder / 'run'}", "--init_from=resume", "--max_iters=26", "--device=cpu")
+    return finish(
+        "train", f"--out_dir={folder / 'run'}", "--init_from=resume", "--max_iters=26", f"--data_dir={folder}"
+    )
 
 
 def sample(folder: Path) -> Ended:
@@ -170,8 +175,7 @@ def trial(base: Path, folder: Path, draw: random.Random, right: tuple[str, str, 
 def whole_run(base: Path, folder: Path) -> tuple[str, str, str]:
     """Make a run with two checkpoints and its dataset in ``base``; what comes of it, undamaged, as `trial` needs it."""
     prepare(base)
-    shutil.copytree(base, folder)  # where every trial finds its dataset
-    flags = [*FLAGS, "--dataset=d", f"--data_dir={folder}", f"--out_dir={base / 'run'}", "--lr_decay_iters=26"]
+    flags = [*FLAGS, "--dataset=d", f"--data_dir={base}", f"--out_dir={base / 'run'}", "--lr_decay_iters=26"]
     samples = []
     for last, start in ((10, "scratch"), (20, "resume")):
         ended = finish("train", *flags, f"--max_iters={last}", f"--init_from={start}")
@@ -180,7 +184,6 @@ def whole_run(base: Path, folder: Path) -> tuple[str, str, str]:
     for path in (base / "text.txt", base / "run" / "loss.png"):  # nothing reads them
         path.unlink(missing_ok=True)
     assert checkpoint.steps(base / "run") == [10, 20]
-    shutil.rmtree(folder)
     shutil.copytree(base, folder)
     ended = resume(folder)
     assert ended.status == 0, ended.output
@@ -189,15 +192,36 @@ def whole_run(base: Path, folder: Path) -> tuple[str, str, str]:
     return right
 
 
-def false_alarms(base: Path, folder: Path, right: tuple[str, str, str], n: int) -> int:
-    """How many of ``n`` undamaged copies are not sampled from and resumed as they should."""
-    alarms = 0
-    for _ in range(n):
-        shutil.copytree(base, folder)
-        sampled, resumed = sample(folder), resume(folder)
-        alarms += sampled.output != right[2] or resumed.status != 0 or weights(folder) != right[0]
-        shutil.rmtree(folder)
-    return alarms
+def is_false_alarm(base: Path, folder: Path, right: tuple[str, str, str]) -> bool:
+    """Whether an undamaged copy is not sampled from or not resumed as it should."""
+    shutil.copytree(base, folder)
+    sampled, resumed = sample(folder), resume(folder)
+    as_expected = sampled.output == right[2] and resumed.status == 0 and weights(folder) == right[0]
+    shutil.rmtree(folder)
+    return not as_expected
+
+
+class Share(NamedTuple):
+    """What one of the processes that share the trials does: every ``workers``-th, from ``worker`` on."""
+
+    worker: int
+    workers: int
+    trials: int
+    seed: int
+    base: Path
+    right: tuple[str, str, str]
+
+
+def work(share: Share) -> tuple[Counter[tuple[str, ...]], int]:
+    """How often each row of the table occurred in a share, and the number of false alarms."""
+    folder, table = share.base.with_name(f"trial{share.worker}"), Counter[tuple[str, ...]]()
+    for i in range(share.worker, share.trials, share.workers):
+        for found in trial(share.base, folder, random.Random(f"{share.seed} {i}"), share.right):
+            table[found[:-1]] += 1
+            if found.outcome in FAILURES:
+                print(f"trial {i}: {', '.join(found[:-1])}\n{found.output[-1500:]}", file=sys.stderr, flush=True)
+    undamaged = range(share.worker, share.trials // 10, share.workers)
+    return table, sum(is_false_alarm(share.base, folder, share.right) for _ in undamaged)
 
 
 def main() -> None:
@@ -209,23 +233,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     request = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    n, table = request.trials or 2000, Counter[tuple[str, ...]]()
+    n, table, alarms, workers = request.trials or 2000, Counter[tuple[str, ...]](), 0, limits.threads().amount
     with tempfile.TemporaryDirectory() as place:
-        base, folder = Path(place) / "base", Path(place) / "trial"
+        base = Path(place) / "base"
         base.mkdir()
-        right = whole_run(base, folder)
-        for i in range(n):
-            for found in trial(base, folder, random.Random(f"{request.seed} {i}"), right):
-                table[found[:-1]] += 1
-                if found.outcome in FAILURES:
-                    print(f"trial {i}: {', '.join(found[:-1])}\n{found.output[-1500:]}", file=sys.stderr, flush=True)
-        alarms = false_alarms(base, folder, right, n // 10)
+        right = whole_run(base, Path(place) / "trial")
+        shares = [Share(worker, workers, n, request.seed, base, right) for worker in range(workers)]
+        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+            for part, part_alarms in pool.map(work, shares):
+                table += part
+                alarms += part_alarms
     outcomes = Counter[str]()
     for row, times in table.items():
         outcomes[row[-1]] += times
-    print(
-        ", ".join(f"{times} {outcome}" for outcome, times in outcomes.most_common()), f"; {alarms} false alarms", sep=""
-    )
+    said = ", ".join(f"{times} {outcome}" for outcome, times in outcomes.most_common())
+    print(f"{said}; {alarms} false alarms")
     if request.trials is None:
         record = records.begin("corruption", "bench.robustness.corruption", None, torch.device("cpu"))
         rows = [[*row, times] for row, times in sorted(table.items())]

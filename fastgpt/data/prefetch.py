@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.data.loader import BatchLoader
+from fastgpt.errors import RequestError
 
 
 class Prefetcher:
@@ -23,20 +24,25 @@ class Prefetcher:
         self.loader = loader
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ahead: tuple[tuple[Tensor, Tensor], torch.cuda.Event] | None = None
+        self._ahead: tuple[tuple[Tensor, Tensor], torch.cuda.Event] | RequestError | None = None
         self._state: dict[str, Any] | None = None  # of the loader, before it drew the batch ahead
 
     def next(self) -> tuple[Tensor, Tensor]:
         """The next batch ``(x, y)``, (B, T) int64 on the device, good until the one after it is asked for."""
         if self._stream is None:
             return self.loader.next()
+        if isinstance(self._ahead, RequestError):
+            raise self._ahead
         batch, copied = self._ahead or self._fetch(self._stream)
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         for tensor in batch:
             tensor.record_stream(current)  # so that its memory is not written again before the work has read it
         self._state = self.loader.state_dict()
-        self._ahead = self._fetch(self._stream)
+        try:
+            self._ahead = self._fetch(self._stream)
+        except RequestError as error:  # the batch ahead has a bad id: for whoever asks for it, if anybody does
+            self._ahead = error
         return batch
 
     def _fetch(self, stream: torch.cuda.Stream) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastgpt.data.dataset import Dataset
 from fastgpt.data.shards import META_FILE, Shard, file_sha256
@@ -39,9 +39,10 @@ class ShardVerifier:
         if self._problem is not None:
             raise RequestError(self._problem)
 
-    def wait(self) -> None:
-        """Wait until all shards have been compared, then :meth:`check`."""
-        self._thread.join()
+    def wait(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait until all shards have been compared, or ``give_up`` says so; then :meth:`check`."""
+        while self._thread.is_alive() and not give_up():
+            self._thread.join(0.1)
         self.check()
 
     def _compare(self, shards: Sequence[Shard]) -> None:

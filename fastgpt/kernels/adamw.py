@@ -164,7 +164,9 @@ class FusedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._steps, self._n_calls = {}, 0
-        self.__dict__.setdefault("_captured", False)
+        for name in ("_captured", "skip_nonfinite"):  # pickled by a version without them
+            self.__dict__.setdefault(name, False)
+        self.__dict__.setdefault("found_inf", None)
 
     @property
     def _needs_adamw_8bit(self) -> bool:
@@ -323,6 +325,7 @@ class FusedAdamW(Optimizer):
         capturing = _capturing()
         self._captured = self._captured or capturing
         self._n_calls += 1
+        self.found_inf = None
         batches = [batch for group in self.param_groups for batch in self._batches(group, capturing)]
         scale = self._scale(batches, grad_scale)
         for batch in batches:

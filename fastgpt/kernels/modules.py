@@ -135,8 +135,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, C)`` to ``(B, T, C)``."""
         checks.floating(x=x)
-        if x.dim() != 3 or 0 in x.shape or x.shape[2] != self.embed_dim:
-            raise ValueError(f"x: expected (B, T, {self.embed_dim}), none of them 0, got {tuple(x.shape)}")
+        if x.dim() != 3 or 0 in x.shape[1:] or x.shape[2] != self.embed_dim:
+            raise ValueError(f"x: expected (B, T, {self.embed_dim}), only B may be 0, got {tuple(x.shape)}")
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         return self.out_proj(attention_qkv(qkv, self.num_heads, dropout_p=self.dropout if self.training else 0.0))
 

@@ -5,10 +5,12 @@ name is complete, also after a power cut. Older checkpoints are removed only aft
 each file; a file that no longer matches it is refused.
 """
 
+import errno
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,14 @@ class NotSaved(OSError):
 
 
 @dataclass(frozen=True)
+class DataOrigin:
+    """The dataset that a run is trained on: where it was, and the digest of its content."""
+
+    path: str
+    id: str
+
+
+@dataclass(frozen=True)
 class State:
     """What a run needs to continue, besides tensors. All of it is JSON."""
 
@@ -45,9 +55,10 @@ class State:
     model: GPTConfig
     state_bits: int = 32  # of the moments
     skipped: int = 0  # updates, whose gradients were not finite
+    skipped_in_a_row: int = 0  # just before this step
     loss_scale: float = 1.0
     updates_since_overflow: int = 0
-    data: dict[str, str] | None = None  # the dataset's path and identity
+    data: DataOrigin | None = None
     evaluated_step: int | None = None  # of the last evaluation, -1 before the first
     eval_batch_size: int | None = None  # blocks in a batch of an evaluation
     optimizer_seeds: list[int] = field(default_factory=list)  # of each parameter group that rounds stochastically
@@ -92,8 +103,9 @@ def newest(run_dir: Path) -> Path:
 
 
 def save(
-    run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], keep: int = 1
-) -> Path:
+    run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]],
+    keep: int | None = 1,
+) -> Path:  # fmt: skip
     """Write a checkpoint, then remove earlier ones.
 
     Args:
@@ -101,13 +113,38 @@ def save(
         state: the rest of the run's state.
         parameters: fp32, by name.
         moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
-        keep: how many of the newest remain, with this one; the one with the best validation loss always does.
+        keep: how many of the newest remain, with this one; the one with the best validation loss always does. ``None``
+            for all.
 
     Raises:
-        NotSaved: the disk is full, or does not take it for another reason. Earlier checkpoints are as they were.
+        NotSaved: the disk is full, or does not take it for another reason. The newest checkpoint and the best one are
+            as they were.
     """
+    try:
+        path = _save(run_dir, state, parameters, moments)
+    except NotSaved:
+        if not _remove_all_but(run_dir, {state.best_step, *steps(run_dir)[-1:]}):
+            raise
+        path = _save(run_dir, state, parameters, moments)  # there may be room now
+    if keep is not None:
+        earlier = [step for step in steps(run_dir) if step < state.step]
+        # later ones go too: the run was resumed before them because they are damaged
+        _remove_all_but(run_dir, {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]})
+    return path
+
+
+def _remove_all_but(run_dir: Path, kept: set[int | None]) -> bool:
+    """Remove checkpoints; whether there was one. What cannot be removed, such as an open file on NFS, stays."""
+    removed = [step for step in steps(run_dir) if step not in kept]
+    for step in removed:
+        shutil.rmtree(folder(run_dir, step), ignore_errors=True)
+    return bool(removed)
+
+
+def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
     target = folder(run_dir, state.step)
     partial, old = (target.with_name(target.name + suffix) for suffix in (_PARTIAL, _OLD))
+    recover(run_dir)
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
@@ -115,16 +152,13 @@ def save(
         if target.exists():  # saved before at this step
             target.rename(old)
         partial.rename(target)
+        _flush(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way
+        with suppress(OSError):
+            recover(run_dir)
         raise NotSaved(getattr(error, "strerror", None) or str(error)) from error
-    _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-    earlier = [step for step in steps(run_dir) if step < state.step]
-    kept = {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]}
-    for step in steps(run_dir):  # later ones too: the run was resumed before them because they are damaged
-        if step not in kept:
-            shutil.rmtree(folder(run_dir, step))
     return target
 
 
@@ -198,6 +232,8 @@ def newest_good(run_dir: Path, names: Sequence[str] = FILES) -> tuple[Path, list
     for step in reversed(steps(run_dir)):
         try:
             verify(folder(run_dir, step), names)
+            if "state.json" in names:  # it has not been compared if there is no manifest
+                load_state(folder(run_dir, step))
         except RequestError as error:
             problems.append(str(error))
             continue
@@ -207,16 +243,23 @@ def newest_good(run_dir: Path, names: Sequence[str] = FILES) -> tuple[Path, list
     return newest(run_dir), problems  # raises
 
 
+# What fsync says where a file system or an operating system does not have it.
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+
+
 def _flush(path: Path) -> None:
-    """Have the disk write a file or the entries of a folder now; a file system that cannot is left to itself."""
+    """Have the disk write a file or the entries of a folder now. ``OSError`` if it cannot, for example because full."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        return
+        if path.is_dir():  # which Windows does not open
+            return
+        raise
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
     finally:
         os.close(descriptor)
 

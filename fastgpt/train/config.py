@@ -118,6 +118,8 @@ class TrainConfig:
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"--{item.name} must be a finite number, got {value}")
+        if self.seed >= 2**63:
+            raise RequestError(f"--seed must be less than 2**63, got {self.seed}")
         if self.batch_size is None and not self.total_batch_size:
             raise RequestError("--batch_size auto needs --total_batch_size, the tokens of an update")
         for name in _AT_LEAST_ONE:

@@ -48,7 +48,7 @@ class UpdateMetrics:
         loss, norm = train_step.loss, train_step.grad_norm
         self._has_norm = norm is not None
         # One copy of its own for all: the next update overwrites these tensors before anybody reads them.
-        values = [loss, loss if norm is None else norm, train_step.skipped, train_step.skipped_in_a_row]
+        values = [loss, loss if norm is None else norm, train_step.skipped, train_step.most_in_a_row]
         self._values = torch.stack(values).to("cpu", non_blocking=True)
         self._since, self.end = since, Timestamp(train_step.loss.device, step)
 
@@ -68,6 +68,6 @@ class UpdateMetrics:
         """Updates that were skipped so far. Valid only after :meth:`seconds`."""
         return int(self._values[2].item())
 
-    def skipped_in_a_row(self) -> int:
-        """Those since the last update that was not skipped. Valid only after :meth:`seconds`."""
+    def most_in_a_row(self) -> int:
+        """The longest row of them so far. Valid only after :meth:`seconds`."""
         return int(self._values[3].item())

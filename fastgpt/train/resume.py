@@ -37,7 +37,9 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
     if start == "scratch":
         return resolve(given, presets)
     run_dir = Path(given.get("out_dir") or f"runs/{given.get('preset', TrainConfig.preset)}")
-    checkpoint.recover(run_dir)  # before auto takes the folder for one without a checkpoint
+    if (run_dir / run_folder.CHECKPOINTS).is_dir():
+        with run_folder.RunLock(run_dir):  # a process that is saving there now has no name to give back
+            checkpoint.recover(run_dir)  # before auto takes the folder for one without a checkpoint
     if start == "auto" and not checkpoint.steps(run_dir):
         # a run that ended before its first checkpoint has nothing to lose
         return replace(resolve(given | {"init_from": "scratch"}, presets), overwrite=True)
@@ -82,9 +84,9 @@ def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dat
         raise RequestError(
             f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
         )
-    if state.data is not None and state.data["id"] != dataset.identity:
+    if state.data is not None and state.data.id != dataset.identity:
         raise RequestError(
-            f"cannot resume: {path} was trained on {state.data['path']} ({state.data['id'][:12]}), and "
+            f"cannot resume: {path} was trained on {state.data.path} ({state.data.id[:12]}), and "
             f"{dataset.path} ({dataset.identity[:12]}) is other data; pass that dataset, or start a new run"
         )
     if state.step > config.max_iters:

@@ -68,23 +68,31 @@ def check(config: TrainConfig) -> Path:
     return run_dir
 
 
-def check_room(run_dir: Path, checkpoints: int, n_bytes: int) -> None:
-    """Refuse a run whose checkpoints do not fit the disk.
+def check_room(run_dir: Path, checkpoints: int, n_bytes: int, *, replaced: bool) -> str | None:
+    """A warning if the disk has no room for all checkpoints that a run is to keep.
 
     Args:
         run_dir: its folder, which exists.
-        checkpoints: how many have to fit beside what is there.
+        checkpoints: how many have to fit beside what stays there.
         n_bytes: the size of one.
+        replaced: whether what is there is removed first.
 
     Raises:
-        RequestError: they do not.
+        RequestError: not even one fits.
     """
     free = shutil.disk_usage(run_dir).free
-    if checkpoints * n_bytes > free:
+    if replaced:
+        files = (path for item in held(run_dir) for path in (item, *item.rglob("*")) if path.is_file())
+        free += sum(path.stat().st_size for path in files)
+    if free < n_bytes:
         raise RequestError(
-            f"the disk of {run_dir} has {size(free)} free, less than the {count_of(checkpoints, 'checkpoint')} of "
-            f"{size(n_bytes)} that the run has to write: make room, or pass another --out_dir or --keep_checkpoints 1"
+            f"the disk of {run_dir} has {size(free)} free, and a checkpoint takes {size(n_bytes)}: make room, or pass "
+            "another --out_dir"
         )
+    if free < checkpoints * n_bytes:
+        wanted = f"{count_of(checkpoints, 'checkpoint')} of {size(n_bytes)}"
+        return f"the disk of {run_dir} has {size(free)} free, and the run will write {wanted}: make room"
+    return None
 
 
 class RunLock:

@@ -25,6 +25,8 @@ Batch = tuple[Tensor, Tensor]
 
 # torch.amp.GradScaler's, from Micikevicius et al., "Mixed Precision Training", 2018.
 FIRST_LOSS_SCALE, GROWTH_INTERVAL = 65536.0, 2000
+# Ours: gradients that overflow without a scale overflow with a smaller one too, or are lost.
+LEAST_LOSS_SCALE = 1.0
 
 
 class TrainStep:
@@ -60,7 +62,9 @@ class TrainStep:
         loss: 0-dim fp32 on the device, mean loss of the last update's micro-batches.
         skipped: 0-dim fp32 on the device, updates that were skipped so far.
         skipped_in_a_row: 0-dim fp32 on the device, those since the last one that was not. In fp16, where gradients
-            overflow now and then because of the scale, it counts updates whose loss is not finite.
+            overflow now and then because of the scale, it counts updates whose loss is not finite, or whose gradients
+            overflow at the least scale.
+        most_in_a_row: 0-dim fp32 on the device, the largest ``skipped_in_a_row`` so far.
         loss_scale: factor of the loss in fp16; 1 in other dtypes.
     """
 
@@ -95,7 +99,7 @@ class TrainStep:
         self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
         self.loss = torch.zeros((), device=self.lr.device)
-        self.skipped, self.skipped_in_a_row = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
+        self.skipped, self.skipped_in_a_row, self.most_in_a_row = (torch.zeros_like(self.loss) for _ in range(3))
         self._sum = torch.zeros_like(self.loss)  # of the losses of this update's micro-batches
         self._scale = torch.full_like(self.loss, FIRST_LOSS_SCALE) if dtype == torch.float16 else None
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
@@ -195,6 +199,7 @@ class TrainStep:
         if self.optimizer.found_inf is not None:  # None in fp16
             self.skipped += self.optimizer.found_inf
             self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
+            torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
 
     def _note_loss(self) -> None:
         torch.div(self._sum, self.accumulation, out=self.loss)
@@ -203,10 +208,10 @@ class TrainStep:
     def _update_scaled(self) -> None:
         """Do what :meth:`_update` does, with gradients of a scaled loss. If they are not finite, halve the scale."""
         assert self._scale is not None
-        self.skipped_in_a_row.add_(1).mul_(self._sum.isfinite().logical_not())
         if math.isfinite(torch.linalg.vector_norm(self.store.grad).item()):
             self.optimizer.step(grad_scale=1.0 / (self.accumulation * self.loss_scale), zero_grad=True)
             self.store.refresh()
+            self.skipped_in_a_row.zero_()
             self.updates_since_overflow += 1  # as torch.amp.GradScaler does, the scale doubles after enough of these
             if self.updates_since_overflow < GROWTH_INTERVAL:
                 return
@@ -214,10 +219,12 @@ class TrainStep:
         else:
             self.store.grad.zero_()
             self.skipped += 1
+            self.skipped_in_a_row += self._sum.isfinite().logical_not() | (self.loss_scale <= LEAST_LOSS_SCALE)
+            torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
             if self.optimizer.max_grad_norm is not None:
                 self.optimizer.grad_norm = torch.full_like(self.loss, math.inf)
             factor = 0.5
-        self.set_loss_scale(self.loss_scale * factor)
+        self.set_loss_scale(max(self.loss_scale * factor, LEAST_LOSS_SCALE))
 
     def set_loss_scale(self, scale: float, updates_since_overflow: int = 0) -> None:
         """Set the loss scale, and for how many updates it has been kept. No effect in dtypes other than fp16."""

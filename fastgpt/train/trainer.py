@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -130,12 +131,13 @@ class Trainer:
     def train(self) -> int:
         """Run to the end, to the time limit or to a signal; returns the exit status."""
         with self.lock:
-            if self.config.init_from == "scratch":
-                run_folder.clear(self.run_dir)
-            tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
             if self.resumed_from is not None and checkpoint.steps(self.run_dir) != self._steps_found:
                 raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
-            run_folder.check_room(self.run_dir, *self._checkpoints_to_come())
+            scratch = self.config.init_from == "scratch"
+            little_room = run_folder.check_room(self.run_dir, *self._checkpoints_to_come(), replaced=scratch)
+            if scratch:
+                run_folder.clear(self.run_dir)
+            tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
             run_config = RunConfig(asdict(self.config), self.settled.gpt_config, tokenizer, self.settled.left_open)
             run_folder.write_config(self.run_dir, run_config)
             if self.device.type == "cpu":
@@ -144,6 +146,8 @@ class Trainer:
                 self.log.trackers = trackers.start(self.config, self.run_dir, self.step)
                 with self.log:
                     self._introduce()
+                    if little_room is not None:
+                        self.log.say(little_room)
                     status = self._run()
                     self._conclude()
                     if status == 0:
@@ -160,6 +164,11 @@ class Trainer:
         except Diverged as error:
             self.log.say(str(error))
             return 1
+        except RequestError:  # the data or the memory of the next update, which is abandoned
+            if self.step not in checkpoint.steps(self.run_dir):
+                with suppress(RequestError, Diverged, checkpoint.NotSaved):
+                    self._save()
+            raise
         except checkpoint.NotSaved as error:
             left = checkpoint.steps(self.run_dir)
             newest = f"the newest is of step {left[-1]}" if left else "there is none"
@@ -171,7 +180,7 @@ class Trainer:
         if self._evaluation_is_missing():
             self._evaluate()
             if self.step:  # the checkpoint may turn out to be the best one
-                self._save()
+                self._try_to_save()
         since = Timestamp(self.device, self.step)  # the next logged time is the mean over the updates since then
         while self.step < config.max_iters:
             self.shards.check()
@@ -195,13 +204,12 @@ class Trainer:
             if evaluating:
                 self._evaluate()
             if saving:
-                self.shards.wait()  # what is saved comes from the data that it says it comes from
-                try:
+                # what is saved comes from the data that it says it comes from
+                self.shards.wait(give_up=lambda: self.stop.requested)
+                if last:
                     self._save()
-                except checkpoint.NotSaved as error:  # the next one may find room; only the last one has to
-                    if last:
-                        raise
-                    self.log.say(f"no checkpoint at step {self.step}: {error}; the run goes on")
+                else:
+                    self._try_to_save()
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
         return 0
@@ -212,6 +220,13 @@ class Trainer:
         self.stop.remove_file()
         self.log.say(f"stopped by {self.stop.reason} at step {self.step}; --init_from resume continues: {path}")
         return self.stop.exit_status
+
+    def _try_to_save(self) -> None:
+        """Save a checkpoint if the disk takes it; the next one may find room."""
+        try:
+            self._save()
+        except checkpoint.NotSaved as error:
+            self.log.say(f"no checkpoint at step {self.step}: {error}; the run goes on")
 
     def _update(self) -> float:
         """One update; returns its learning rate."""
@@ -225,7 +240,7 @@ class Trainer:
 
         try:
             self._in_memory(lambda: self.train_step(next_batch, lr))
-        except Interrupted:  # back to the start of the update, as if it had not begun
+        except (Interrupted, RequestError):  # back to the start of the update, as if it had not begun
             self.train_step.start_over(self.config.gradient_accumulation_steps)
             self.batches.load_state_dict(position)
             checkpoint.set_random_state(random_state)
@@ -376,7 +391,7 @@ class Trainer:
 
     def _report_skipped(self, metrics: UpdateMetrics) -> None:
         """Report updates that were skipped since the last report; raise ``Diverged`` if they are too many in a row."""
-        new, in_a_row = metrics.skipped() - self._n_skipped, metrics.skipped_in_a_row()
+        new, in_a_row = metrics.skipped() - self._n_skipped, metrics.most_in_a_row()
         self._n_skipped = metrics.skipped()
         if new and self.dtype != torch.float16:  # there it is how the loss scale is found
             text = f"{count_of(new, 'update')} up to step {metrics.step} skipped: gradients were not finite"
@@ -385,7 +400,7 @@ class Trainer:
             path = self._save()
             raise Diverged(
                 f"the gradients of {count_of(in_a_row, 'update')} in a row were not finite, up to step {metrics.step}: "
-                f"the run ends. The weights from before them are saved: {path}. {DIVERGED_ADVICE}"
+                f"the run ends. The weights from before them are saved, beside earlier ones: {path}. {DIVERGED_ADVICE}"
             )
 
     def _introduce(self) -> None:
@@ -430,46 +445,54 @@ class Trainer:
         config = self.config
         to_write = -(-(config.max_iters - self.step) // (config.checkpoint_interval or config.eval_interval))
         # the newest ones, the best one, and the one that is being written
-        at_most = config.keep_checkpoints + 2 - len(checkpoint.steps(self.run_dir))
+        there = 0 if config.init_from == "scratch" else len(checkpoint.steps(self.run_dir))
+        at_most = config.keep_checkpoints + 2 - there
         size = checkpoint.n_bytes(self.settled.gpt_config.n_params, config.state_bits)
         return min(to_write, max(1, at_most)), size
 
     def _save(self) -> Path:
-        """Save a checkpoint.
+        """Save a checkpoint. After skipped updates, earlier ones are kept: they may be better.
 
         Raises:
+            RequestError: a shard of the dataset has been found to be damaged.
             Diverged: the weights are not finite.
             NotSaved: the disk does not take it.
         """
+        self.shards.check()
         start = time.perf_counter()
         evaluated, loss = self.val_loss or (-1, math.inf)
-        if evaluated == self.step and loss < (math.inf if self.best_val_loss is None else self.best_val_loss):
-            self.best_val_loss, self.best_step = loss, self.step
+        best_val_loss, best_step = self.best_val_loss, self.best_step
+        if evaluated == self.step and loss < (math.inf if best_val_loss is None else best_val_loss):
+            best_val_loss, best_step = loss, self.step
         step = self.train_step
-        if not step.store.master.isfinite().all():
+        extremes = torch.stack(torch.aminmax(step.store.master))  # NaN if one weight is; isfinite takes temporaries
+        if not extremes.isfinite().all():
             raise Diverged(
                 f"the weights are not finite at step {self.step}: the run has diverged and ends without another "
                 f"checkpoint. {DIVERGED_ADVICE}"
             )
         state = checkpoint.State(
             step=self.step,
-            best_val_loss=self.best_val_loss,
-            best_step=self.best_step,
+            best_val_loss=best_val_loss,
+            best_step=best_step,
             evaluated_step=evaluated,
-            data={"path": str(self.settled.dataset.path), "id": self.settled.dataset.identity},
+            data=checkpoint.DataOrigin(str(self.settled.dataset.path), self.settled.dataset.identity),
             tokens=self.tokens,
             loader=self.batches.state_dict(),
             model=self.settled.gpt_config,
             state_bits=self.config.state_bits,
             skipped=int(step.skipped),
+            skipped_in_a_row=int(step.skipped_in_a_row),
             loss_scale=step.loss_scale,
             updates_since_overflow=step.updates_since_overflow,
             eval_batch_size=self.eval_batch_size,
             optimizer_seeds=[group["seed"] for group in step.optimizer.param_groups if "seed" in group],
         )
         moments = {kind: step.store.named(flat) for kind, flat in step.moments.items()}
-        parameters, keep = step.store.named(step.store.master), self.config.keep_checkpoints
+        parameters = step.store.named(step.store.master)
+        keep = None if state.skipped_in_a_row else self.config.keep_checkpoints
         path = checkpoint.save(self.run_dir, state, parameters, moments, keep)
+        self.best_val_loss, self.best_step = best_val_loss, best_step
         self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
         return path
 
@@ -484,6 +507,7 @@ class Trainer:
         for optimizer_state in step.optimizer.state.values():
             optimizer_state["step"].fill_(state.step - state.skipped)
         step.skipped.fill_(state.skipped)
+        step.skipped_in_a_row.fill_(state.skipped_in_a_row)
         self._n_skipped = state.skipped
         for group, seed in zip(step.optimizer.param_groups, state.optimizer_seeds, strict=False):
             group["seed"] = seed

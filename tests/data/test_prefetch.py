@@ -9,6 +9,7 @@ import torch
 
 from fastgpt.data.loader import BatchLoader
 from fastgpt.data.prefetch import Prefetcher
+from fastgpt.errors import RequestError
 
 CPU = torch.device("cpu")
 
@@ -88,3 +89,20 @@ def test_on_a_gpu_batches_arrive_whole_while_it_is_busy():
         copies = [tensor.clone() for tensor in batch]  # read only after the GPU has woken
         del batch
         assert same(copies, other.next())
+
+
+def test_a_bad_batch_is_an_error_for_the_one_who_asks_for_it(pretend_gpu):
+    one = loader()
+    draw, n_drawn = one.next, iter(range(100))
+
+    def third_is_bad():
+        if next(n_drawn) == 2:
+            raise RequestError("a token outside the vocabulary")
+        return draw()
+
+    one.next = third_is_bad
+    prefetcher = pretend_gpu(one)
+    prefetcher.next()
+    prefetcher.next()
+    with pytest.raises(RequestError):
+        prefetcher.next()

@@ -485,6 +485,32 @@ def test_a_step_that_is_skipped_leaves_no_trace(device, kind, options, bad, max_
     assert runs[0][0].state[params[0]]["step"].item() == 3
 
 
+def test_steps_are_skipped_only_as_long_as_that_is_asked_for():
+    p = Parameter(torch.ones(3))
+    ours = FusedAdamW([p], 1e-2, skip_nonfinite=True)
+    p.grad = torch.full((3,), math.nan)
+    ours.step()
+    assert ours.found_inf.item() == 1
+    p.grad = None
+    ours.step()
+    assert ours.found_inf is None
+    ours.skip_nonfinite, p.grad = False, torch.ones(3)
+    ours.step()
+    assert (p < 1).all()
+
+
+def test_an_optimizer_pickled_by_a_version_that_skipped_nothing_goes_on():
+    p = Parameter(torch.ones(3))
+    state = FusedAdamW([p]).__getstate__()
+    del state["skip_nonfinite"], state["found_inf"]
+    ours = FusedAdamW.__new__(FusedAdamW)
+    ours.__setstate__(state)
+    (p,) = ours.param_groups[0]["params"]
+    p.grad = torch.ones(3)
+    ours.step()
+    assert (p < 1).all()
+
+
 def test_a_parameter_that_missed_the_skipped_step_keeps_its_own_step_count(device):
     """The host takes both for having taken one step, but only one of them has."""
     params = parameters(torch.float32, device, [(5,), (5,)])

@@ -211,8 +211,13 @@ def test_inputs_may_be_copies_on_write(backend, name):
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_parameters_and_gradients_may_be_copies_on_write(backend):
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_parameters_gradients_and_moments_may_be_copies_on_write(backend, state_bits):
     weight = nn.Parameter(torch._lazy_clone(torch.ones(1 << 17)))
     weight.grad = torch._lazy_clone(torch.ones(1 << 17))
-    FusedAdamW([weight], max_grad_norm=1.0).step()
-    assert (weight < 1).all()
+    optimizer = FusedAdamW([weight], max_grad_norm=1.0, state_bits=state_bits)
+    optimizer.step()
+    optimizer.state[weight] = {name: torch._lazy_clone(t) for name, t in optimizer.state[weight].items()}
+    before = weight.detach().clone()
+    optimizer.step()
+    assert (weight < before).all()

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 
@@ -96,6 +97,51 @@ def test_a_later_checkpoint_than_the_one_that_was_resumed_is_removed(tmp_path):
         checkpoint.save(tmp_path, state(step, 1), *tensors(), 2)
     checkpoint.save(tmp_path, state(3, 1), *tensors(), 2)  # that of step 8 was damaged
     assert checkpoint.steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_disk_that_has_room_only_without_the_surplus_gets_it(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, state(step, 1), *tensors(), 3)
+    write = checkpoint.save_file
+
+    def full(content, path, **options):
+        if len(checkpoint.steps(tmp_path)) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(content, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    checkpoint.save(tmp_path, state(4, 1), *tensors(), 3)
+    assert checkpoint.steps(tmp_path) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(("number", "saved"), [(errno.ENOSPC, False), (errno.EIO, False), (errno.EINVAL, True)])
+def test_what_the_disk_says_when_it_is_to_write_now_counts(tmp_path, monkeypatch, number, saved):
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    checkpoint.save(tmp_path, state(1), *tensors())
+    monkeypatch.setattr(os, "fsync", fsync)
+    if saved:  # a file system without it
+        checkpoint.save(tmp_path, state(2), *tensors())
+    else:
+        with pytest.raises(checkpoint.NotSaved, match=os.strerror(number)):
+            checkpoint.save(tmp_path, state(2), *tensors())
+    assert checkpoint.steps(tmp_path) == [2 if saved else 1]
+
+
+def test_a_step_that_cannot_be_saved_again_keeps_its_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1), *tensors(seed=0))
+    rename = checkpoint.Path.rename
+
+    def second_fails(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(checkpoint.Path, "rename", second_fails)
+    with pytest.raises(checkpoint.NotSaved):
+        checkpoint.save(tmp_path, state(1), *tensors(seed=1))
+    assert_equal(checkpoint.load_parameters(checkpoint.newest(tmp_path)), tensors(seed=0)[0])
 
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):

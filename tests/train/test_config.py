@@ -131,6 +131,13 @@ def test_a_model_of_another_size_than_expected_is_refused_with_its_size():
         config("--preset", "gpt2-124m", "--n_embd=804", "--expect_params", "124M").gpt_config(50304)
 
 
+@pytest.mark.parametrize("seed", [2**63, 2**64])
+def test_a_seed_that_a_resumed_run_could_not_read_is_refused(seed):
+    with pytest.raises(RequestError, match=r"--seed must be less than 2\*\*63"):
+        parse([f"--seed={seed}"], PRESETS)
+    assert parse([f"--seed={2**63 - 1}"], PRESETS).seed == 2**63 - 1
+
+
 @pytest.mark.parametrize("count", ["large", "-3M", "0", "M", "1.2.3M", "nan"])
 def test_an_expected_size_that_is_no_count_is_refused(count):
     with pytest.raises(RequestError, match="124M"):

@@ -24,7 +24,7 @@ from fastgpt.train.diagnose import DATA
 from fastgpt.train.log import RunLog, read_metrics
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.settle import settle
-from fastgpt.train.step import RecordingOutOfMemory
+from fastgpt.train.step import LEAST_LOSS_SCALE, RecordingOutOfMemory
 from fastgpt.train.trainer import Trainer
 from tests.train.conftest import TINY
 
@@ -539,6 +539,95 @@ def test_after_too_many_skipped_updates_in_a_row_the_run_ends_with_the_weights_f
     assert saved.read_bytes() == expected.read_bytes()
 
 
+def test_after_skipped_updates_no_earlier_checkpoint_is_removed(trainer, tmp_path):
+    """The weights may be ruined although they are finite."""
+    one = trainer(max_skipped_updates=4, checkpoint_interval=1, keep_checkpoints=1)
+    poison(one, {4, 5, 6, 7})
+    assert one.train() == 1
+    assert {3, 4, 5, 6, 7} <= set(checkpoint.steps(tmp_path / "run"))
+
+
+def test_too_many_skipped_updates_between_two_logged_ones_are_noticed(trainer):
+    one = trainer(max_skipped_updates=4, log_interval=8)
+    poison(one, {4, 5, 6, 7})
+    assert one.train() == 1
+
+
+def test_a_row_of_skipped_updates_goes_on_in_a_resumed_run(trainer, tmp_path):
+    one = trainer(max_iters=5)
+    poison(one, {4, 5})
+    assert one.train() == 0
+    assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).skipped_in_a_row == 2
+    two = trainer(init_from="resume", max_skipped_updates=3)
+    poison(two, {6})
+    assert two.train() == 1
+    assert checkpoint.steps(tmp_path / "run")[-1] == 6
+
+
+def test_an_fp16_run_whose_gradients_are_never_finite_ends(trainer, tmp_path, capsys):
+    one = trainer(dtype="float16", max_iters=60, lr_decay_iters=60, max_skipped_updates=5)
+    micro_step = one.train_step._micro_step
+
+    def poisoned(batch):
+        micro_step(batch)
+        one.train_step.store.grad[3] = float("nan")
+
+    one.train_step._micro_step = poisoned
+    assert one.train() == 1
+    assert "the gradients of 5 updates in a row were not finite" in capsys.readouterr().out
+    assert one.train_step.loss_scale == LEAST_LOSS_SCALE
+
+
+def test_a_best_checkpoint_that_the_disk_refuses_is_not_the_best(trainer, tmp_path, monkeypatch):
+    fill_disk(monkeypatch, {2, 3})  # the second attempt to save, and once more with less on the disk
+    one = trainer(eval_interval=2, keep_checkpoints=1)
+    scripted = iter([9.0, 5.0, 1.0, 7.0, 6.0])  # at steps 0, 2, 4, 6, 8
+    one.evaluate = lambda split: [next(scripted) if split == "val" else 5.0]
+    assert one.train() == 0
+    assert checkpoint.steps(tmp_path / "run") == [2, 8]
+    state = checkpoint.load_state(checkpoint.newest(tmp_path / "run"))
+    assert (state.best_step, state.best_val_loss) == (2, 5.0)
+
+
+# ---- damaged data ----
+
+
+def test_a_token_outside_the_vocabulary_ends_the_run_with_a_checkpoint_of_the_updates_before(trainer, tmp_path):
+    whole = trainer(out_dir=tmp_path / "whole", max_iters=3)
+    whole.train()
+    one = trainer()
+    draw, drawn = one.loaders["train"].next, []
+
+    def bad():
+        drawn.append(1)
+        if len(drawn) == 4:
+            raise RequestError("shard 0 has the token 51000")
+        return draw()
+
+    one.loaders["train"].next = bad
+    with pytest.raises(RequestError, match="51000"):
+        one.train()
+    assert checkpoint.steps(tmp_path / "run") == [3]
+    a, b = (checkpoint.newest(tmp_path / name) / "model.safetensors" for name in ("run", "whole"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_nothing_is_saved_of_data_that_have_been_found_to_be_damaged(trainer, tmp_path):
+    one = trainer()
+    stop_after(one, 3, signal.SIGTERM)
+    update = one._update
+
+    def found():
+        if one.step == 2:
+            one.shards._problem = "train_000000.bin is damaged"
+        return update()
+
+    one._update = found
+    with pytest.raises(RequestError, match="is damaged"):
+        one.train()
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
 # ---- a full disk ----
 
 
@@ -579,17 +668,32 @@ def test_on_a_signal_too(trainer, tmp_path, monkeypatch, capsys):
     assert "the checkpoint of step 3 could not be written" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("free", "fits"), [(4, True), (3.9, False)])
-def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused_before_it_begins(trainer, monkeypatch, free, fits):
-    one = trainer(checkpoint_interval=2)  # two of the newest, the best one, and one that is being written
-    one_size = checkpoint.n_bytes(one.settled.gpt_config.n_params, 32)
-    usage = shutil.disk_usage(".")._replace(free=int(free * one_size))
+def limit_disk(monkeypatch, one, checkpoints):
+    """Let the disk have room for so many checkpoints of a run."""
+    free = int(checkpoints * checkpoint.n_bytes(one.settled.gpt_config.n_params, 32)) + 1
+    usage = shutil.disk_usage(".")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    if fits:
-        assert one.train() == 0
-    else:
-        with pytest.raises(RequestError, match=r"the disk of .* has .* free, less than the 4 checkpoints of .* that"):
-            one.train()
+
+
+@pytest.mark.parametrize(("room", "warned"), [(4, False), (3.9, True)])
+def test_a_run_says_so_if_the_disk_will_be_full(trainer, monkeypatch, capsys, room, warned):
+    one = trainer(checkpoint_interval=2)  # two of the newest, the best one, and one that is being written
+    limit_disk(monkeypatch, one, room)
+    assert one.train() == 0
+    assert ("free, and the run will write 4 checkpoints of " in capsys.readouterr().out) == warned
+
+
+def test_a_run_without_room_for_a_checkpoint_is_refused_and_nothing_is_removed(trainer, tmp_path, monkeypatch):
+    trainer(n_layer=1).train()
+    before = files_of(tmp_path / "run")
+    one = trainer(overwrite=True, n_embd=128)  # the old run's bytes count as free, but are too few
+    limit_disk(monkeypatch, one, 0)
+    with pytest.raises(RequestError, match=r"the disk of .* has .* free, and a checkpoint takes .*: make room"):
+        one.train()
+    assert {p: content for p, content in files_of(tmp_path / "run").items() if p.name != ".lock"} == before
+    again = trainer(overwrite=True, max_iters=2)  # of the same size
+    limit_disk(monkeypatch, again, 0)
+    assert again.train() == 0
 
 
 def test_a_checkpoint_takes_the_bytes_that_were_foretold(trainer, tmp_path):
@@ -821,7 +925,7 @@ def test_a_time_limit_ends_the_run_with_a_checkpoint_to_go_on_from(trainer, tmp_
     trainer(out_dir=tmp_path / "whole").train()
     assert trainer(max_hours=1e-9).train() == 0
     assert checkpoint.steps(run) == [1]
-    trainer(init_from="resume").train()
+    trainer(init_from="resume", max_hours=0).train()
     assert losses(run) == losses(tmp_path / "whole")
 
 
