@@ -121,6 +121,14 @@ class Watch:
             self.memories[start] = Memory(tensor, fresh)
         return self.memories[start]
 
+    def wrote(self, tensor: Tensor) -> None:
+        """Note that PyTorch, not a kernel, has written all elements of a tensor."""
+        memory = self.memory(tensor)
+        elements = torch.arange(tensor.untyped_storage().nbytes() // tensor.element_size())
+        memory.mark_written(
+            elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy()
+        )
+
     def touch(self, view: View, addresses: np.ndarray, live: np.ndarray, verb: str) -> None:
         """Check that a program reads, writes or adds to the ``live`` ones of a tile of addresses."""
         shape, positions, addresses = addresses.shape, np.flatnonzero(live), addresses[live]

@@ -183,7 +183,7 @@ LARGE_PLANTS = [
           {"i = tl.program_id(0).to(tl.int64)": "i = tl.program_id(0)"}),
     Plant("gelu: elements in int32", "overflow", gelu, LARGE["gelu, 2**31 elements"],
           {"here = tl.program_id(0).to(tl.int64) * BLOCK": "here = tl.program_id(0) * BLOCK"}),
-    Plant("attention: positions in int32", "overflow", attention, LARGE["attention, positions 2**23 - 1 apart"],
+    Plant("attention: positions in int32", "overflow", attention, LARGE["attention, positions 2**23 - 16 apart"],
           {"tl.cast(start, tl.int64) * stride": "start * stride"}),
     Plant("attention: heads in int32", "overflow", attention, LARGE["attention, 2**31 elements"],
           {"(head // n_head).to(tl.int64)": "(head // n_head)"}),

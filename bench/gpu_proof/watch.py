@@ -172,7 +172,7 @@ def _launches(watch: Watch) -> Callable[..., None]:
 
 
 class _Fresh(TorchFunctionMode):
-    """Records memory that is allocated without values."""
+    """Records memory that is allocated without values, and what PyTorch then writes to it."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -180,8 +180,11 @@ class _Fresh(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("empty", "empty_like", "new_empty", "empty_strided") and result.numel():
+        name = getattr(func, "__name__", "")
+        if name in ("empty", "empty_like", "new_empty", "empty_strided") and result.numel():
             self.watch.memory(result, fresh=True)
+        elif name in ("copy_", "zero_", "fill_") and result.numel():
+            self.watch.wrote(result)
         return result
 
 
