@@ -252,7 +252,7 @@ def main() -> None:
         record = records.begin("corruption", "bench.robustness.corruption", None, torch.device("cpu"))
         rows = [[*row, times] for row, times in sorted(table.items())]
         summary = {"damages": n, "undamaged": n // 10, "false alarms": alarms, "table": rows}
-        records.write(record | {"outcomes": summary}, records.results_folder("cpu") / "corruption")
+        records.write(record | {"outcomes": summary}, records.RESULTS / "robustness" / "corruption")
     sys.exit(bool(alarms or any(outcomes[outcome] for outcome in FAILURES)))
 
 

@@ -141,7 +141,7 @@ def main() -> None:
         print(name, *(f"{count} {what}" for what, count in found[name].items()), sep=", ", flush=True)
     if request.kills is None and request.signals == list(SIGNALS):
         record = records.begin("soak", "bench.robustness.soak", None, torch.device("cpu"))
-        records.write(record | {"outcomes": found}, records.results_folder("cpu") / "soak")
+        records.write(record | {"outcomes": found}, records.RESULTS / "robustness" / "soak")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every flag of ``python -m fastgpt.train``, its default and its meaning. Names are nanoGPT's where it has one.
 
 A flag is a field of :class:`TrainConfig`: its annotation gives the type and the choices, ``_option`` the default and
-the help text. Nothing else has to be written for a new one.
+the help text. One that does not change what is learnt also belongs to ``UNREMARKABLE`` in ``resume.py``.
 """
 
 import argparse

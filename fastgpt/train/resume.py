@@ -16,7 +16,7 @@ from fastgpt.train import checkpoint, run_folder
 from fastgpt.train.config import TrainConfig, parse_flags, resolve
 
 # May differ without a word: they say where and how a process runs, or are settled anew for the device.
-_UNREMARKABLE = {
+UNREMARKABLE = {
     "preset", "init_from", "overwrite", "out_dir", "data_dir", "device", "batch_size", "gradient_accumulation_steps",
     "recompute", "expect_params", "tensorboard", "wandb", "backend", "cuda_graphs", "max_hours",
     "max_skipped_updates", "keep_checkpoints",
@@ -63,7 +63,7 @@ def known_flags(saved: dict[str, Any]) -> dict[str, Any]:
 def differences(run_dir: Path, config: TrainConfig) -> list[str]:
     """The flags that differ from those of the run before, as ``learning_rate 0.01 (was 0.02)``."""
     before, now = known_flags(run_folder.read_config(run_dir).train), asdict(config)
-    names = [name for name in now if name in before and name not in _UNREMARKABLE and now[name] != before[name]]
+    names = [name for name in now if name in before and name not in UNREMARKABLE and now[name] != before[name]]
     return [f"{name} {now[name]} (was {before[name]})" for name in names]
 
 
