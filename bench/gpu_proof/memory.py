@@ -90,9 +90,9 @@ class Memory:
         elif self.size != size:
             raise Fault(f"one launch uses the same memory as elements of {self.size} and of {size} bytes")
 
-    def mark_written(self, at: np.ndarray) -> None:
+    def mark_written(self, at: np.ndarray, size: int) -> None:
         if self.written is not None:
-            self.written[(at[:, None] * self.size + np.arange(self.size)).ravel()] = True
+            self.written[(at[:, None] * size + np.arange(size)).ravel()] = True
 
     def is_written(self, at: np.ndarray) -> bool:
         return self.written is None or bool(self.written[at * self.size].all())
@@ -123,11 +123,10 @@ class Watch:
 
     def wrote(self, tensor: Tensor) -> None:
         """Note that PyTorch, not a kernel, has written all elements of a tensor."""
-        memory = self.memory(tensor)
-        elements = torch.arange(tensor.untyped_storage().nbytes() // tensor.element_size())
-        memory.mark_written(
-            elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten().numpy()
-        )
+        size = tensor.element_size()
+        elements = torch.arange(tensor.untyped_storage().nbytes() // size)
+        at = elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        self.memory(tensor).mark_written(at.flatten().numpy(), size)
 
     def touch(self, view: View, addresses: np.ndarray, live: np.ndarray, verb: str) -> None:
         """Check that a program reads, writes or adds to the ``live`` ones of a tile of addresses."""
@@ -163,7 +162,7 @@ class Watch:
         if np.unique(at).size != at.size:
             raise Fault(f"race: one store writes an element twice, in {view.name}")
         self._sign(memory.writer, at)
-        memory.mark_written(at)
+        memory.mark_written(at, view.size)
 
     def _add(self, view: View, memory: Memory, at: np.ndarray) -> None:
         self._refuse("adds to", "writes", memory.writer[at], view, own=True)
