@@ -6,7 +6,6 @@ taken as it is, so that a person may edit it and remove the entry.
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.errors import RequestError, did_you_mean
+from fastgpt.files import written_whole
 
 T = TypeVar("T")
 
@@ -22,12 +22,8 @@ CHECKSUM = "sha256_of_the_rest"
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write ``content``: whole under its name, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(json.dumps(content | {CHECKSUM: _checksum(content)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -346,9 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"the {gpu.name} has compute capability {gpu.capability / 10}, and the kernels need "
                 f"{KERNELS_SINCE / 10} (Ampere): training runs there on plain PyTorch, which is not predicted"
             )
-        dtype = config.torch_dtype(torch.bfloat16 if gpu.tflops(torch.bfloat16) else torch.float16)
-        if gpu.tflops(dtype) is None:
-            raise RequestError(f"the {gpu.name} has no {config.dtype}")
+        dtype = config.torch_dtype(torch.bfloat16)  # every GPU that the kernels run on has all three dtypes
         device_type, machine = "cuda", roofline.machine(gpu, dtype)
         memory = Bound(machine.memory or 0, "the card's")
     else:

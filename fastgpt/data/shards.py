@@ -11,7 +11,6 @@ as uint16, all little-endian. A dataset is a folder:
 """
 
 import dataclasses
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from fastgpt import json_files
 from fastgpt.data.tokenizers import Tokens
 from fastgpt.errors import RequestError
+from fastgpt.files import file_sha256, written_whole
 
 MAGIC = 20240520
 MAGIC_UINT32 = 20240801  # of llm.c's shards for Llama 3
@@ -43,15 +43,9 @@ def write_shard(path: str | Path, tokens: npt.NDArray[Any]) -> None:
         raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, beyond 0 to 65535")
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            header.tofile(file)
-            tokens.astype("<u2", copy=False).tofile(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(Path(path)) as partial, open(partial, "wb") as file:
+        header.tofile(file)
+        tokens.astype("<u2", copy=False).tofile(file)
 
 
 def read_shard(path: str | Path) -> Tokens:
@@ -82,9 +76,10 @@ def read_tokens(path: str | Path) -> Tokens:
     """
     size = _size(path)
     # Bare GPT-2 tokens cannot start like a shard: the magic number's lower half is 55432.
-    if size >= 4 and np.fromfile(path, dtype="<i4", count=1)[0] == MAGIC:
+    magic = np.fromfile(path, dtype="<i4", count=1)[0] if size >= 4 else None
+    if magic == MAGIC:
         return read_shard(path)
-    if size >= 4 and np.fromfile(path, dtype="<i4", count=1)[0] == MAGIC_UINT32:
+    if magic == MAGIC_UINT32:
         raise RequestError(f"{path} holds 32-bit tokens, as llm.c writes them for Llama 3; only 16-bit ones are read")
     if size % 2:
         raise RequestError(f"{path} is no file of uint16 tokens: its {size} bytes are an odd number")
@@ -99,15 +94,6 @@ def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
     """Refuse ids outside the vocabulary, which would be read past the end of the embedding table."""
     if tokens.max(initial=0) >= vocab_size:
         raise RequestError(f"{where} has the token {tokens.max()}, outside its vocabulary of {vocab_size}")
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _size(path: str | Path) -> int:

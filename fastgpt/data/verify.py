@@ -5,8 +5,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from fastgpt.data.dataset import Dataset
-from fastgpt.data.shards import META_FILE, Shard, file_sha256
+from fastgpt.data.shards import META_FILE, Shard
 from fastgpt.errors import RequestError
+from fastgpt.files import file_sha256
 
 AT_ONCE = 64 << 20  # bytes that are compared before the run begins: about 50 ms
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt import json_files
-from fastgpt.data.shards import file_sha256
 from fastgpt.errors import RequestError
+from fastgpt.files import file_sha256
 from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"

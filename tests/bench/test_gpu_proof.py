@@ -11,7 +11,7 @@ from bench.gpu_proof.plants import BARRIER_PLANTS, KERNELS, LARGE_PLANTS, SMALL_
 from bench.records import REPOSITORY
 
 PLANTS = SMALL_PLANTS + LARGE_PLANTS + BARRIER_PLANTS
-CASES = ["layer_norm C100", "adamw"]
+CASES = ["layer_norm C100", "adamw", "attention across, views"]
 RUN_TWO_CASES = f"""
 import sys
 from bench.gpu_proof import __main__ as proof
