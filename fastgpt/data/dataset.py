@@ -38,6 +38,12 @@ class Dataset:
                 digest.update(tokens[: 1 << 19].tobytes() + tokens[-(1 << 19) :].tobytes())
         return digest.hexdigest()
 
+    def files(self, split: str) -> list[Path]:
+        """The file of each shard of the split ``train`` or ``val``."""
+        if self.meta is None:
+            return [self.path if split == "train" else _validation_file(self.path)]
+        return [self.path / shard.file for shard in getattr(self.meta, split)]
+
     @property
     def vocab_size(self) -> int | None:
         """The tokenizer's vocabulary size; None for bare files, which do not tell it."""
@@ -95,12 +101,17 @@ def _open_file(path: Path) -> Dataset:
             f"{path} holds no tokens; if it is text: {PREPARE} text {path} --name {path.stem}, "
             f"then --dataset {path.stem}"
         )
-    val = path.with_name("val".join(path.name.rsplit("train", 1)))
+    val = _validation_file(path)
     if val == path:
         raise RequestError(f"{path} is not named as a training split: pass a file like train.bin, beside a val.bin")
     if not val.is_file():
         raise RequestError(f"{path} has no validation split beside it: there is no {val}")
     return Dataset(path, [read_tokens(path)], [read_tokens(val)], meta=None)
+
+
+def _validation_file(path: Path) -> Path:
+    """The file beside a bare training file that holds the validation split."""
+    return path.with_name("val".join(path.name.rsplit("train", 1)))
 
 
 def _how_to_get(name: str, data_dir: Path) -> str:

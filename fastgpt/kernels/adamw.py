@@ -298,6 +298,7 @@ class FusedAdamW(Optimizer):
         *,
         grad_scale: float | Tensor = 1.0,
         zero_grad: bool = False,
+        skip_above: float | Tensor | None = None,
     ) -> Any:
         """Update every parameter that has a gradient.
 
@@ -307,17 +308,22 @@ class FusedAdamW(Optimizer):
                 1 / gradient_accumulation_steps; a number or a tensor of one element.
             zero_grad: also set the gradients to zero, in the same pass. Do not use it with ``GradScaler``: a step that
                 it skips would leave the gradients infinite.
+            skip_above: with ``skip_nonfinite``, also skip the step if the gradient norm, before clipping, is above
+                this; a number or a tensor of one element.
 
         Returns:
             The result of ``closure``.
 
         Raises:
-            ValueError: an option that is not supported has been set in a group.
-            TypeError: the kernels of a parameter do not take the dtype of its gradient, or ``grad_scale`` is not a
-                number.
+            ValueError: an option that is not supported has been set in a group, or ``skip_above`` is given without
+                ``skip_nonfinite``.
+            TypeError: the kernels of a parameter do not take the dtype of its gradient, or ``grad_scale`` or
+                ``skip_above`` is not a number.
             RuntimeError: a gradient is sparse; a gradient or state does not fit its parameter, for example because the
                 model was cast or moved after its first step; or a CUDA graph captures a step too early.
         """
+        if skip_above is not None and not self.skip_nonfinite:
+            raise ValueError("skip_above: needs skip_nonfinite=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -327,7 +333,7 @@ class FusedAdamW(Optimizer):
         self._n_calls += 1
         self.found_inf = None
         batches = [batch for group in self.param_groups for batch in self._batches(group, capturing)]
-        scale = self._scale(batches, grad_scale)
+        scale = self._scale(batches, grad_scale, skip_above)
         for batch in batches:
             self._step_batch(batch, scale, zero_grad)
             if not capturing:  # a captured step has not run yet
@@ -422,10 +428,14 @@ class FusedAdamW(Optimizer):
                 state[name] = torch.zeros(-(-p.numel() // MOMENT_BLOCK), dtype=torch.float32, device=p.device)
         return state
 
-    def _scale(self, batches: list[Batch], grad_scale: float | Tensor) -> Tensor | None:
+    def _scale(
+        self, batches: list[Batch], grad_scale: float | Tensor, skip_above: float | Tensor | None
+    ) -> Tensor | None:
         """The factor of every gradient, including clipping, as a 0-dim fp32 tensor; ``None`` for 1."""
         if not isinstance(grad_scale, Tensor):
             checks.number("grad_scale", grad_scale)
+        if not isinstance(skip_above, Tensor | None):
+            checks.number("skip_above", skip_above)
         measured = self.max_grad_norm is not None or self.skip_nonfinite
         if not batches or (not measured and not isinstance(grad_scale, Tensor) and grad_scale == 1.0):
             return None
@@ -434,7 +444,10 @@ class FusedAdamW(Optimizer):
             return scale
         self.grad_norm = _norm(batches) * scale
         if self.skip_nonfinite:
-            self.found_inf = self.grad_norm.isfinite().logical_not().float()
+            stepping = self.grad_norm.isfinite()
+            if skip_above is not None:
+                stepping &= self.grad_norm <= _on_device("skip_above", skip_above, torch.float32, scale.device)
+            self.found_inf = stepping.logical_not().float()
         if self.max_grad_norm is None:
             return scale
         # 1e-6 as in torch.nn.utils.clip_grad_norm_

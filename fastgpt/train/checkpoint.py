@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt import json_files
 from fastgpt.errors import RequestError
-from fastgpt.files import file_sha256
+from fastgpt.files import file_sha256, written_whole
 from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"
@@ -29,6 +29,7 @@ _RANDOM = "rng_state."
 _PARTIAL, _OLD = ".partial", ".old"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
+LATEST, BEST = "latest", "best"  # links to the newest checkpoint, and to the one with the best validation loss
 
 
 class NotSaved(OSError):
@@ -54,8 +55,10 @@ class State:
     loader: dict[str, int]
     model: GPTConfig
     state_bits: int = 32  # of the moments
-    skipped: int = 0  # updates, whose gradients were not finite
-    skipped_in_a_row: int = 0  # just before this step
+    skipped: int = 0  # updates
+    skipped_in_a_row: int = 0  # just before this step, because gradients were not finite
+    spikes: int = 0  # updates that were skipped because they stood out
+    spike_window: list[list[float]] = field(default_factory=list)  # see SpikeDetector.state_dict
     loss_scale: float = 1.0
     updates_since_overflow: int = 0
     data: DataOrigin | None = None
@@ -64,7 +67,7 @@ class State:
     optimizer_seeds: list[int] = field(default_factory=list)  # of each parameter group that rounds stochastically
 
     def __post_init__(self) -> None:
-        if self.step < 0 or self.tokens < 0 or not 0 <= self.skipped <= self.step:
+        if self.step < 0 or self.tokens < 0 or not 0 <= self.spikes <= self.skipped <= self.step:
             raise ValueError(f"step {self.step}, tokens {self.tokens}, skipped {self.skipped} are not those of a run")
         if self.state_bits not in (8, 32) or self.loss_scale <= 0.0:
             raise ValueError(f"state_bits {self.state_bits}, loss_scale {self.loss_scale} are not those of a run")
@@ -104,7 +107,7 @@ def newest(run_dir: Path) -> Path:
 
 def save(
     run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]],
-    keep: int | None = 1,
+    keep: int | None = 1, random: dict[str, Tensor] | None = None,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, then remove earlier ones.
 
@@ -115,22 +118,34 @@ def save(
         moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
         keep: how many of the newest remain, with this one; the one with the best validation loss always does. ``None``
             for all.
+        random: from :func:`random_state`, now if ``None``.
 
     Raises:
         NotSaved: the disk is full, or does not take it for another reason. The newest checkpoint and the best one are
             as they were.
     """
+    optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
+    optimizer |= random_state() if random is None else random
     try:
-        path = _save(run_dir, state, parameters, moments)
+        path = _save(run_dir, state, parameters, optimizer)
     except NotSaved:
         if not _remove_all_but(run_dir, {state.best_step, *steps(run_dir)[-1:]}):
             raise
-        path = _save(run_dir, state, parameters, moments)  # there may be room now
+        path = _save(run_dir, state, parameters, optimizer)  # there may be room now
     if keep is not None:
         earlier = [step for step in steps(run_dir) if step < state.step]
         # later ones go too: the run was resumed before them because they are damaged
         _remove_all_but(run_dir, {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]})
+    _link(run_dir, LATEST, state.step)
+    if state.best_step is not None:
+        _link(run_dir, BEST, state.best_step)
     return path
+
+
+def _link(run_dir: Path, name: str, step: int) -> None:
+    """Make ``name`` a link to a checkpoint, for people; nothing here reads it. File systems without links lack it."""
+    with suppress(OSError), written_whole(run_dir / "checkpoints" / name) as link:
+        link.symlink_to(folder(run_dir, step).name)
 
 
 def _remove_all_but(run_dir: Path, kept: set[int | None]) -> bool:
@@ -141,14 +156,14 @@ def _remove_all_but(run_dir: Path, kept: set[int | None]) -> bool:
     return bool(removed)
 
 
-def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> Path:
+def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> Path:
     target = folder(run_dir, state.step)
     partial, old = (target.with_name(target.name + suffix) for suffix in (_PARTIAL, _OLD))
     recover(run_dir)
-    for left_over in (partial, old):
+    for left_over in (*target.parent.glob(f"{_PREFIX}*{_PARTIAL}"), old):  # of processes that died
         shutil.rmtree(left_over, ignore_errors=True)
     try:
-        _write(partial, state, parameters, moments)
+        _write(partial, state, parameters, optimizer)
         if target.exists():  # saved before at this step
             target.rename(old)
         partial.rename(target)
@@ -167,14 +182,11 @@ def n_bytes(parameters: int, state_bits: int) -> int:
     return parameters * 4 + 2 * (parameters * 4 if state_bits == 32 else parameters + parameters // 64)
 
 
-def _write(
-    partial: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]
-) -> None:  # fmt: skip
+def _write(partial: Path, state: State, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
     """Write all files of a checkpoint to the folder ``partial``, and have the disk write them."""
     partial.mkdir(parents=True)
     save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
-    optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
-    save_file({**_on_cpu(optimizer), **random_state()}, partial / "optimizer.safetensors")
+    save_file(_on_cpu(optimizer), partial / "optimizer.safetensors")
     json_files.write(partial / "state.json", asdict(state))
     manifest = Manifest({path.name: file_sha256(path) for path in sorted(partial.iterdir())})
     json_files.write(partial / MANIFEST, asdict(manifest))

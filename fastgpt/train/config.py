@@ -25,7 +25,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "total_batch_size", "warmup_iters", "checkpoint_interval", "max_hours", "learning_rate", "min_lr",
-    "weight_decay", "grad_clip",
+    "weight_decay", "grad_clip", "skip_spikes",
 )  # fmt: skip
 
 SAME_SIZE = 0.02  # relative difference of two numbers of parameters that counts as none
@@ -84,6 +84,9 @@ class TrainConfig:
     grad_clip: float = _option(1.0, "gradients are scaled down to at most this norm; 0: no clipping")
     max_skipped_updates: int = _option(
         10, "end the run after so many updates in a row whose gradients are not finite; each is skipped"
+    )
+    skip_spikes: float = _option(
+        0.0, "skip an update whose loss or gradient norm is so many standard deviations above the last 128; 0: none"
     )
     state_bits: Literal[8, 32] = _option(32, "bits of each of AdamW's moments; 8 bits save 6 bytes a parameter")
 

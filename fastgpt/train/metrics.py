@@ -35,6 +35,8 @@ class Timestamp:
 class UpdateMetrics:
     """Loss, gradient norm, time and skipped updates after the last update, copied while the device goes on working.
 
+    All methods but :meth:`seconds` are valid only after it, because it waits for the copy.
+
     Args:
         train_step: has just been called.
         step: number of that update, counted from 1.
@@ -45,10 +47,11 @@ class UpdateMetrics:
 
     def __init__(self, train_step: TrainStep, step: int, tokens: int, lr: float, since: Timestamp) -> None:
         self.step, self.tokens, self.lr = step, tokens, lr
-        loss, norm = train_step.loss, train_step.grad_norm
-        self._has_norm = norm is not None
         # One copy of its own for all: the next update overwrites these tensors before anybody reads them.
-        values = [loss, loss if norm is None else norm, train_step.skipped, train_step.most_in_a_row]
+        values = [
+            train_step.loss, train_step.grad_norm, train_step.skipped, train_step.spikes, train_step.last_skipped,
+            train_step.most_in_a_row,
+        ]  # fmt: skip
         self._values = torch.stack(values).to("cpu", non_blocking=True)
         self._since, self.end = since, Timestamp(train_step.loss.device, step)
 
@@ -57,17 +60,25 @@ class UpdateMetrics:
         return self.end.seconds_since(self._since) / (self.end.step - self._since.step)
 
     def loss(self) -> float:
-        """Mean loss of the update's micro-batches. Valid only after :meth:`seconds`, which waits for the copy."""
+        """Mean loss of the update's micro-batches."""
         return self._values[0].item()
 
-    def grad_norm(self) -> float | None:
-        """Gradient norm before clipping; ``None`` in fp16 without clipping. Valid only after :meth:`seconds`."""
-        return self._values[1].item() if self._has_norm else None
+    def grad_norm(self) -> float:
+        """Gradient norm before clipping."""
+        return self._values[1].item()
 
     def skipped(self) -> int:
-        """Updates that were skipped so far. Valid only after :meth:`seconds`."""
+        """Updates that were skipped so far."""
         return int(self._values[2].item())
 
-    def most_in_a_row(self) -> int:
-        """The longest row of them so far. Valid only after :meth:`seconds`."""
+    def spikes(self) -> int:
+        """Those of them that were skipped because they stood out."""
         return int(self._values[3].item())
+
+    def last_skipped(self) -> int:
+        """The number of the last of them, counted from 1; 0 for none."""
+        return int(self._values[4].item())
+
+    def most_in_a_row(self) -> int:
+        """The longest row of updates so far whose gradients were not finite."""
+        return int(self._values[5].item())

@@ -20,6 +20,7 @@ from fastgpt.kernels import FusedAdamW
 from fastgpt.model import GPT
 from fastgpt.train.memory import ran_out
 from fastgpt.train.parameters import ParameterStore
+from fastgpt.train.spikes import SpikeDetector
 
 Batch = tuple[Tensor, Tensor]
 
@@ -36,7 +37,8 @@ class TrainStep:
     state. The second one is recorded. From then on the two graphs are replayed. CUDA cannot record on its default
     stream, so create and call this on another one (:func:`leave_default_stream`). Batches must keep their shape.
 
-    An update whose gradients are not finite is skipped: the weights and the moments stay as they are.
+    An update whose gradients are not finite is skipped: the weights and the moments stay as they are. With
+    ``skip_spikes`` so is one whose loss or gradient norm stands out.
 
     fp16 uses loss scaling: the loss is multiplied before the backward, so that small gradients do not become zero. The
     host then reads the gradient norm in each update.
@@ -51,6 +53,8 @@ class TrainStep:
         weight_decay: on matrices; vectors have none.
         max_grad_norm: gradients are scaled down to at most this L2 norm; ``None`` for no clipping.
         state_bits: of each of AdamW's moments, 8 or 32.
+        skip_spikes: skip an update whose loss or gradient norm is more than this many standard deviations above the
+            mean of the last ones (see :class:`SpikeDetector`); 0 for none.
         compile: run the model through ``torch.compile``; excludes graphs.
         cuda_graphs: use them where the model is on a GPU.
 
@@ -61,10 +65,13 @@ class TrainStep:
         forward: the model, compiled or not.
         loss: 0-dim fp32 on the device, mean loss of the last update's micro-batches.
         skipped: 0-dim fp32 on the device, updates that were skipped so far.
-        skipped_in_a_row: 0-dim fp32 on the device, those since the last one that was not. In fp16, where gradients
-            overflow now and then because of the scale, it counts updates whose loss is not finite, or whose gradients
-            overflow at the least scale.
+        last_skipped: 0-dim fp32 on the device, the number of the last of them, counted from 1; 0 for none.
+        skipped_in_a_row: 0-dim fp32 on the device, updates since the last one whose gradients were finite. In fp16,
+            where gradients overflow now and then because of the scale, it counts updates whose loss is not finite, or
+            whose gradients overflow at the least scale.
         most_in_a_row: 0-dim fp32 on the device, the largest ``skipped_in_a_row`` so far.
+        spikes: 0-dim fp32 on the device, updates that were skipped because they stood out.
+        spike_detector: ``None`` without ``skip_spikes``.
         loss_scale: factor of the loss in fp16; 1 in other dtypes.
     """
 
@@ -79,6 +86,7 @@ class TrainStep:
         weight_decay: float = 0.1,
         max_grad_norm: float | None = 1.0,
         state_bits: int = 32,
+        skip_spikes: float = 0.0,
         compile: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
@@ -86,7 +94,7 @@ class TrainStep:
         groups = self.store.groups(weight_decay)
         self.optimizer = FusedAdamW(
             groups, 0.0, betas, max_grad_norm=max_grad_norm, copies=self.store.copies(groups), state_bits=state_bits,
-            skip_nonfinite=dtype != torch.float16,
+            skip_nonfinite=True,
         )  # fmt: skip
         self.moments = self.store.moments(state_bits)
         for i, group in enumerate(groups):
@@ -99,7 +107,10 @@ class TrainStep:
         self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
         self.loss = torch.zeros((), device=self.lr.device)
-        self.skipped, self.skipped_in_a_row, self.most_in_a_row = (torch.zeros_like(self.loss) for _ in range(3))
+        self.skipped, self.last_skipped, self.spikes = (torch.zeros_like(self.loss) for _ in range(3))
+        self.skipped_in_a_row, self.most_in_a_row = (torch.zeros_like(self.loss) for _ in range(2))
+        self.spike_detector = SpikeDetector(skip_spikes, self.loss.device) if skip_spikes else None
+        self._number = torch.zeros_like(self.loss)  # of the update
         self._sum = torch.zeros_like(self.loss)  # of the losses of this update's micro-batches
         self._scale = torch.full_like(self.loss, FIRST_LOSS_SCALE) if dtype == torch.float16 else None
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
@@ -111,22 +122,25 @@ class TrainStep:
         self._updates = 0  # since the start, or since graphs were given up
 
     @property
-    def grad_norm(self) -> Tensor | None:
-        """0-dim fp32, the last update's gradient norm before clipping; ``None`` in fp16 without clipping."""
+    def grad_norm(self) -> Tensor:
+        """0-dim fp32 on the device, the last update's gradient norm before clipping."""
+        assert self.optimizer.grad_norm is not None  # skip_nonfinite has it measured
         return self.optimizer.grad_norm
 
-    def __call__(self, next_batch: Callable[[], Batch], lr: float) -> None:
+    def __call__(self, next_batch: Callable[[], Batch], lr: float, number: int = 0) -> None:
         """One update.
 
         Args:
             next_batch: gives micro-batches ``(x, y)``, (B, T) int64 on the model's device.
             lr: learning rate.
+            number: of the update, for ``last_skipped``.
 
         Raises:
             RecordingOutOfMemory: there is no memory to record a CUDA graph in.
             RuntimeError: a CUDA graph could not be recorded.
         """
         self.lr.fill_(lr)
+        self._number.fill_(number)
         for _ in range(self.accumulation):
             self._micro_step(next_batch())
         self._finish()
@@ -176,6 +190,8 @@ class TrainStep:
         self._micro_graph.replay()
 
     def _finish(self) -> None:
+        torch.div(self._sum, self.accumulation, out=self.loss)
+        self._sum.zero_()
         if self._scale is not None:
             self._update_scaled()
         elif not self._with_graphs or self._updates == 0:
@@ -185,7 +201,6 @@ class TrainStep:
                 # The same memory pool: the two graphs never run at the same time.
                 self._optimizer_graph = _record(self._update, pool=self._micro_graph.pool())
             self._optimizer_graph.replay()
-        self._note_loss()
 
     def _forward_backward(self, batch: Batch | None) -> None:
         assert batch is not None
@@ -194,37 +209,35 @@ class TrainStep:
         self._sum += loss.detach()
 
     def _update(self) -> None:
+        detector = self.spike_detector
         # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
-        self.optimizer.step(grad_scale=1.0 / self.accumulation, zero_grad=True)
-        if self.optimizer.found_inf is not None:  # None in fp16
-            self.skipped += self.optimizer.found_inf
-            self.skipped_in_a_row.add_(1).mul_(self.optimizer.found_inf)
-            torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
-
-    def _note_loss(self) -> None:
-        torch.div(self._sum, self.accumulation, out=self.loss)
-        self._sum.zero_()
+        scale = 1.0 / (self.accumulation * self.loss_scale)
+        limit = detector.norm_limit(self.loss) if detector is not None else None
+        self.optimizer.step(grad_scale=scale, zero_grad=True, skip_above=limit)
+        skipped = self.optimizer.found_inf
+        assert skipped is not None
+        overflowed = skipped
+        self.skipped += skipped
+        self.last_skipped += skipped * (self._number - self.last_skipped)
+        if detector is not None:
+            overflowed = self.grad_norm.isfinite().logical_not().float()
+            self.spikes += skipped - overflowed
+            detector.add(self.loss, self.grad_norm)
+        if self.loss_scale > LEAST_LOSS_SCALE:  # the overflow may be the scale's
+            overflowed = overflowed * self.loss.isfinite().logical_not()
+        self.skipped_in_a_row.add_(1).mul_(overflowed)
+        torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
 
     def _update_scaled(self) -> None:
-        """Do what :meth:`_update` does, with gradients of a scaled loss. If they are not finite, halve the scale."""
-        assert self._scale is not None
-        if math.isfinite(torch.linalg.vector_norm(self.store.grad).item()):
-            self.optimizer.step(grad_scale=1.0 / (self.accumulation * self.loss_scale), zero_grad=True)
-            self.store.refresh()
-            self.skipped_in_a_row.zero_()
+        """Do what :meth:`_update` does, then adapt the loss scale: if gradients were not finite, halve it."""
+        self._update()
+        self.store.refresh()
+        if math.isfinite(self.grad_norm.item()):
             self.updates_since_overflow += 1  # as torch.amp.GradScaler does, the scale doubles after enough of these
-            if self.updates_since_overflow < GROWTH_INTERVAL:
-                return
-            factor = 2.0
+            if self.updates_since_overflow == GROWTH_INTERVAL:
+                self.set_loss_scale(self.loss_scale * 2.0)
         else:
-            self.store.grad.zero_()
-            self.skipped += 1
-            self.skipped_in_a_row += self._sum.isfinite().logical_not() | (self.loss_scale <= LEAST_LOSS_SCALE)
-            torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
-            if self.optimizer.max_grad_norm is not None:
-                self.optimizer.grad_norm = torch.full_like(self.loss, math.inf)
-            factor = 0.5
-        self.set_loss_scale(max(self.loss_scale * factor, LEAST_LOSS_SCALE))
+            self.set_loss_scale(max(self.loss_scale * 0.5, LEAST_LOSS_SCALE))
 
     def set_loss_scale(self, scale: float, updates_since_overflow: int = 0) -> None:
         """Set the loss scale, and for how many updates it has been kept. No effect in dtypes other than fp16."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -29,18 +28,21 @@ from fastgpt.data.verify import ShardVerifier
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
 from fastgpt.train import checkpoint, introduction, resume, run_folder, trackers
+from fastgpt.train.checkpoint_writer import CheckpointWriter
 from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Finding, Monitor, standard_error
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.metrics import Timestamp, UpdateMetrics
 from fastgpt.train.run_folder import RunConfig, RunLock
 from fastgpt.train.settle import Settled
+from fastgpt.train.spikes import WINDOW
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
 from fastgpt.train.stop import Interrupted, StopRequest
 from fastgpt.units import count_of
 
 Result = TypeVar("Result")
 
+POSITIONS_KEPT = 10_000  # of the last updates, where fewer are logged
 DIVERGED_ADVICE = "A lower --learning_rate or a longer --warmup_iters usually helps."
 
 
@@ -81,7 +83,7 @@ class Trainer:
             split: BatchLoader(
                 shards, config.micro_batch_size, config.block_size, seed=config.seed,
                 pin_memory=self.device.type == "cuda", what=f"the {name} split of {config.dataset}",
-                vocab_size=settled.gpt_config.vocab_size,
+                names=[str(file) for file in settled.dataset.files(split)], vocab_size=settled.gpt_config.vocab_size,
             )
             for split, shards, name in (
                 ("train", settled.dataset.train, "training"), ("val", settled.dataset.val, "validation"),
@@ -101,6 +103,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             max_grad_norm=config.grad_clip or None,
             state_bits=config.state_bits,
+            skip_spikes=config.skip_spikes,
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
         )
@@ -113,13 +116,15 @@ class Trainer:
         self.best_step: int | None = None
         self._from_old_checkpoint = False  # one that does not state when the run was last evaluated
         self._not_logged: deque[UpdateMetrics] = deque()
-        self._n_skipped = 0  # updates, as far as they have been reported
+        self._n_skipped = self._n_spikes = 0  # updates, as far as they have been reported
+        self._positions: dict[int, dict[str, int]] = {}  # in the data before each update that has not been reported
         self._flops_per_second: float | None = None  # of the update logged last
         self._n_damaged = 0  # lines of metrics.jsonl
         # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
         self._log_late = self.device.type == "cuda"
         self.log = RunLog(self.run_dir / run_folder.METRICS, config.max_iters)
         self.stop = StopRequest(self.run_dir, config.max_hours)
+        self.writer = CheckpointWriter(self.run_dir)
         if self.resumed_from is not None:
             self._load(self.resumed_from)
         self.monitor = Monitor(settled.facts())
@@ -162,9 +167,11 @@ class Trainer:
                 self._log_updates(keep=0)
                 return self._stop()
         except Diverged as error:
+            self._finish_saving()
             self.log.say(str(error))
             return 1
         except RequestError:  # the data or the memory of the next update, which is abandoned
+            self._finish_saving()
             if self.step not in checkpoint.steps(self.run_dir):
                 with suppress(RequestError, Diverged, checkpoint.NotSaved):
                     self._save()
@@ -174,16 +181,21 @@ class Trainer:
             newest = f"the newest is of step {left[-1]}" if left else "there is none"
             self.log.say(f"the checkpoint of step {self.step} could not be written ({error}); {newest}")
             return 1
+        except Exception:
+            self._finish_saving()
+            raise
 
     def _loop(self) -> int:
         config = self.config
         if self._evaluation_is_missing():
             self._evaluate()
             if self.step:  # the checkpoint may turn out to be the best one
-                self._try_to_save()
+                self._start_saving()
         since = Timestamp(self.device, self.step)  # the next logged time is the mean over the updates since then
         while self.step < config.max_iters:
             self.shards.check()
+            if self.writer.idle:
+                self._finish_saving()
             lr = self._update()
             self.step += 1
             self.tokens += config.tokens_per_step
@@ -203,13 +215,11 @@ class Trainer:
 
             if evaluating:
                 self._evaluate()
-            if saving:
-                # what is saved comes from the data that it says it comes from
-                self.shards.wait(give_up=lambda: self.stop.requested)
-                if last:
-                    self._save()
-                else:
-                    self._try_to_save()
+            if last:
+                self._wait_for_shards()
+                self._save()
+            elif saving:
+                self._start_saving()
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
         return 0
@@ -221,25 +231,20 @@ class Trainer:
         self.log.say(f"stopped by {self.stop.reason} at step {self.step}; --init_from resume continues: {path}")
         return self.stop.exit_status
 
-    def _try_to_save(self) -> None:
-        """Save a checkpoint if the disk takes it; the next one may find room."""
-        try:
-            self._save()
-        except checkpoint.NotSaved as error:
-            self.log.say(f"no checkpoint at step {self.step}: {error}; the run goes on")
-
     def _update(self) -> float:
         """One update; returns its learning rate."""
-        lr = self.config.learning_rate_at(self.step)
-        position, random_state, n_drawn = self.batches.state_dict(), checkpoint.random_state(), count()
+        lr, number = self.config.learning_rate_at(self.step), self.step + 1
+        position, random_state = self.batches.state_dict(), checkpoint.random_state()
+        self._positions[number] = position
+        self._positions.pop(number - POSITIONS_KEPT, None)
 
         def next_batch() -> Batch:
-            if next(n_drawn):  # between two micro-batches
+            if self.batches.state_dict() != position:  # between two micro-batches
                 self.stop.check()
             return self._next_batch()
 
         try:
-            self._in_memory(lambda: self.train_step(next_batch, lr))
+            self._in_memory(lambda: self.train_step(next_batch, lr, number))
         except (Interrupted, RequestError):  # back to the start of the update, as if it had not begun
             self.train_step.start_over(self.config.gradient_accumulation_steps)
             self.batches.load_state_dict(position)
@@ -391,17 +396,36 @@ class Trainer:
 
     def _report_skipped(self, metrics: UpdateMetrics) -> None:
         """Report updates that were skipped since the last report; raise ``Diverged`` if they are too many in a row."""
-        new, in_a_row = metrics.skipped() - self._n_skipped, metrics.most_in_a_row()
-        self._n_skipped = metrics.skipped()
-        if new and self.dtype != torch.float16:  # there it is how the loss scale is found
-            text = f"{count_of(new, 'update')} up to step {metrics.step} skipped: gradients were not finite"
-            self.log.find(step=metrics.step, code="skipped", text=text)
-        if in_a_row >= self.config.max_skipped_updates:
+        spikes, in_a_row = metrics.spikes() - self._n_spikes, metrics.most_in_a_row()
+        not_finite = metrics.skipped() - self._n_skipped - spikes
+        self._n_skipped, self._n_spikes = metrics.skipped(), metrics.spikes()
+        position = self._positions.get(metrics.last_skipped())
+        self._positions = {number: place for number, place in self._positions.items() if number > metrics.step}
+        ending = in_a_row >= self.config.max_skipped_updates
+        reasons, until = [], f"up to step {metrics.step} skipped"
+        if not_finite and (ending or self.dtype != torch.float16):  # there it is how the loss scale is found
+            reasons.append(f"{count_of(not_finite, 'update')} {until}: gradients were not finite")
+        if spikes:
+            above = f"{self.config.skip_spikes:g} standard deviations above the last {WINDOW}"
+            reasons.append(f"{count_of(spikes, 'update')} {until}: loss or gradient norm more than {above}")
+        if reasons:
+            blocks = [] if position is None else self._blocks_of_update(position)
+            text = "; ".join(reasons)
+            if blocks:
+                (shard, token), more = blocks[0], len(blocks) - 1
+                text += f". The last one, step {metrics.last_skipped()}, was of {shard} at token {token:,}"
+                text += f" and {count_of(more, 'other block')}, which {run_folder.METRICS} lists" if more else ""
+            self.log.find(step=metrics.step, code="skipped", text=text, blocks=blocks)
+        if ending:
             path = self._save()
             raise Diverged(
                 f"the gradients of {count_of(in_a_row, 'update')} in a row were not finite, up to step {metrics.step}: "
                 f"the run ends. The weights from before them are saved, beside earlier ones: {path}. {DIVERGED_ADVICE}"
             )
+
+    def _blocks_of_update(self, position: dict[str, int]) -> list[tuple[str, int]]:
+        """Where the blocks of an update lie that began at ``position``: the shard's file, and the first token."""
+        return self.loaders["train"].places(position, self.config.gradient_accumulation_steps)
 
     def _introduce(self) -> None:
         known = self.monitor.findings
@@ -451,14 +475,46 @@ class Trainer:
         return min(to_write, max(1, at_most)), size
 
     def _save(self) -> Path:
-        """Save a checkpoint. After skipped updates, earlier ones are kept: they may be better.
+        """Save a checkpoint, and wait until it is on the disk.
 
         Raises:
             RequestError: a shard of the dataset has been found to be damaged.
             Diverged: the weights are not finite.
             NotSaved: the disk does not take it.
         """
-        self.shards.check()
+        self._start_saving(ready=self.shards.check)
+        self._take_saved()
+        return checkpoint.folder(self.run_dir, self.step)
+
+    def _wait_for_shards(self) -> None:
+        """Wait until the shards have been compared: what is saved comes from the data that it says it comes from."""
+        self.shards.wait(give_up=lambda: self.stop.requested)
+
+    def _take_saved(self) -> None:
+        """Wait for the checkpoint that is being written, and note if it is the best. The errors are those of `_save`"""
+        start = time.perf_counter()
+        state = self.writer.wait()
+        if state is not None:
+            self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
+        self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. If the disk does not take it, say so only."""
+        try:
+            self._take_saved()
+        except checkpoint.NotSaved as error:
+            self.log.say(f"no checkpoint at step {self.writer.step}: {error}; earlier ones stay")
+
+    def _start_saving(self, ready: Callable[[], None] | None = None) -> None:
+        """Save a checkpoint while training goes on. After skipped updates, earlier ones are kept: they may be better.
+
+        Args:
+            ready: is called before anything is written; waits for the shards if ``None``.
+
+        Raises:
+            Diverged: the weights are not finite.
+        """
+        self._finish_saving()
         start = time.perf_counter()
         evaluated, loss = self.val_loss or (-1, math.inf)
         best_val_loss, best_step = self.best_val_loss, self.best_step
@@ -483,18 +539,16 @@ class Trainer:
             state_bits=self.config.state_bits,
             skipped=int(step.skipped),
             skipped_in_a_row=int(step.skipped_in_a_row),
+            spikes=int(step.spikes),
+            spike_window=step.spike_detector.state_dict() if step.spike_detector else [],
             loss_scale=step.loss_scale,
             updates_since_overflow=step.updates_since_overflow,
             eval_batch_size=self.eval_batch_size,
             optimizer_seeds=[group["seed"] for group in step.optimizer.param_groups if "seed" in group],
         )
-        moments = {kind: step.store.named(flat) for kind, flat in step.moments.items()}
-        parameters = step.store.named(step.store.master)
         keep = None if state.skipped_in_a_row else self.config.keep_checkpoints
-        path = checkpoint.save(self.run_dir, state, parameters, moments, keep)
-        self.best_val_loss, self.best_step = best_val_loss, best_step
+        self.writer.start(state, step.store, step.moments, keep, ready or self._wait_for_shards)
         self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
-        return path
 
     def _load(self, path: Path) -> None:
         state, step = checkpoint.load_state(path), self.train_step
@@ -508,7 +562,13 @@ class Trainer:
             optimizer_state["step"].fill_(state.step - state.skipped)
         step.skipped.fill_(state.skipped)
         step.skipped_in_a_row.fill_(state.skipped_in_a_row)
-        self._n_skipped = state.skipped
+        step.spikes.fill_(state.spikes)
+        if step.spike_detector is not None:
+            try:
+                step.spike_detector.load_state_dict(state.spike_window)
+            except ValueError as error:
+                raise RequestError(f"{path / 'state.json'}: spike_window: {error}") from error
+        self._n_skipped, self._n_spikes = state.skipped, state.spikes
         for group, seed in zip(step.optimizer.param_groups, state.optimizer_seeds, strict=False):
             group["seed"] = seed
         step.set_loss_scale(state.loss_scale, state.updates_since_overflow)

@@ -188,6 +188,49 @@ def test_the_state_of_another_version_is_refused(state):
         BatchLoader([counting(0, 1000)], 2, 8, seed=1).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("seed", "first", "of_the_next_epoch"),
+    [
+        (0, [479, 895, 263, 991], [771, 603, 2085, 251]),
+        (1337, [316, 732, 340, 100], [2068, 201, 785, 313]),
+        (2**62 + 5, [2163, 433, 393, 177], [2294, 756, 708, 564]),
+    ],
+)
+def test_the_order_that_follows_from_a_seed_never_changes(seed, first, of_the_next_epoch):
+    """Not with the version of NumPy either. If it has to change, ``ORDER`` changes too."""
+    loader = BatchLoader([counting(0, 1000), counting(2000, 2400)], 4, 8, seed)
+    assert loader.next()[0][:, 0].tolist() == first
+    while loader.state_dict()["epoch"] == 0:
+        loader.next()
+    assert loader.next()[0][:, 0].tolist() == of_the_next_epoch
+    assert loader.state_dict()["order"] == 2
+
+
+def test_the_state_of_another_order_is_refused():
+    loader = BatchLoader([counting(0, 1000)], 2, 8, seed=1)
+    with pytest.raises(RequestError, match="another version of fastgpt"):
+        loader.load_state_dict(loader.state_dict() | {"order": 1})
+
+
+def test_the_places_of_batches_are_told_and_nothing_moves():
+    shards = [counting(0, 500), counting(600, 1000)]
+    loader = BatchLoader(shards, 3, 8, seed=5, names=["one.bin", "two.bin"])
+    for _ in range(25):
+        loader.next()
+    before = loader.state_dict()
+    drawn = torch.cat([loader.next()[0] for _ in range(20)])  # beyond the end of the epoch
+    after = loader.state_dict()
+    assert after["epoch"] > before["epoch"]
+    places = loader.places(before, 20)
+    firsts = {"one.bin": 0, "two.bin": 600}
+    assert [firsts[name] + token for name, token in places] == drawn[:, 0].tolist()
+    assert {name for name, _ in places} == firsts.keys()
+    assert loader.state_dict() == after
+    other = BatchLoader(shards, 3, 8, seed=5)
+    other.load_state_dict(after)
+    assert torch.equal(loader.next()[0], other.next()[0])
+
+
 def test_memory_mapped_shards_are_not_copied(tmp_path):
     write_shard(tmp_path / "s.bin", counting(0, 1000))
     shard = read_shard(tmp_path / "s.bin")

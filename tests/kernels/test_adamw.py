@@ -485,6 +485,31 @@ def test_a_step_that_is_skipped_leaves_no_trace(device, kind, options, bad, max_
     assert runs[0][0].state[params[0]]["step"].item() == 3
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_step_whose_norm_is_above_a_limit_is_skipped(device, as_tensor):
+    p = Parameter(torch.ones(3, device=device))
+    ours = FusedAdamW([p], 1e-2, skip_nonfinite=True, max_grad_norm=0.5)
+    p.grad = torch.tensor([2.0, 0.0, 0.0], device=device)  # its norm is 1 after the scale
+    for limit, skipped in ((0.999, 1), (1.0, 0), (-1.0, 1), (math.inf, 0), (math.nan, 1)):
+        before = p.detach().clone()
+        if not (as_tensor or math.isfinite(limit)):
+            continue
+        ours.step(grad_scale=0.5, skip_above=torch.tensor(limit, device=device) if as_tensor else limit)
+        assert ours.found_inf.item() == skipped, limit
+        assert torch.equal(p, before) == bool(skipped)
+    assert ours.state[p]["step"].item() == (2 if as_tensor else 1)
+
+
+@pytest.mark.parametrize("limit", ["1", math.nan, torch.ones(2)], ids=str)
+def test_a_wrong_limit_is_named(limit):
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises((TypeError, ValueError), match=r"^skip_above: "):
+        FusedAdamW([p], skip_nonfinite=True).step(skip_above=limit)
+    with pytest.raises(ValueError, match=r"^skip_above: needs skip_nonfinite"):
+        FusedAdamW([p]).step(skip_above=1.0)
+
+
 def test_steps_are_skipped_only_as_long_as_that_is_asked_for():
     p = Parameter(torch.ones(3))
     ours = FusedAdamW([p], 1e-2, skip_nonfinite=True)

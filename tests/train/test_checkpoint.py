@@ -77,6 +77,30 @@ def test_saving_leaves_the_tensors_where_they_are(tmp_path):
     assert_equal(parameters, tensors()[0])
 
 
+def test_links_show_the_newest_and_the_best(tmp_path):
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        checkpoint.save(tmp_path, state(step, best), *tensors())
+    links = {name: os.readlink(tmp_path / "checkpoints" / name) for name in ("latest", "best")}
+    assert links == {"latest": "step-0000003", "best": "step-0000002"}
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_a_file_system_without_links_has_checkpoints_too(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint.Path, "symlink_to", refused)
+    checkpoint.save(tmp_path, state(1, 1), *tensors())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+def test_what_dead_processes_left_of_other_steps_is_removed(tmp_path):
+    checkpoint.save(tmp_path, state(1, 1), *tensors())
+    (tmp_path / "checkpoints" / "step-0000009.partial").mkdir()
+    checkpoint.save(tmp_path, state(2, 2), *tensors())
+    assert not (tmp_path / "checkpoints" / "step-0000009.partial").exists()
+
+
 def test_only_the_best_earlier_checkpoint_is_kept(tmp_path):
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
         checkpoint.save(tmp_path, state(step, best), *tensors())
@@ -180,7 +204,7 @@ def test_a_checkpoint_that_was_not_finished_is_never_seen(tmp_path, monkeypatch,
     assert_equal(checkpoint.load_parameters(checkpoint.newest(tmp_path)), tensors(seed=0)[0])
     path = checkpoint.save(tmp_path, state(2), *tensors(seed=1))  # the remains are in nobody's way
     assert_equal(checkpoint.load_parameters(path), tensors(seed=1)[0])
-    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+    assert {entry.name for entry in (tmp_path / "checkpoints").iterdir()} == {"step-0000002", "latest"}
 
 
 def test_other_folders_among_the_checkpoints_are_no_checkpoints(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from fastgpt.kernels import adamw
 from fastgpt.kernels.dry_run import dry_run
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.train import spikes
 from fastgpt.train import step as step_module
 from fastgpt.train.memory import ran_out
 from fastgpt.train.predict.trace import Setup, _Recorder
@@ -393,7 +394,33 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_left_out_and_halves_the
     assert step.loss_scale == 2.0**39
     assert step.updates_since_overflow == 0
     assert math.isfinite(step.loss.item())
-    assert step.grad_norm.item() == math.inf  # not that of the update before
+    assert not math.isfinite(step.grad_norm.item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["norm", "loss"])
+def test_an_update_that_stands_out_is_skipped_and_counted(monkeypatch, dtype, what):
+    monkeypatch.setattr(spikes, "WINDOW", 12)
+    step = make(dtype=dtype, skip_spikes=6.0)
+    step.set_loss_scale(1024.0)
+    source = batches(40)
+    micro_step = step._micro_step
+
+    def standing_out(batch):
+        micro_step(batch)
+        if number == 20:
+            (step.store.grad if what == "norm" else step._sum).mul_(50.0)
+
+    step._micro_step = standing_out
+    changed = []
+    for number in range(1, 31):
+        before = step.store.master.clone()
+        step(source.__next__, 1e-3, number)
+        changed.append(not torch.equal(step.store.master, before))
+    assert changed == [number != 20 for number in range(1, 31)]
+    assert (step.skipped.item(), step.spikes.item(), step.last_skipped.item()) == (1, 1, 20)
+    assert step.most_in_a_row.item() == 0
+    assert step.store.grad.count_nonzero() == 0
 
 
 def test_the_scale_doubles_after_so_many_updates_without_overflow():

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,10 @@ from safetensors import SafetensorError
 from fastgpt import json_files
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
-from fastgpt.data.shards import write_shard
+from fastgpt.data.shards import read_shard, write_shard
 from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
-from fastgpt.train import checkpoint, resume
+from fastgpt.train import checkpoint, resume, spikes
 from fastgpt.train.diagnose import DATA
 from fastgpt.train.log import RunLog, read_metrics
 from fastgpt.train.presets import PRESETS
@@ -512,6 +513,57 @@ def test_an_update_whose_gradients_are_not_finite_is_skipped_and_reported(traine
     assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).skipped == 2
 
 
+def test_the_place_in_the_data_of_a_skipped_update_is_told(trainer, data_dir, tmp_path, capsys):
+    one = trainer(log_interval=4, gradient_accumulation_steps=2)
+    poison(one, {2, 3})
+    drawn, draw = [], one.loaders["train"].next
+
+    def noted():
+        batch = draw()
+        drawn.append(batch[0])
+        return batch
+
+    one.loaders["train"].next = noted
+    assert one.train() == 0
+    findings = read_metrics(tmp_path / "run" / "metrics.jsonl")["finding"]
+    (record,) = [finding for finding in findings if finding["code"] == "skipped"]
+    file = data_dir / "words" / "train_000000.bin"
+    tokens = read_shard(file)
+    assert [[name, tokens[at : at + 16].tolist()] for name, at in record["blocks"]] == [
+        [str(file), row] for row in torch.cat(drawn[4:6]).tolist()
+    ]
+    told = f"The last one, step 3, was of {file} at token {record['blocks'][0][1]:,} and 7 other blocks"
+    assert told in record["text"]
+    assert told in capsys.readouterr().out
+
+
+def test_a_spike_is_skipped_and_reported_and_a_resumed_run_remembers_what_came_before(
+    trainer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(spikes, "WINDOW", 4)
+    for name, parts in (("whole", [8]), ("parts", [4, 8])):
+        for i, last in enumerate(parts):
+            start = "resume" if i else "scratch"
+            one = trainer(out_dir=tmp_path / name, max_iters=last, init_from=start, skip_spikes=5.0)
+            update = one.train_step._update
+
+            def spike(one=one, update=update):
+                if one.step == 5:
+                    one.train_step.store.grad *= 1000.0
+                update()
+
+            one.train_step._update = spike
+            assert one.train() == 0
+        said = capsys.readouterr().out
+        assert "1 update up to step 6 skipped: loss or gradient norm more than 5 standard deviations above" in said
+    whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    states = [checkpoint.load_state(path) for path in (whole, parts)]
+    assert states[0].spike_window == states[1].spike_window
+    assert [(state.skipped, state.spikes) for state in states] == [(1, 1), (1, 1)]
+
+
 def test_a_resumed_run_counts_the_skipped_updates_as_an_uninterrupted_one_does(trainer, tmp_path):
     for name, parts in (("whole", [8]), ("parts", [4, 8])):
         for i, last in enumerate(parts):
@@ -657,7 +709,56 @@ def test_if_the_disk_refuses_the_last_checkpoint_the_run_fails_in_one_line(train
     fill_disk(monkeypatch, {2})
     assert trainer(checkpoint_interval=4).train() == 1
     assert "the checkpoint of step 8 could not be written (Error while" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000004"]
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"step-0000004", "latest", "best"}
+
+
+def test_a_run_trains_on_while_a_checkpoint_is_written(trainer, tmp_path, monkeypatch):
+    write, written_until = checkpoint.save_file, threading.Event()
+    one = trainer(checkpoint_interval=2)
+    update = one._update
+
+    def slow(content, path, **options):
+        if path.parent.name.startswith("step-0000002"):
+            assert written_until.wait(60)
+        write(content, path, **options)
+
+    def go():
+        if one.step == 3:  # the update after the next one: the checkpoint of step 2 is still not there
+            assert checkpoint.steps(tmp_path / "run") == []
+            written_until.set()
+        return update()
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    one._update = go
+    assert one.train() == 0
+    trainer(out_dir=tmp_path / "other", checkpoint_interval=2).train()
+    assert checkpoint.steps(tmp_path / "run") == checkpoint.steps(tmp_path / "other")
+    for step in checkpoint.steps(tmp_path / "run"):
+        ours, others = (checkpoint.folder(tmp_path / name, step) / "model.safetensors" for name in ("run", "other"))
+        assert ours.read_bytes() == others.read_bytes()
+
+
+def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(trainer, tmp_path, monkeypatch):
+    write = checkpoint.save_file
+
+    def slow(content, path, **options):
+        time.sleep(0.3)
+        write(content, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    one = trainer(checkpoint_interval=2)
+    update = one._update
+
+    def fail():
+        if one.step == 2:
+            raise RuntimeError("a fault in the program")
+        return update()
+
+    one._update = fail
+    with pytest.raises(RuntimeError, match="a fault"):
+        one.train()
+    assert checkpoint.steps(tmp_path / "run") == [2]
 
 
 def test_on_a_signal_too(trainer, tmp_path, monkeypatch, capsys):
