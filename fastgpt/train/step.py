@@ -239,6 +239,38 @@ class TrainStep:
         else:
             self.set_loss_scale(max(self.loss_scale * 0.5, LEAST_LOSS_SCALE))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What an update depends on besides parameters and moments, ready for JSON; waits for the device."""
+        return {
+            "skipped": int(self.skipped),
+            "skipped_in_a_row": int(self.skipped_in_a_row),
+            "spikes": int(self.spikes),
+            "spike_window": self.spike_detector.state_dict() if self.spike_detector is not None else [],
+            "loss_scale": self.loss_scale,
+            "updates_since_overflow": self.updates_since_overflow,
+            "optimizer_seeds": [group["seed"] for group in self.optimizer.param_groups if "seed" in group],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], updates: int) -> None:
+        """Continue from where the one that gave ``state`` stood.
+
+        Args:
+            state: from :meth:`state_dict`.
+            updates: done by then, the skipped ones among them.
+
+        Raises:
+            ValueError: the window of the spike detector is not what it gives.
+        """
+        for optimizer_state in self.optimizer.state.values():
+            optimizer_state["step"].fill_(updates - state["skipped"])
+        for name in ("skipped", "skipped_in_a_row", "spikes"):
+            getattr(self, name).fill_(state[name])
+        if self.spike_detector is not None:
+            self.spike_detector.load_state_dict(state["spike_window"])
+        for group, seed in zip(self.optimizer.param_groups, state["optimizer_seeds"], strict=False):
+            group["seed"] = seed
+        self.set_loss_scale(state["loss_scale"], state["updates_since_overflow"])
+
     def set_loss_scale(self, scale: float, updates_since_overflow: int = 0) -> None:
         """Set the loss scale, and for how many updates it has been kept. No effect in dtypes other than fp16."""
         if self._scale is not None:

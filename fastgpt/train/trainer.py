@@ -35,14 +35,13 @@ from fastgpt.train.memory import keep_freed_memory, ran_out
 from fastgpt.train.metrics import Timestamp, UpdateMetrics
 from fastgpt.train.run_folder import RunConfig, RunLock
 from fastgpt.train.settle import Settled
-from fastgpt.train.spikes import WINDOW
+from fastgpt.train.skipped import SkippedUpdates
 from fastgpt.train.step import Batch, RecordingOutOfMemory, TrainStep, leave_default_stream
 from fastgpt.train.stop import Interrupted, StopRequest
 from fastgpt.units import count_of
 
 Result = TypeVar("Result")
 
-POSITIONS_KEPT = 10_000  # of the last updates, where fewer are logged
 DIVERGED_ADVICE = "A lower --learning_rate or a longer --warmup_iters usually helps."
 
 
@@ -116,8 +115,7 @@ class Trainer:
         self.best_step: int | None = None
         self._from_old_checkpoint = False  # one that does not state when the run was last evaluated
         self._not_logged: deque[UpdateMetrics] = deque()
-        self._n_skipped = self._n_spikes = 0  # updates, as far as they have been reported
-        self._positions: dict[int, dict[str, int]] = {}  # in the data before each update that has not been reported
+        self.skipped = SkippedUpdates(self.loaders["train"])
         self._flops_per_second: float | None = None  # of the update logged last
         self._n_damaged = 0  # lines of metrics.jsonl
         # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
@@ -235,8 +233,7 @@ class Trainer:
         """One update; returns its learning rate."""
         lr, number = self.config.learning_rate_at(self.step), self.step + 1
         position, random_state = self.batches.state_dict(), checkpoint.random_state()
-        self._positions[number] = position
-        self._positions.pop(number - POSITIONS_KEPT, None)
+        self.skipped.begin(number, position)
 
         def next_batch() -> Batch:
             if self.batches.state_dict() != position:  # between two micro-batches
@@ -396,25 +393,16 @@ class Trainer:
 
     def _report_skipped(self, metrics: UpdateMetrics) -> None:
         """Report updates that were skipped since the last report; raise ``Diverged`` if they are too many in a row."""
-        spikes, in_a_row = metrics.spikes() - self._n_spikes, metrics.most_in_a_row()
-        not_finite = metrics.skipped() - self._n_skipped - spikes
-        self._n_skipped, self._n_spikes = metrics.skipped(), metrics.spikes()
-        position = self._positions.get(metrics.last_skipped())
-        self._positions = {number: place for number, place in self._positions.items() if number > metrics.step}
+        in_a_row = metrics.most_in_a_row()
         ending = in_a_row >= self.config.max_skipped_updates
-        reasons, until = [], f"up to step {metrics.step} skipped"
-        if not_finite and (ending or self.dtype != torch.float16):  # there it is how the loss scale is found
-            reasons.append(f"{count_of(not_finite, 'update')} {until}: gradients were not finite")
-        if spikes:
-            above = f"{self.config.skip_spikes:g} standard deviations above the last {WINDOW}"
-            reasons.append(f"{count_of(spikes, 'update')} {until}: loss or gradient norm more than {above}")
-        if reasons:
-            blocks = [] if position is None else self._blocks_of_update(position)
-            text = "; ".join(reasons)
-            if blocks:
-                (shard, token), more = blocks[0], len(blocks) - 1
-                text += f". The last one, step {metrics.last_skipped()}, was of {shard} at token {token:,}"
-                text += f" and {count_of(more, 'other block')}, which {run_folder.METRICS} lists" if more else ""
+        # In fp16 gradients overflow now and then, because that is how the loss scale is found.
+        overflows = ending or self.dtype != torch.float16
+        report = self.skipped.report(
+            metrics, overflows=overflows, sigmas=self.config.skip_spikes,
+            micro_batches=self.config.gradient_accumulation_steps,
+        )  # fmt: skip
+        if report is not None:
+            text, blocks = report
             self.log.find(step=metrics.step, code="skipped", text=text, blocks=blocks)
         if ending:
             path = self._save()
@@ -422,10 +410,6 @@ class Trainer:
                 f"the gradients of {count_of(in_a_row, 'update')} in a row were not finite, up to step {metrics.step}: "
                 f"the run ends. The weights from before them are saved, beside earlier ones: {path}. {DIVERGED_ADVICE}"
             )
-
-    def _blocks_of_update(self, position: dict[str, int]) -> list[tuple[str, int]]:
-        """Where the blocks of an update lie that began at ``position``: the shard's file, and the first token."""
-        return self.loaders["train"].places(position, self.config.gradient_accumulation_steps)
 
     def _introduce(self) -> None:
         known = self.monitor.findings
@@ -537,14 +521,8 @@ class Trainer:
             loader=self.batches.state_dict(),
             model=self.settled.gpt_config,
             state_bits=self.config.state_bits,
-            skipped=int(step.skipped),
-            skipped_in_a_row=int(step.skipped_in_a_row),
-            spikes=int(step.spikes),
-            spike_window=step.spike_detector.state_dict() if step.spike_detector else [],
-            loss_scale=step.loss_scale,
-            updates_since_overflow=step.updates_since_overflow,
             eval_batch_size=self.eval_batch_size,
-            optimizer_seeds=[group["seed"] for group in step.optimizer.param_groups if "seed" in group],
+            **step.state_dict(),
         )
         keep = None if state.skipped_in_a_row else self.config.keep_checkpoints
         self.writer.start(state, step.store, step.moments, keep, ready or self._wait_for_shards)
@@ -558,20 +536,11 @@ class Trainer:
             for name, tensor in named.items():
                 moments[kind][name].copy_(tensor)
         checkpoint.set_random_state(checkpoint.load_random_state(path))
-        for optimizer_state in step.optimizer.state.values():
-            optimizer_state["step"].fill_(state.step - state.skipped)
-        step.skipped.fill_(state.skipped)
-        step.skipped_in_a_row.fill_(state.skipped_in_a_row)
-        step.spikes.fill_(state.spikes)
-        if step.spike_detector is not None:
-            try:
-                step.spike_detector.load_state_dict(state.spike_window)
-            except ValueError as error:
-                raise RequestError(f"{path / 'state.json'}: spike_window: {error}") from error
-        self._n_skipped, self._n_spikes = state.skipped, state.spikes
-        for group, seed in zip(step.optimizer.param_groups, state.optimizer_seeds, strict=False):
-            group["seed"] = seed
-        step.set_loss_scale(state.loss_scale, state.updates_since_overflow)
+        try:
+            step.load_state_dict(vars(state), state.step)
+        except ValueError as error:
+            raise RequestError(f"{path / 'state.json'}: {error}") from error
+        self.skipped = SkippedUpdates(self.loaders["train"], state.skipped, state.spikes)
         self.eval_batch_size = state.eval_batch_size or self.eval_batch_size
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
