@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt import json_files
 from fastgpt.errors import RequestError
-from fastgpt.files import file_sha256, written_whole
+from fastgpt.files import file_sha256, follow_umask, written_whole
 from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"
@@ -190,9 +190,8 @@ def _write(partial: Path, state: State, parameters: dict[str, Tensor], optimizer
     json_files.write(partial / "state.json", asdict(state))
     manifest = Manifest({path.name: file_sha256(path) for path in sorted(partial.iterdir())})
     json_files.write(partial / MANIFEST, asdict(manifest))
-    readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
     for path in partial.iterdir():
-        path.chmod(readable)
+        follow_umask(path)
         _flush(path)
     _flush(partial)
 
@@ -274,12 +273,6 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # which can only be read by setting it
-    os.umask(mask)
-    return mask
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
