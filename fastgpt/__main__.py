@@ -15,6 +15,7 @@ VERBS = {
     "train": ("fastgpt.train.__main__", "train a GPT"),
     "data": ("fastgpt.data.__main__", "prepare a dataset"),
     "sample": ("fastgpt.sample", "let a trained model write"),
+    "eval": ("fastgpt.eval", "how good models are, side by side"),
     "doctor": ("fastgpt.doctor", "what this machine has and what the kernels run on"),
 }
 

@@ -36,6 +36,7 @@ class Tokenizer(ABC):
 
     name: str
     vocab_size: int
+    eot: int | None = None  # the token that parts documents
 
     @abstractmethod
     def encode(self, text: str) -> Tokens:
@@ -92,7 +93,7 @@ class CharTokenizer(Tokenizer):
         return ids.astype(np.uint16)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        return "".join(map(self.vocabulary.__getitem__, _known_ids(ids, self.vocab_size)))
+        return "".join(map(self.vocabulary.__getitem__, known_ids(ids, self.vocab_size)))
 
     def to_meta(self) -> dict[str, Any]:
         return {"name": self.name, "vocabulary": self.vocabulary}
@@ -108,7 +109,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        return bytes(_known_ids(ids, self.vocab_size)).decode("utf-8", errors="replace")
+        return bytes(known_ids(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -130,7 +131,7 @@ class GPT2Tokenizer(Tokenizer):
         return _concatenate([part for ids in self._encode_each(texts) for part in (ids, eot)])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        return _gpt2_encoding().decode(_known_ids(ids, self.vocab_size))
+        return _gpt2_encoding().decode(known_ids(ids, self.vocab_size))
 
     def _encode_each(self, texts: Sequence[str]) -> list[Tokens]:
         encoding = _gpt2_encoding()
@@ -163,6 +164,10 @@ def tokenizer_from_meta(meta: dict[str, Any]) -> Tokenizer:
     name, vocabulary = meta.get("name"), meta.get("vocabulary")
     if not isinstance(name, str):
         raise RequestError(f"the tokenizer's description has no name: {str(meta)[:60]}")
+    if name == "json":
+        from fastgpt.data.tokenizer_json import JsonTokenizer  # which imports this file
+
+        return JsonTokenizer(json.dumps(meta.get("content")), "the tokenizer of meta.json or config.json")
     if name != CharTokenizer.name:
         return build_tokenizer(name, "")
     if not isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary) or not vocabulary:
@@ -174,7 +179,7 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 
 
-def _known_ids(ids: Sequence[int] | npt.NDArray[Any], vocab_size: int) -> list[int]:
+def known_ids(ids: Sequence[int] | npt.NDArray[Any], vocab_size: int) -> list[int]:
     array = np.asarray(ids, dtype=np.int64)
     outside = array[(array < 0) | (array >= vocab_size)]
     if outside.size:

@@ -144,9 +144,7 @@ def test_damaged_and_missing_files_are_named(folder):
         huggingface.load(folder)
     weights.unlink()
     (folder / "pytorch_model.bin").touch()
-    with pytest.raises(
-        RequestError, match=r"has no model\.safetensors \(pytorch_model\.bin is pickled"
-    ):
+    with pytest.raises(RequestError, match=r"has no model\.safetensors \(pytorch_model\.bin is pickled"):
         huggingface.load(folder)
     (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../elsewhere.safetensors"}}))
     with pytest.raises(RequestError, match="does not map weights to files of the folder"):

@@ -27,7 +27,7 @@ from fastgpt.train.presets import PRESETS
 from fastgpt.train.settle import settle
 from fastgpt.train.step import LEAST_LOSS_SCALE, RecordingOutOfMemory
 from fastgpt.train.trainer import Trainer
-from tests.train.conftest import TINY
+from tests.conftest import TINY
 
 
 def losses(run):

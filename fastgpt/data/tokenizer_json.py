@@ -1,0 +1,90 @@
+"""Any ``tokenizer.json`` of Hugging Face's ``tokenizers`` library, such as a byte-pair encoding of one's own."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt.data.tokenizers import MOST_IDS, Tokenizer, Tokens, known_ids
+from fastgpt.errors import RequestError
+
+END_OF_TEXT = "<|endoftext|>"
+FILE = "tokenizer.json"
+
+
+class JsonTokenizer(Tokenizer):
+    """What a ``tokenizer.json`` describes.
+
+    Args:
+        content: of the file.
+        where: names it in messages.
+
+    Raises:
+        RequestError: the library is not installed, the content is damaged, or it has more ids than 16 bits can number.
+    """
+
+    name = "json"
+
+    def __init__(self, content: str, where: str = FILE) -> None:
+        self._content = content
+        try:
+            self._tokenizer = _library().Tokenizer.from_str(content)
+        except Exception as error:  # the library raises this class itself
+            raise RequestError(f"{where} is not a tokenizer: {str(error).splitlines()[0]}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # in a text they are text, as in the other tokenizers
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        if self.vocab_size > MOST_IDS:
+            raise RequestError(f"{where} has {self.vocab_size:,} tokens; at most {MOST_IDS:,} fit into 16 bits")
+        self.eot = self._tokenizer.token_to_id(END_OF_TEXT)
+
+    @classmethod
+    def open(cls, path: Path) -> "JsonTokenizer":
+        """The tokenizer of a file, or of a folder with a ``tokenizer.json``."""
+        file = path / FILE if path.is_dir() else path
+        try:
+            return cls(file.read_text(encoding="utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "JsonTokenizer":
+        """A byte-pair encoding as GPT-2's, learnt from ``texts``.
+
+        Args:
+            texts: read once.
+            vocab_size: ids, with those of the 256 bytes and ``<|endoftext|>``; fewer if the texts have no more pairs.
+        """
+        library = _library()
+        tokenizer = library.Tokenizer(library.models.BPE())
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer.to_str())
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        return self._tokenizer.decode(known_ids(ids, self.vocab_size), skip_special_tokens=False)
+
+    def to_meta(self) -> dict[str, Any]:
+        return {"name": self.name, "content": json.loads(self._content)}
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise RequestError("a tokenizer.json needs the tokenizers library: pip install tokenizers") from error
+    return tokenizers

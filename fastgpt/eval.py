@@ -1,0 +1,242 @@
+"""``python -m fastgpt.eval MODEL… --data TEXT``: how good models are, side by side on the same text.
+
+python -m fastgpt.eval runs/quickstart --data stdlib
+python -m fastgpt.eval runs/a runs/b gpt2 --data book.txt --stride 512
+python -m fastgpt.eval runs/gpt2-124m gpt2 --lambada lambada.jsonl --hellaswag hellaswag_val.jsonl
+
+A MODEL is a run's folder, a folder with config.json and model.safetensors, or a name such as gpt2.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import hardware
+from fastgpt.cli import Parser, run
+from fastgpt.data.dataset import open_dataset
+from fastgpt.data.tokenizer_json import END_OF_TEXT
+from fastgpt.data.tokenizers import Tokenizer, Tokens
+from fastgpt.errors import RequestError
+from fastgpt.evaluation import tasks
+from fastgpt.evaluation.loss import Loss, text_loss
+from fastgpt.models import CHECKPOINTS, OpenedModel, open_model
+from fastgpt.units import count
+
+DTYPES = ("float32", "bfloat16", "float16")
+WIDE = 200  # characters of a table in a file or a pipe
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the models are evaluated on.
+
+    Attributes:
+        name: in words.
+        text: ``None`` for tokens whose tokenizer is unknown.
+        tokens: as a dataset has them; ``None`` for text files.
+        tokenizer: that made ``tokens``.
+    """
+
+    name: str
+    text: str | None
+    tokens: Tokens | None
+    tokenizer: Tokenizer | None
+
+    @property
+    def n_bytes(self) -> int | None:
+        """In UTF-8, without the marks between documents."""
+        return len(self.text.replace(END_OF_TEXT, "").encode()) if self.text is not None else None
+
+    def tokens_for(self, opened: OpenedModel) -> Tokens:
+        """The text in the tokens of a model.
+
+        Raises:
+            RequestError: the model's tokenizer is unknown, or does not know all characters.
+        """
+        own = opened.tokenizer
+        if self.tokens is not None and _same(own, self.tokenizer):
+            return self.tokens
+        if self.text is None or own is None:
+            raise RequestError(f"the tokenizer of {opened.name if own is None else self.name} is unknown")
+        try:
+            return own.encode(self.text)
+        except RequestError as error:
+            raise RequestError(f"{opened.name} cannot read {self.name}: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table of the models, or JSON."""
+    parser = Parser(prog="python -m fastgpt.eval", description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="what to evaluate")
+    parser.add_argument("--data", metavar="TEXT", help="a dataset's name or folder, or a text file")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="of the dataset (val)")
+    parser.add_argument("--data_dir", default="data", help="folder of prepared datasets (data)")
+    parser.add_argument(
+        "--max_tokens", type=int, metavar="N", help="take the text of the dataset's first N tokens only"
+    )
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (each model's context)")
+    parser.add_argument("--windows", type=int, metavar="N", help="take N windows, evenly spaced (all)")
+    parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL: accuracy and perplexity of the last word")
+    parser.add_argument("--hellaswag", metavar="FILE", help="HellaSwag as JSONL: acc and acc_norm")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N lines of those files (all)")
+    parser.add_argument("--checkpoint", default="latest", metavar="WHICH", help=f"of runs: {CHECKPOINTS} (latest)")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="windows at a time (8)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (auto)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    for name in ("max_tokens", "stride", "windows", "limit", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not (options.data or options.lambada or options.hellaswag):
+        parser.error("nothing to evaluate on: give --data, --lambada or --hellaswag")
+
+    hardware.use_threads()
+    device = hardware.find_device(options.device)
+    text = open_text(options.data, options.data_dir, options.split, options.max_tokens) if options.data else None
+    rows = []
+    for name in options.models:
+        opened = open_model(name, options.checkpoint)
+        opened.model.to(device, getattr(torch, options.dtype))
+        rows.append(_evaluate(opened, text, options))
+        del opened  # before the next one is there
+    if options.json:
+        print(json.dumps({"data": text.name if text else None, "models": [_plain(row) for row in rows]}, indent=1))
+    else:
+        _show(text, rows)
+
+
+def open_text(data: str, data_dir: str | Path, split: str, max_tokens: int | None = None) -> Text:
+    """The text of ``--data``.
+
+    Args:
+        data: a text file, or a dataset's name or path.
+        data_dir: folder of datasets.
+        split: of a dataset.
+        max_tokens: of a dataset, from its start; ``None`` for all.
+
+    Raises:
+        RequestError: there is no such text.
+    """
+    path = Path(data)
+    if path.is_file() and path.suffix != ".bin":
+        if max_tokens is not None:
+            raise RequestError(f"--max_tokens counts a dataset's tokens, and {path} is a text; --windows takes a part")
+        try:
+            return Text(str(path), path.read_text(encoding="utf-8-sig"), None, None)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    dataset = open_dataset(data, data_dir)
+    tokens = np.concatenate([np.asarray(shard) for shard in getattr(dataset, split)])[:max_tokens]
+    tokenizer = dataset.tokenizer()
+    name = f"the {'validation' if split == 'val' else 'training'} split of {data}"
+    # a token budget may end inside a character
+    text = tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}") if tokenizer is not None else None
+    return Text(name, text, tokens, tokenizer)
+
+
+def _same(one: Tokenizer | None, other: Tokenizer | None) -> bool:
+    """Whether two tokenizers give the same tokens. Tokens of an unknown one are taken for the model's."""
+    return one is None or other is None or one.to_meta() == other.to_meta()
+
+
+def _evaluate(opened: OpenedModel, text: Text | None, options: Any) -> dict[str, Any]:
+    """Everything that was asked about a model, by name."""
+    row: dict[str, Any] = {
+        "model": opened.name, "origin": opened.origin, "parameters": opened.model.config.n_params,
+        "context": opened.model.config.block_size,
+        "tokenizer": opened.tokenizer.name if opened.tokenizer is not None else None,
+    }  # fmt: skip
+    if text is not None:
+        tokens = text.tokens_for(opened)
+        start = time.perf_counter()
+        row["loss"] = text_loss(
+            opened.model, tokens, text.n_bytes, stride=options.stride, n_windows=options.windows,
+            batch_size=options.batch_size,
+        )  # fmt: skip
+        row["tokens_per_s"] = row["loss"].tokens / (time.perf_counter() - start)
+    for name, task in (("lambada", tasks.lambada), ("hellaswag", tasks.hellaswag)):
+        path = getattr(options, name)
+        if path is not None:
+            if opened.tokenizer is None:
+                raise RequestError(f"{opened.name} has no known tokenizer, which --{name} needs")
+            row[name] = task(opened.model, opened.tokenizer, Path(path), limit=options.limit)
+    return row
+
+
+def _show(text: Text | None, rows: list[dict[str, Any]]) -> None:
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
+    table = Table(title=f"on {text.name}" if text is not None else None, title_justify="left")
+    table.add_column("model", overflow="fold")
+    for column in _cells(rows[0]):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["model"], *_cells(row).values())
+    console.print(table)
+    for row in rows:
+        console.print(f"{row['model']}: {row['origin']}")
+    if text is not None and len({row["tokenizer"] for row in rows}) > 1:
+        console.print("loss and perplexity count tokens, which differ here; bits a byte compare all models")
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the table by column."""
+    cells = {
+        "parameters": count(row["parameters"], 2),
+        "context": str(row["context"]),
+        "tokenizer": row["tokenizer"] or "?",
+    }
+    loss: Loss | None = row.get("loss")
+    if loss is not None:
+        cells |= {
+            "tokens": f"{loss.tokens:,}",
+            "loss": _with_error(loss.nats, loss.error, 4),
+            "perplexity": f"{loss.perplexity:,.2f}",
+            "bits a byte": _with_error(loss.bits_per_byte, loss.bits_per_byte_error, 4),
+            "tokens/s": f"{row['tokens_per_s']:,.0f}",
+        }
+    for task in ("lambada", "hellaswag"):
+        for name, value in row.get(task, {}).items():
+            shown = _with_error(100 * value.value, 100 * value.error, 2) + " %" if hasattr(value, "error") else None
+            cells[f"{task} {name}"] = shown or f"{value:,.2f}"
+    return cells
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it."""
+    plain = dict(row)
+    loss: Loss | None = row.get("loss")
+    if loss is not None:
+        plain["loss"] = {
+            "nats": loss.nats, "error": loss.error, "perplexity": loss.perplexity, "tokens": loss.tokens,
+            "bits_per_byte": loss.bits_per_byte, "bits_per_byte_error": loss.bits_per_byte_error,
+        }  # fmt: skip
+    for task in ("lambada", "hellaswag"):
+        if task in row:
+            plain[task] = {
+                name: {"value": value.value, "error": value.error, "examples": value.examples}
+                if isinstance(value, tasks.Rate)
+                else value
+                for name, value in row[task].items()
+            }
+    return plain
+
+
+if __name__ == "__main__":
+    run(main)
