@@ -16,6 +16,7 @@ VERBS = {
     "data": ("fastgpt.data.__main__", "prepare a dataset"),
     "sample": ("fastgpt.sample", "let a trained model write"),
     "eval": ("fastgpt.eval", "how good models are, side by side"),
+    "export": ("fastgpt.export", "a trained model for transformers or llama.cpp"),
     "doctor": ("fastgpt.doctor", "what this machine has and what the kernels run on"),
 }
 

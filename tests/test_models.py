@@ -69,7 +69,7 @@ def test_a_folder_of_a_model_is_opened_with_its_tokenizer(tmp_path):
     tokenizer = JsonTokenizer.train(["the cat sat"] * 3, 262)
     model = save_model(tmp_path / "m", 262)
     assert open_model(str(tmp_path / "m")).tokenizer is None
-    (tmp_path / "m" / "tokenizer.json").write_text(tokenizer._content)
+    (tmp_path / "m" / "tokenizer.json").write_text(tokenizer.content)
     opened = open_model(str(tmp_path / "m"))
     assert opened.tokenizer.to_meta() == tokenizer.to_meta()
     assert opened.vocab_size == tokenizer.vocab_size <= opened.model.config.vocab_size
@@ -79,7 +79,7 @@ def test_a_folder_of_a_model_is_opened_with_its_tokenizer(tmp_path):
 def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path):
     tokenizer = JsonTokenizer.train(["the cat sat"] * 3, 262)
     save_model(tmp_path / "m", 250)
-    (tmp_path / "m" / "tokenizer.json").write_text(tokenizer._content)
+    (tmp_path / "m" / "tokenizer.json").write_text(tokenizer.content)
     with pytest.raises(RequestError, match="more than the model's 250"):
         open_model(str(tmp_path / "m"))
 

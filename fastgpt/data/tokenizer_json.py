@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.data.tokenizers import MOST_IDS, Tokenizer, Tokens, known_ids
+from fastgpt.data.tokenizers import (
+    BYTE_SPELLING,
+    MOST_IDS,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    Tokens,
+    known_ids,
+)
 from fastgpt.errors import RequestError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,6 +31,9 @@ class JsonTokenizer(Tokenizer):
         content: of the file.
         where: names it in messages.
 
+    Attributes:
+        content: of the file.
+
     Raises:
         RequestError: the library is not installed, the content is damaged, or it has more ids than 16 bits can number.
     """
@@ -29,7 +41,7 @@ class JsonTokenizer(Tokenizer):
     name = "json"
 
     def __init__(self, content: str, where: str = FILE) -> None:
-        self._content = content
+        self.content = content
         try:
             self._tokenizer = _library().Tokenizer.from_str(content)
         except Exception as error:  # the library raises this class itself
@@ -79,7 +91,62 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode(known_ids(ids, self.vocab_size), skip_special_tokens=False)
 
     def to_meta(self) -> dict[str, Any]:
-        return {"name": self.name, "content": json.loads(self._content)}
+        return {"name": self.name, "content": json.loads(self.content)}
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """The ``tokenizer.json`` that gives the same tokens and the same text.
+
+    Raises:
+        RequestError: the library is not installed, or it is none of our tokenizers.
+    """
+    library = _library()
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.content
+    if isinstance(tokenizer, CharTokenizer):
+        vocabulary = {character: i for i, character in enumerate(tokenizer.vocabulary)}
+        made = library.Tokenizer(library.models.WordLevel(vocabulary, unk_token="<unknown>"))  # which is not there
+        made.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
+        made.decoder = library.decoders.Fuse()
+        return made.to_str()
+    if isinstance(tokenizer, ByteTokenizer):
+        vocabulary = {character: byte for byte, character in BYTE_SPELLING.items()}
+        merges: list[tuple[str, str]] = []
+    elif isinstance(tokenizer, GPT2Tokenizer):
+        vocabulary, merges = vocabulary_and_merges(tokenizer)
+    else:
+        raise RequestError(f"the tokenizer {tokenizer.name} has no {FILE}")
+    made = library.Tokenizer(library.models.BPE(vocabulary, merges))
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = library.decoders.ByteLevel()
+    if tokenizer.eot is not None:
+        made.add_special_tokens([library.AddedToken(END_OF_TEXT, normalized=False)])
+    return made.to_str()
+
+
+def vocabulary_and_merges(tokenizer: GPT2Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The ids of GPT-2's tokens, spelled as in its files, and the pairs that are merged into them, in that order."""
+    ranks = tokenizer.ranks()
+    spelled = {token: "".join(map(BYTE_SPELLING.__getitem__, token)) for token in ranks}
+    merges = []
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            # The pair is what is left when all merges of lower rank have been done.
+            left, right = _merged(token, ranks, rank)
+            merges.append((rank, (spelled[left], spelled[right])))
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
+    return vocabulary, [pair for _, pair in sorted(merges)]
+
+
+def _merged(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
+    """The parts of a token after all merges with a rank under ``below``."""
+    parts = [bytes([byte]) for byte in token]
+    while True:
+        pairs = [(ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1)]
+        rank, i = min(pairs)
+        if rank >= below:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
 def _library() -> Any:

