@@ -28,7 +28,7 @@ from fastgpt.data.tokenizers import Tokenizer, Tokens
 from fastgpt.errors import RequestError
 from fastgpt.evaluation import tasks
 from fastgpt.evaluation.loss import Loss, text_loss
-from fastgpt.models import CHECKPOINTS, OpenedModel, open_model
+from fastgpt.train.models import CHECKPOINTS, OpenedModel, open_model
 from fastgpt.units import count
 
 DTYPES = ("float32", "bfloat16", "float16")

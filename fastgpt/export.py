@@ -21,7 +21,7 @@ from fastgpt.data.tokenizers import BYTE_SPELLING, ByteTokenizer, CharTokenizer,
 from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
 from fastgpt.model import gguf, huggingface
-from fastgpt.models import CHECKPOINTS, OpenedModel, open_model
+from fastgpt.train.models import CHECKPOINTS, OpenedModel, open_model
 
 GGUF = "model.gguf"
 

@@ -113,14 +113,14 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def trainer(data_dir, tmp_path):
-    """Makes a trainer of a tiny model from flags given as keywords, in ``tmp_path/run`` if not told otherwise."""
+    """Makes a trainer of a tiny model from ``only`` and flags given as keywords, in ``tmp_path/run`` by default."""
     from fastgpt.train.presets import PRESETS
     from fastgpt.train.resume import parse
     from fastgpt.train.settle import settle  # here, so that tests of the step alone need torch alone
     from fastgpt.train.trainer import Trainer
 
-    def make(**flags):
-        flags = {"dataset": "words", "data_dir": data_dir, "out_dir": tmp_path / "run", **TINY, **flags}
+    def make(only=TINY, **flags):
+        flags = {"dataset": "words", "data_dir": data_dir, "out_dir": tmp_path / "run", **only, **flags}
         return Trainer(settle(parse([f"--{name}={value}" for name, value in flags.items()], PRESETS)))
 
     return make

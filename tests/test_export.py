@@ -11,7 +11,7 @@ from fastgpt.data.tokenizer_json import JsonTokenizer, to_json
 from fastgpt.data.tokenizers import BYTE_SPELLING, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.models import OpenedModel, open_model
+from fastgpt.train.models import OpenedModel, open_model
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")

@@ -6,8 +6,10 @@ the help text. One that does not change what is learnt also belongs to ``UNREMAR
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -16,6 +18,7 @@ from fastgpt.cli import Parser, parse_bool
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.kernels.dispatch import BACKENDS
 from fastgpt.model.config import GPTConfig
+from fastgpt.train import nanogpt
 from fastgpt.train.schedule import learning_rate
 from fastgpt.units import count, parse_count
 
@@ -31,8 +34,8 @@ _NOT_NEGATIVE = (
 SAME_SIZE = 0.02  # relative difference of two numbers of parameters that counts as none
 
 
-def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _option(default: Any, help: str, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "aliases": aliases})
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class TrainConfig:
     data_dir: str = _option("data", "folder of prepared datasets")
     out_dir: str = _option("", "folder of the run; runs/PRESET if not given")
     overwrite: bool = _option(False, "replace a run that is already in out_dir")
-    init_from: Literal["scratch", "resume", "auto"] = _option(
-        "scratch", "resume: from out_dir's newest checkpoint; auto: resume if there is one"
+    init_from: str = _option(
+        "scratch", "resume: from out_dir's newest checkpoint; auto: resume if there is one; MODEL: from its weights"
     )
     seed: int = _option(1337, "seed of the initial weights, the order of the data and dropout")
 
@@ -78,6 +81,7 @@ class TrainConfig:
     min_lr: float = _option(6e-5, "learning rate at the end of the cosine decay")
     warmup_iters: int = _option(2000, "updates of linear warm-up")
     lr_decay_iters: int = _option(600_000, "update at which the cosine decay ends")
+    decay_lr: bool = _option(True, "warm up and decay; False: the learning rate is constant")
     beta1: float = _option(0.9, "AdamW's decay rate of the first moment")
     beta2: float = _option(0.95, "AdamW's decay rate of the second moment")
     weight_decay: float = _option(0.1, "weight decay of matrices; vectors have none")
@@ -93,11 +97,17 @@ class TrainConfig:
     # evaluation, logging, checkpoints
     eval_interval: int = _option(2000, "updates between evaluations")
     eval_iters: int = _option(200, "batches of each split in an evaluation")
+    eval_only: bool = _option(False, "evaluate once, and end")
     log_interval: int = _option(1, "updates between logged lines")
     checkpoint_interval: int = _option(0, "updates between checkpoints; 0: one at each evaluation")
+    always_save_checkpoint: bool = _option(
+        True, "at evaluations; False: only if the validation loss is the best so far, and at the end"
+    )
     keep_checkpoints: int = _option(2, "newest checkpoints to keep, besides the one with the best validation loss")
     tensorboard: bool = _option(False, "also log to TensorBoard, in out_dir/tensorboard")
-    wandb: bool = _option(False, "also log to Weights & Biases, in the project WANDB_PROJECT (fastgpt if not set)")
+    wandb: bool = _option(False, "also log to Weights & Biases", aliases=("wandb_log",))
+    wandb_project: str = _option("", "project there; the variable WANDB_PROJECT, or fastgpt, if not given")
+    wandb_run_name: str = _option("", "name of the run there; that of its folder if not given")
 
     # machine
     device: str = _option("auto", "cpu, cuda or cuda:N; auto: a GPU if there is one")
@@ -159,6 +169,8 @@ class TrainConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of an update, the first of which is step 0."""
+        if not self.decay_lr:
+            return self.learning_rate
         return learning_rate(
             step, peak=self.learning_rate, floor=self.min_lr, warmup_iters=self.warmup_iters,
             decay_iters=self.lr_decay_iters,
@@ -224,12 +236,29 @@ def _parse_batch_size(text: str) -> int | None:
     if text == "auto":
         return None
     try:
-        number = int(text)
-    except ValueError:
+        number = _parse_whole(text)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected a number or auto, not '{text}'") from None
     if number < 1:
         raise RequestError(f"--batch_size must be at least 1, got {number}")
     return number
+
+
+def _parse_whole(text: str) -> int:
+    """A whole number, also written as ``1e3``."""
+    try:
+        number = float(text.replace("_", ""))
+        whole = int(text) if text.lstrip("+-").isdigit() else int(number)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a whole number, not '{text}'") from None
+    if whole != number and not text.lstrip("+-").isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, not '{text}'")
+    return whole
+
+
+def _parse_backend(text: str) -> str:
+    """The ``backend`` of nanoGPT is that of several processes; a single one needs none."""
+    return "auto" if text in ("nccl", "gloo") else text
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "True|False", str: "TEXT", int | None: "N|auto"}
@@ -247,8 +276,30 @@ def parse_flags(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) 
         "  python -m fastgpt.train --preset gpt2-124m     GPT-2 124M on FineWeb",
         epilog=f"presets: {', '.join(presets)}",
     )
+    parser.add_argument("config", nargs="?", metavar="CONFIG.py", help="a config file of nanoGPT's; flags override it")
     add_flags(parser)
-    return vars(parser.parse_args(argv))
+    argv = [_unquoted(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config", None)
+    if file is None:
+        return given
+    if not file.endswith(".py"):
+        parser.error(f"unexpected argument '{file}'")
+    lines = [f"--{name}={value}" for name, value in nanogpt.read(Path(file)).items() if value is not None]
+    try:
+        from_file = vars(parser.parse_args(lines))
+    except RequestError as error:
+        raise RequestError(f"{file}: {error}") from error
+    from_file.pop("config")
+    return {"preset": "nanogpt", **from_file, **given}
+
+
+def _unquoted(arg: str) -> str:
+    """``--dtype="float16"``, as nanoGPT wants texts, without the quotes."""
+    flag, equals, value = arg.partition("=")
+    if flag.startswith("--") and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return flag + equals + value[1:-1]
+    return arg
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -259,15 +310,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if get_origin(kind) is Literal:
             choices = get_args(kind)
             kind = type(choices[0])
-        options: dict[str, Any] = {"type": kind, "choices": choices}
+        options: dict[str, Any] = {"type": _parse_whole if kind is int else kind, "choices": choices}
         if kind is bool:  # --compile alone means --compile=True
             options |= {"type": parse_bool, "nargs": "?", "const": True}
-        if item.name == "batch_size":
-            options["type"] = _parse_batch_size
+        if item.name in ("batch_size", "backend"):
+            options["type"] = {"batch_size": _parse_batch_size, "backend": _parse_backend}[item.name]
         if choices is None:
             options["metavar"] = _METAVARS[kind]
         help = item.metadata["help"].replace("%", "%%") + (f" ({item.default})" if item.default != "" else "")
-        parser.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=help, **options)
+        names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+        parser.add_argument(*names, default=argparse.SUPPRESS, help=help, dest=item.name, **options)
 
 
 def resolve(

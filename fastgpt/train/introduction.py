@@ -18,6 +18,7 @@ def lines(settled: Settled, step: int) -> list[str]:
     c, m = settled.config, settled.gpt_config
     planned = c.max_iters * c.tokens_per_step
     steps = f"from step {step:,} to step {c.max_iters:,}" if step else f"for {c.max_iters:,} steps"
+    decay = f" to {c.min_lr:g} over {c.lr_decay_iters:,} steps" if c.decay_lr else ", constant"
     threads = f"{count_of(torch.get_num_threads(), 'thread')}, " if settled.device.type == "cpu" else ""
     found = [
         f"{c.preset}: {count(m.n_params, 2)} parameters ({count(m.n_params_without_positions, 2)} without positions), "
@@ -25,7 +26,7 @@ def lines(settled: Settled, step: int) -> list[str]:
         f"data: {settled.dataset.path}, {c.tokens_per_step:,} tokens a step ({c.gradient_accumulation_steps} x "
         f"{c.batch_size} x {c.block_size}) {steps}, {planned / 1e6:,.1f}M tokens, "
         f"{planned / m.n_params_without_positions:.3g} a parameter",
-        f"learning rate: {c.learning_rate:g} to {c.min_lr:g} over {c.lr_decay_iters:,} steps",
+        f"learning rate: {c.learning_rate:g}{decay}",
         f"device: {hardware.device_name(settled.device)}, {threads}{gib(settled.memory.amount)} free "
         f"({settled.memory.source}), {dtype_name(settled.dtype)}, recompute {c.recompute}",
     ]

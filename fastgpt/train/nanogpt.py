@@ -8,14 +8,6 @@ from typing import Any
 
 from fastgpt.errors import RequestError
 
-# The configuration of nanoGPT's train.py where no file and no flag says otherwise, as far as ours differs.
-PRESET = {
-    "dataset": "openwebtext",
-    "out_dir": "out",
-    "gradient_accumulation_steps": 5 * 8,
-    "batch_size": 12,
-}
-
 # What a config file may set to anything: it changes nothing here, or not what is learnt.
 FREE = {"wandb_run_name"}
 

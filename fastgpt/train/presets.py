@@ -33,6 +33,12 @@ def _gpt2(name: str) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # What nanoGPT's train.py does without flags; its config files change this.
+    "nanogpt": {
+        "dataset": "openwebtext",
+        "out_dir": "out",
+        "gradient_accumulation_steps": 5 * 8,
+    },
     # Offline, on the text of Python's own library; about a minute on two cores.
     "quickstart": {
         "dataset": "stdlib",

@@ -14,12 +14,15 @@ from fastgpt.errors import RequestError
 from fastgpt.model.config import GPTConfig
 from fastgpt.train import checkpoint, run_folder
 from fastgpt.train.config import TrainConfig, parse_flags, resolve
+from fastgpt.train.models import check_name
+
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # flags that a model to start from decides
 
 # May differ without a word: they say where and how a process runs, or are settled anew for the device.
 UNREMARKABLE = {
     "preset", "init_from", "overwrite", "out_dir", "data_dir", "device", "batch_size", "gradient_accumulation_steps",
     "recompute", "expect_params", "tensorboard", "wandb", "backend", "cuda_graphs", "max_hours",
-    "max_skipped_updates", "keep_checkpoints",
+    "max_skipped_updates", "keep_checkpoints", "always_save_checkpoint", "eval_only", "wandb_project", "wandb_run_name",
 }  # fmt: skip
 
 
@@ -34,9 +37,11 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
     """
     given = parse_flags(argv, presets)
     start = given.get("init_from", TrainConfig.init_from)
-    if start == "scratch":
+    if start not in ("resume", "auto"):
+        _check_initial_model(start, given)
         return resolve(given, presets)
-    run_dir = Path(given.get("out_dir") or f"runs/{given.get('preset', TrainConfig.preset)}")
+    preset = given.get("preset", TrainConfig.preset)
+    run_dir = Path(given.get("out_dir") or presets.get(preset, {}).get("out_dir") or f"runs/{preset}")
     if (run_dir / run_folder.CHECKPOINTS).is_dir():
         with run_folder.RunLock(run_dir):  # a process that is saving there now has no name to give back
             checkpoint.recover(run_dir)  # before auto takes the folder for one without a checkpoint
@@ -47,6 +52,19 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
     saved = run_folder.read_config(run_dir)
     values = known_flags(saved.train) | known_flags(saved.left_open)
     return resolve(given | {"init_from": "resume", "out_dir": str(run_dir)}, presets, values)
+
+
+def _check_initial_model(start: str, given: dict[str, Any]) -> None:
+    """Refuse a model that cannot exist, and flags of the architecture beside one to start from, which has its own."""
+    if start == "scratch":
+        return
+    try:
+        check_name(start, ("scratch", "resume", "auto"))
+    except RequestError as error:
+        raise RequestError(f"--init_from {start}: {error}; scratch, resume and auto start from none") from error
+    own = [name for name in ARCHITECTURE if name in given]
+    if own:
+        raise RequestError(f"--{own[0]} is the model's that --init_from {start} starts from: leave it out")
 
 
 def known_flags(saved: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig, padded_vocab_size
 from fastgpt.train import resume, run_folder, trackers
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.diagnose import Facts, wanted_tokens_per_step
+from fastgpt.train.models import open_model
 from fastgpt.train.predict import micro_batch, roofline
 from fastgpt.train.predict.roofline import Prediction
 from fastgpt.train.predict.trace import Setup
@@ -40,6 +41,7 @@ class Settled:
         gpt_config: the architecture.
         memory: bytes free on the device, and what limits them.
         prediction: of the step's time and memory; ``None`` where no choice depends on it and none is cheap to make.
+        initial: the weights to start from, by name; ``None`` for random ones or those of the run that is resumed.
         changes: flags that differ from those of the run that is resumed, in words.
         left_open: the flags that the request left to the device, and how it put that.
     """
@@ -53,6 +55,7 @@ class Settled:
     gpt_config: GPTConfig
     memory: Bound
     prediction: Prediction | None
+    initial: dict[str, torch.Tensor] | None
     changes: list[str]
     left_open: dict[str, Any]
 
@@ -93,8 +96,15 @@ def settle(config: TrainConfig) -> Settled:
     resuming = config.init_from == "resume"
     run_dir = Path(config.out_dir) if resuming else run_folder.check(config)
     dataset = _open_or_prepare(config)
-    # bare token files do not state their vocabulary, and are taken for GPT-2's
-    gpt_config = config.gpt_config(padded_vocab_size(dataset.vocab_size or GPT2_VOCABULARY))
+    initial = None
+    if resuming:
+        vocab_size = _vocab_size_of(run_dir, dataset)
+    elif config.init_from == "scratch":
+        vocab_size = padded_vocab_size(dataset.vocab_size or GPT2_VOCABULARY)
+    else:
+        config, initial = _start_from(config, dataset)
+        vocab_size = len(initial["transformer.wte.weight"])
+    gpt_config = config.gpt_config(vocab_size)
     memory, _ = hardware.memory(device)
     settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
     changes = resume.differences(run_dir, settled) if resuming and run_folder.is_run(run_dir) else []
@@ -102,8 +112,47 @@ def settle(config: TrainConfig) -> Settled:
     left_open = {name: value for name, value in open_values.items() if getattr(config, name) == value}
     tokenizer = dataset.tokenizer()
     return Settled(
-        settled, run_dir, device, dtype, dataset, tokenizer, gpt_config, memory, prediction, changes, left_open
+        settled, run_dir, device, dtype, dataset, tokenizer, gpt_config, memory, prediction, initial, changes, left_open
     )
+
+
+def _vocab_size_of(run_dir: Path, dataset: Dataset) -> int:
+    """The vocabulary of a run that is resumed: its own, which a model that it started from may have decided."""
+    padded = padded_vocab_size(dataset.vocab_size or GPT2_VOCABULARY)
+    if not run_folder.is_run(run_dir):
+        return padded
+    own = run_folder.read_config(run_dir).model.vocab_size
+    # A dataset of a quite different vocabulary is refused later, with both names.
+    return own if padded_vocab_size(own) == padded else padded
+
+
+def _start_from(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, dict[str, torch.Tensor]]:
+    """The request with the architecture of the model that it starts from, and the model's weights.
+
+    Position embeddings beyond ``block_size`` are cut off.
+
+    Raises:
+        RequestError: there is no such model, or it does not fit the dataset or ``block_size``.
+    """
+    opened = open_model(config.init_from)
+    model, own = opened.model.config, dataset.tokenizer()
+    if own is not None and opened.tokenizer is not None and own.to_meta() != opened.tokenizer.to_meta():
+        raise RequestError(
+            f"{config.init_from} reads {opened.tokenizer.name} tokens, and {config.dataset} has {own.name} tokens of "
+            "another vocabulary: prepare the data with the model's tokenizer"
+        )
+    if (dataset.vocab_size or 0) > model.vocab_size:
+        raise RequestError(
+            f"{config.dataset} has {dataset.vocab_size} tokens, more than the {model.vocab_size} of {config.init_from}"
+        )
+    if config.block_size > model.block_size:
+        raise RequestError(
+            f"--block_size {config.block_size} is longer than the context of {config.init_from}, {model.block_size}"
+        )
+    weights = {name: p.detach() for name, p in opened.model.named_parameters()}
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+    changed = {name: getattr(model, name) for name in resume.ARCHITECTURE}
+    return replace(config, **changed), weights
 
 
 def _open_or_prepare(config: TrainConfig) -> Dataset:

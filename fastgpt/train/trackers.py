@@ -83,15 +83,15 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in the project ``WANDB_PROJECT`` (``fastgpt`` if not set), named after the run's folder."""
+    """A run in the project and under the name of the flags, or else ``WANDB_PROJECT`` and the run's folder."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:
         import wandb
 
         id_file = run_dir / WANDB_ID
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fastgpt"),
-            name=run_dir.resolve().name,
+            project=config.wandb_project or os.environ.get("WANDB_PROJECT", "fastgpt"),
+            name=config.wandb_run_name or run_dir.resolve().name,
             dir=str(run_dir),
             config=asdict(config),
             allow_val_change=True,  # --max_iters, say, of a resumed run

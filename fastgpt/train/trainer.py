@@ -93,6 +93,8 @@ class Trainer:
         self.batches = Prefetcher(self.loaders["train"], self.device)
         torch.manual_seed(config.seed)
         self.model = GPT(settled.gpt_config, config.recompute, config.deterministic)
+        if settled.initial is not None:
+            self.model.load_state_dict(settled.initial)
         self.train_step = TrainStep(
             self.model,
             device=self.device,
@@ -136,9 +138,9 @@ class Trainer:
         with self.lock:
             if self.resumed_from is not None and checkpoint.steps(self.run_dir) != self._steps_found:
                 raise RequestError(f"another process has trained in {self.run_dir} meanwhile; start again")
-            scratch = self.config.init_from == "scratch"
-            little_room = run_folder.check_room(self.run_dir, *self._checkpoints_to_come(), replaced=scratch)
-            if scratch:
+            new = self.config.init_from != "resume"
+            little_room = run_folder.check_room(self.run_dir, *self._checkpoints_to_come(), replaced=new)
+            if new:
                 run_folder.clear(self.run_dir)
             tokenizer = self.settled.tokenizer.to_meta() if self.settled.tokenizer else None
             run_config = RunConfig(asdict(self.config), self.settled.gpt_config, tokenizer, self.settled.left_open)
@@ -185,6 +187,9 @@ class Trainer:
 
     def _loop(self) -> int:
         config = self.config
+        if config.eval_only:
+            self._evaluate()
+            return 0
         if self._evaluation_is_missing():
             self._evaluate()
             if self.step:  # the checkpoint may turn out to be the best one
@@ -213,6 +218,7 @@ class Trainer:
 
             if evaluating:
                 self._evaluate()
+                saving = saving and (config.always_save_checkpoint or self._is_best())
             if last:
                 self._wait_for_shards()
                 self._save()
@@ -343,6 +349,12 @@ class Trainer:
         due = self.step % self.config.eval_interval == 0 or self.step == self.config.max_iters
         return due and (self.val_loss is None or self.val_loss[0] != self.step) and not self._from_old_checkpoint
 
+    def _is_best(self) -> bool:
+        """Whether the last evaluation has found the lowest validation loss among the checkpoints."""
+        assert self.val_loss is not None
+        self._finish_saving()  # it may have been the best
+        return self.best_val_loss is None or self.val_loss[1] < self.best_val_loss
+
     def _evaluate(self) -> None:
         start = time.perf_counter()
         train, val = (self._in_memory(partial(self.evaluate, split)) for split in ("train", "val"))
@@ -453,7 +465,7 @@ class Trainer:
         config = self.config
         to_write = -(-(config.max_iters - self.step) // (config.checkpoint_interval or config.eval_interval))
         # the newest ones, the best one, and the one that is being written
-        there = 0 if config.init_from == "scratch" else len(checkpoint.steps(self.run_dir))
+        there = len(checkpoint.steps(self.run_dir)) if config.init_from == "resume" else 0
         at_most = config.keep_checkpoints + 2 - there
         size = checkpoint.n_bytes(self.settled.gpt_config.n_params, config.state_bits)
         return min(to_write, max(1, at_most)), size

@@ -12,7 +12,8 @@ from fastgpt.units import parse_gigabytes
 _NAMES = """
     device compile dtype eval_interval eval_iters log_interval block_size batch_size gradient_accumulation_steps
     n_layer n_head n_embd bias max_iters lr_decay_iters learning_rate min_lr warmup_iters beta1 beta2 weight_decay
-    grad_clip dropout init_from out_dir dataset
+    grad_clip dropout init_from out_dir dataset decay_lr eval_only always_save_checkpoint wandb_project wandb_run_name
+    backend
 """
 NANOGPT_NAMES = _NAMES.split()
 
@@ -33,6 +34,120 @@ def refusal(*argv):
 def test_nanogpts_flags_exist_under_their_names(name):
     value = getattr(config(), name)
     assert getattr(config(f"--{name}={value}"), name) == value
+
+
+def test_nanogpts_way_to_write_values_is_read():
+    run = config('--dtype="float16"', "--out_dir='elsewhere'", "--max_iters=1e3", "--batch_size=2", "--wandb_log=True")
+    assert (run.dtype, run.out_dir, run.max_iters, run.wandb) == ("float16", "elsewhere", 1000, True)
+    assert config("--backend=nccl").backend == "auto"
+    for wrong in ("1.5", "1e-3", "inf", "many", "1e400"):
+        assert "expected a whole number" in refusal(f"--max_iters={wrong}")
+    assert config("--seed=9007199254740993").seed == 9007199254740993  # not by way of a float
+
+
+# nanoGPT's seven config files, as their documentation has the values.
+CONFIG_FILES = {
+    "eval_gpt2": "batch_size = 8\neval_iters = 500 # more\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
+    "eval_gpt2_xl": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2-xl'\n",
+    "finetune_shakespeare": """import time
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+""",
+    "train_gpt2": """wandb_log = True
+wandb_project = 'owt'
+wandb_run_name='gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+""",
+    "train_shakespeare_char": """out_dir = 'out-shakespeare-char'
+eval_interval = 250 # keep frequent because we'll overfit
+eval_iters = 200
+log_interval = 10 # don't print too too often
+always_save_checkpoint = False
+wandb_log = False # override via command line if you like
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+""",
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_nanogpts_config_files_are_read(tmp_path, name):
+    file = tmp_path / f"{name}.py"
+    file.write_text(CONFIG_FILES[name])
+    run = config(str(file), "--log_interval=7")
+    assert run.log_interval == 7
+    assert run.preset == "nanogpt"
+    if name == "train_shakespeare_char":
+        assert (run.n_layer, run.dropout, run.out_dir, run.always_save_checkpoint) == (
+            6,
+            0.2,
+            "out-shakespeare-char",
+            False,
+        )
+    if name == "train_gpt2":
+        assert (run.gradient_accumulation_steps, run.wandb, run.wandb_run_name) == (40, True, "gpt2-124M")
+    if name == "finetune_shakespeare":
+        assert (run.init_from, run.decay_lr, run.learning_rate_at(0)) == ("gpt2-xl", False, 3e-5)
+        assert run.tokens_per_step == 32 * 1024  # its block_size is train.py's
+    if name.startswith("eval"):
+        assert run.eval_only
+
+
+def test_a_config_file_with_a_wrong_line_is_refused_with_its_name(tmp_path):
+    file = tmp_path / "mine.py"
+    for line, message in (
+        ("n_layers = 3", "mine.py: unknown flag --n_layers; did you mean --n_layer?"),
+        ("batch_size = 'x'", "mine.py: argument --batch_size"),
+        ("x = y", "mine.py, line 1"),
+    ):
+        file.write_text(line)
+        assert message in refusal(str(file))
+    assert "unexpected argument 'quickstart'" in refusal("quickstart")
+    assert "cannot be read" in refusal(str(tmp_path / "none.py"))
+
+
+def test_the_architecture_is_that_of_the_model_to_start_from():
+    assert "--n_layer is the model's that --init_from gpt2 starts from" in refusal("--init_from=gpt2", "--n_layer=3")
+    assert config("--init_from=gpt2", "--dropout=0.1").init_from == "gpt2"
+
+
+def test_a_constant_rate_neither_warms_up_nor_decays():
+    run = config("--decay_lr=False")
+    assert {run.learning_rate_at(step) for step in (0, 5, 100, 10**6)} == {run.learning_rate}
 
 
 def test_without_flags_the_quickstart_runs():
@@ -108,7 +223,9 @@ def test_every_preset_is_a_valid_run_of_a_valid_model(name):
 
 
 def test_the_presets_are_those_that_are_documented():
-    documented = "quickstart shakespeare-char shakespeare-char-cpu gpt2-30m gpt2-124m gpt2-350m gpt2-774m gpt2-1558m"
+    documented = """
+        quickstart nanogpt shakespeare-char shakespeare-char-cpu gpt2-30m gpt2-124m gpt2-350m gpt2-774m gpt2-1558m
+    """
     assert set(PRESETS) == set(documented.split())
 
 

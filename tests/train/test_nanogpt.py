@@ -34,8 +34,6 @@ nothing = None
 def test_a_runs_name_may_be_anything(tmp_path):
     text = "import time\nwandb_run_name = 'ft-' + str(time.time())\nbatch_size = 1\n"
     assert read(tmp_path, text) == {"batch_size": 1}
-        "batch_size": 1
-    }
 
 
 @pytest.mark.parametrize(

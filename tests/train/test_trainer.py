@@ -680,6 +680,70 @@ def test_nothing_is_saved_of_data_that_have_been_found_to_be_damaged(trainer, tm
     assert checkpoint.steps(tmp_path / "run") == []
 
 
+# ---- when to save, evaluating only, other weights to start from ----
+
+
+def test_checkpoints_may_be_saved_only_if_the_loss_is_the_best(trainer, tmp_path, monkeypatch):
+    losses = iter([[3.0], [3.0], [2.0], [2.0], [2.5], [2.5], [1.5], [1.5], [1.6], [1.6]])
+    one = trainer(eval_interval=2, always_save_checkpoint=False, keep_checkpoints=9)
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: saved.append(args[1].step) or save(*args))
+    one.evaluate = lambda split: next(losses)
+    assert one.train() == 0
+    assert saved == [2, 6, 8]  # the last one always
+
+
+def test_evaluating_only_trains_nothing_and_saves_nothing(trainer, tmp_path):
+    assert trainer(eval_only=True).train() == 0
+    assert list(evaluations(tmp_path / "run")) == [0]
+    assert losses(tmp_path / "run") == {}
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_that_is_only_evaluated_stays_as_it_is(trainer, tmp_path):
+    trainer(max_iters=4).train()
+    before = files_of(tmp_path / "run" / "checkpoints")
+    assert trainer(max_iters=4, init_from="resume", eval_only=True).train() == 0
+    assert files_of(tmp_path / "run" / "checkpoints") == before
+
+
+@pytest.mark.parametrize("block_size", [16, 9])
+def test_a_run_starts_from_the_weights_of_a_model_and_is_resumed_as_any_other(trainer, tmp_path, block_size):
+    trainer(n_embd=24, n_head=3, bias=True).train()
+    source = weights(tmp_path / "run")
+    source["transformer.wpe.weight"] = source["transformer.wpe.weight"][:block_size]
+    tuned = {
+        name: value for name, value in TINY.items() if name not in ("n_layer", "n_head", "n_embd", "bias", "block_size")
+    }
+
+    def fine(**flags):
+        start = {"init_from": tmp_path / "run", "out_dir": tmp_path / "fine", "block_size": block_size}
+        return trainer(only=tuned, **{**start, **flags})
+
+    one = fine(max_iters=3)
+    for name, p in one.train_step.store.named(one.train_step.store.master).items():
+        assert torch.equal(p, source[name]), name
+    assert (one.config.n_embd, one.config.bias, one.step) == (24, True, 0)
+    assert one.train() == 0
+    assert fine(init_from="resume").train() == 0
+    fine(out_dir=tmp_path / "whole").train()
+    ours, whole = weights(tmp_path / "fine"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_a_model_that_does_not_fit_is_refused(trainer, tmp_path, data_dir):
+    trainer().train()
+    tuned = {name: value for name, value in TINY.items() if name not in ("n_layer", "n_head", "n_embd")}
+    start = {"only": tuned, "init_from": tmp_path / "run", "out_dir": tmp_path / "fine"}
+    with pytest.raises(RequestError, match=r"--block_size 17 is longer than the context of .*run, 16"):
+        trainer(**start, block_size=17)
+    prepare("text", [data_dir / "words.txt"], tokenizer="byte", name="bytes", data_dir=data_dir)
+    with pytest.raises(RequestError, match="reads char tokens, and bytes has byte tokens"):
+        trainer(**start, dataset="bytes")
+    with pytest.raises(RequestError, match=r"there is no scrach: .*did you mean scratch"):
+        trainer(init_from="scrach")
+
+
 # ---- a full disk ----
 
 

@@ -194,7 +194,7 @@ class Monitor:
                 f"almost nothing has been learnt (a uniform guess has a loss of {guess:.2f}), because --learning_rate "
                 f"{c.learning_rate:g} is far too low or too high, or the data is noise"
             )
-        elif lr > HIGH_RATE * c.learning_rate and c.min_lr < HIGH_RATE * c.learning_rate:
+        elif c.decay_lr and lr > HIGH_RATE * c.learning_rate and c.min_lr < HIGH_RATE * c.learning_rate:
             causes.append(
                 f"the learning rate is still at {lr / c.learning_rate:.0%} of its peak, and the loss will fall when it "
                 f"decays (set by --lr_decay_iters, now {c.lr_decay_iters:,})"

@@ -90,7 +90,7 @@ def past_chinchilla(facts: Facts) -> Finding | None:
 def schedule_end(facts: Facts) -> Finding | None:
     """Check whether the decay of the learning rate ends before or after the run."""
     c = facts.config
-    if c.min_lr >= c.learning_rate:  # a constant rate does not decay
+    if c.min_lr >= c.learning_rate or not c.decay_lr:  # a constant rate does not decay
         return None
     last = c.learning_rate_at(c.max_iters - 1)
     at_floor = 1 - c.lr_decay_iters / c.max_iters

@@ -11,7 +11,7 @@ import torch
 
 from fastgpt.data.tokenizer_json import FILE, JsonTokenizer
 from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_meta
-from fastgpt.errors import RequestError
+from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.model import GPT, huggingface
 from fastgpt.model.config import GPT2_VOCABULARY
 from fastgpt.train import checkpoint, run_folder
@@ -64,9 +64,23 @@ def open_model(name: str, which: str = "latest") -> OpenedModel:
         return _open_folder(name, path, f"the folder {path}")
     if path.exists():
         raise RequestError(f"{path} is a file; give the folder of a run or of a model")
-    if name in HUB_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _open_folder(name, _download(name), f"{name} on the Hugging Face hub")
-    raise RequestError(f"there is no {path}: give the folder of a run, of a model, or a name such as gpt2")
+    check_name(name)
+    return _open_folder(name, _download(name), f"{name} on the Hugging Face hub")
+
+
+def check_name(name: str, others: tuple[str, ...] = ()) -> None:
+    """Refuse a name that is neither a path nor one on the hub.
+
+    Args:
+        name: of a model.
+        others: what could have been meant besides.
+
+    Raises:
+        RequestError: there can be no such model.
+    """
+    if not (Path(name).exists() or name in HUB_NAMES or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+        near = did_you_mean(name, (*HUB_NAMES, *others))
+        raise RequestError(f"there is no {name}: give the folder of a run, of a model, or a name such as gpt2{near}")
 
 
 def _open_run(name: str, path: Path, which: str) -> OpenedModel:

@@ -11,8 +11,8 @@ from fastgpt.data.tokenizer_json import JsonTokenizer
 from fastgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT, GPTConfig, huggingface
-from fastgpt.models import PROBE, open_model
 from fastgpt.train import checkpoint
+from fastgpt.train.models import PROBE, open_model
 
 
 @pytest.fixture
