@@ -18,13 +18,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def follow_umask(path: Path) -> None:
-    """Let a file be read by whom the umask lets. safetensors makes files that only their owner can read."""
-    mask = os.umask(0)  # which can only be read by setting it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()

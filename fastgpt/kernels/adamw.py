@@ -99,7 +99,8 @@ class FusedAdamW(Optimizer):
     Attributes:
         grad_norm: 0-dim fp32, of the last step, before clipping; ``None`` without ``max_grad_norm`` and
             ``skip_nonfinite``.
-        found_inf: 0-dim fp32, 1 if the last step was skipped and 0 otherwise; ``None`` without ``skip_nonfinite``.
+        found_inf: 0-dim fp32, 1 if the last step was skipped, also because of ``skip_above``, and 0 otherwise; ``None``
+            without ``skip_nonfinite``.
 
     Raises:
         TypeError: an argument has a wrong type, or a parameter a dtype other than the above.

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.errors import RequestError
-from fastgpt.files import follow_umask, written_whole
+from fastgpt.files import written_whole
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.gpt import GPT
 
@@ -125,7 +125,6 @@ def save(
         tensors[name] = (t.T if _CONV1D.search(name) else t).contiguous()
     with written_whole(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-        follow_umask(partial)
     content = {
         "architectures": ["GPT2LMHeadModel"],
         **{name: allowed[0] for name, allowed in ONLY.items()},
@@ -138,6 +137,7 @@ def save(
         "dtype": "float32",
     }
     _write_json(folder / CONFIG, content)
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)  # safetensors lets only the owner read
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "do_sample": True}
     _write_json(folder / GENERATION_CONFIG, {name: value for name, value in generation.items() if value is not None})
 

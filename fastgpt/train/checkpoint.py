@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt import json_files
 from fastgpt.errors import RequestError
-from fastgpt.files import file_sha256, follow_umask, written_whole
+from fastgpt.files import file_sha256, written_whole
 from fastgpt.model.config import GPTConfig
 
 _PREFIX = "step-"
@@ -57,6 +57,10 @@ class State:
     state_bits: int = 32  # of the moments
     skipped: int = 0  # updates
     skipped_in_a_row: int = 0  # just before this step, because gradients were not finite
+    most_in_a_row: int = 0
+    last_skipped: int = 0  # the number of that update
+    reported_skipped: int | None = None  # of `skipped`, those that the log has told; `None` for all
+    reported_spikes: int | None = None
     spikes: int = 0  # updates that were skipped because they stood out
     spike_window: list[list[float]] = field(default_factory=list)  # see SpikeDetector.state_dict
     loss_scale: float = 1.0
@@ -107,7 +111,7 @@ def newest(run_dir: Path) -> Path:
 
 def save(
     run_dir: Path, state: State, parameters: dict[str, Tensor], moments: dict[str, dict[str, Tensor]],
-    keep: int | None = 1, random: dict[str, Tensor] | None = None,
+    keep: int | None = 1, random: dict[str, Tensor] | None = None, best_before: int | None = None,
 ) -> Path:  # fmt: skip
     """Write a checkpoint, then remove earlier ones.
 
@@ -119,32 +123,37 @@ def save(
         keep: how many of the newest remain, with this one; the one with the best validation loss always does. ``None``
             for all.
         random: from :func:`random_state`, now if ``None``.
+        best_before: the step whose checkpoint was the best until this one; kept if this one cannot be written.
 
     Raises:
         NotSaved: the disk is full, or does not take it for another reason. The newest checkpoint and the best one are
             as they were.
     """
-    optimizer = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
-    optimizer |= random_state() if random is None else random
+    tensors = {f"{kind}.{name}": t for kind, named in moments.items() for name, t in named.items()}
+    tensors |= random_state() if random is None else random
+    earlier = [step for step in steps(run_dir) if step < state.step]
     try:
-        path = _save(run_dir, state, parameters, optimizer)
+        path = _save(run_dir, state, parameters, tensors)
     except NotSaved:
-        if not _remove_all_but(run_dir, {state.best_step, *steps(run_dir)[-1:]}):
+        # Later ones go too: the run was resumed before them because they are damaged.
+        best = state.best_step if state.best_step in earlier else best_before
+        if not _remove_all_but(run_dir, {best, *earlier[-1:], state.step}):
             raise
-        path = _save(run_dir, state, parameters, optimizer)  # there may be room now
-    if keep is not None:
-        earlier = [step for step in steps(run_dir) if step < state.step]
-        # later ones go too: the run was resumed before them because they are damaged
-        _remove_all_but(run_dir, {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]})
+        path = _save(run_dir, state, parameters, tensors)  # there may be room now
     _link(run_dir, LATEST, state.step)
     if state.best_step is not None:
         _link(run_dir, BEST, state.best_step)
+    if keep is not None:
+        _remove_all_but(run_dir, {state.step, state.best_step, *earlier[max(0, len(earlier) - keep + 1) :]})
     return path
 
 
 def _link(run_dir: Path, name: str, step: int) -> None:
     """Make ``name`` a link to a checkpoint, for people; nothing here reads it. File systems without links lack it."""
-    with suppress(OSError), written_whole(run_dir / "checkpoints" / name) as link:
+    path = run_dir / "checkpoints" / name
+    if path.is_dir() and not path.is_symlink():  # a copy of the run that followed its links
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError), written_whole(path) as link:
         link.symlink_to(folder(run_dir, step).name)
 
 
@@ -152,18 +161,24 @@ def _remove_all_but(run_dir: Path, kept: set[int | None]) -> bool:
     """Remove checkpoints; whether there was one. What cannot be removed, such as an open file on NFS, stays."""
     removed = [step for step in steps(run_dir) if step not in kept]
     for step in removed:
-        shutil.rmtree(folder(run_dir, step), ignore_errors=True)
+        path = folder(run_dir, step)
+        # Under its own name, half of it could be taken for a whole one if the process died now.
+        leaving = path.with_name(path.name + _PARTIAL)
+        with suppress(OSError):
+            path.rename(leaving)
+            path = leaving
+        shutil.rmtree(path, ignore_errors=True)
     return bool(removed)
 
 
-def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> Path:
+def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], others: dict[str, Tensor]) -> Path:
     target = folder(run_dir, state.step)
     partial, old = (target.with_name(target.name + suffix) for suffix in (_PARTIAL, _OLD))
-    recover(run_dir)
-    for left_over in (*target.parent.glob(f"{_PREFIX}*{_PARTIAL}"), old):  # of processes that died
-        shutil.rmtree(left_over, ignore_errors=True)
     try:
-        _write(partial, state, parameters, optimizer)
+        recover(run_dir)
+        for left_over in (*target.parent.glob(f"{_PREFIX}*{_PARTIAL}"), old):  # of processes that died
+            shutil.rmtree(left_over, ignore_errors=True)
+        _write(partial, state, parameters, others)
         if target.exists():  # saved before at this step
             target.rename(old)
         partial.rename(target)
@@ -182,16 +197,17 @@ def n_bytes(parameters: int, state_bits: int) -> int:
     return parameters * 4 + 2 * (parameters * 4 if state_bits == 32 else parameters + parameters // 64)
 
 
-def _write(partial: Path, state: State, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+def _write(partial: Path, state: State, parameters: dict[str, Tensor], others: dict[str, Tensor]) -> None:
     """Write all files of a checkpoint to the folder ``partial``, and have the disk write them."""
     partial.mkdir(parents=True)
     save_file(_on_cpu(parameters), partial / "model.safetensors", metadata={"format": "pt"})
-    save_file(_on_cpu(optimizer), partial / "optimizer.safetensors")
+    save_file(_on_cpu(others), partial / "optimizer.safetensors")
     json_files.write(partial / "state.json", asdict(state))
     manifest = Manifest({path.name: file_sha256(path) for path in sorted(partial.iterdir())})
     json_files.write(partial / MANIFEST, asdict(manifest))
+    mode = (partial / MANIFEST).stat().st_mode & 0o777  # the umask's; safetensors lets only the owner read
     for path in partial.iterdir():
-        follow_umask(path)
+        path.chmod(mode)
         _flush(path)
     _flush(partial)
 

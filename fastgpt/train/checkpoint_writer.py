@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastgpt import hardware
+from fastgpt.errors import RequestError
 from fastgpt.train import checkpoint
 from fastgpt.train.checkpoint import State
 from fastgpt.train.memory import ran_out
@@ -32,6 +34,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._written: State | None = None
         self._error: BaseException | None = None
+        self._copying = True
         self._copies: dict[str, Tensor] = {}  # by kind; kept, because fresh memory costs as much time as the copy
 
     @property
@@ -45,7 +48,8 @@ class CheckpointWriter:
         store: ParameterStore,
         moments: dict[str, Tensor],
         keep: int | None,
-        ready: Callable[[], None],
+        best_before: int | None,
+        before_writing: Callable[[], None],
     ) -> None:
         """Begin to write a checkpoint; the tensors may change as soon as this returns.
 
@@ -56,7 +60,8 @@ class CheckpointWriter:
             store: has the parameters.
             moments: flat buffers by kind.
             keep: how many of the newest checkpoints remain, see :func:`checkpoint.save`.
-            ready: is called in the thread, before anything is written; if it raises, nothing is.
+            best_before: the step whose checkpoint was the best until this one.
+            before_writing: is called in the thread; if it raises, nothing is written.
         """
         assert self.idle
         self.step = state.step
@@ -65,30 +70,33 @@ class CheckpointWriter:
         random = checkpoint.random_state()
 
         def write() -> None:
-            flat = copies or flats
-            named = {kind: store.named(flat[kind]) for kind in flats}
-            parameters = named.pop("master")
             try:
-                ready()
-                checkpoint.save(self._run_dir, state, parameters, named, keep, random)
-            except BaseException as error:  # for the thread that waits
+                before_writing()
+                named = {kind: store.named(flat) for kind, flat in (copies or flats).items()}
+                parameters = named.pop("master")
+                checkpoint.save(self._run_dir, state, parameters, named, keep, random, best_before)
+            except (RequestError, checkpoint.NotSaved) as error:  # for the thread that waits
                 self._error = error
+            except Exception as error:  # such as no memory for a file's head: the run can go on without this one
+                self._error = checkpoint.NotSaved(f"{type(error).__name__}: {error}")
             else:
                 self._written = state
 
-        if not copies:
-            write()
-            return
-        # A daemon: when the process is told to end at once, an unfinished checkpoint has a name that nobody reads.
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-        self._thread.start()
+        if copies:
+            # A daemon: when the process is told to end at once, an unfinished checkpoint has a name that nobody reads.
+            thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            with suppress(RuntimeError):  # the system gives no more threads
+                thread.start()
+                self._thread = thread
+                return
+        write()
 
     def wait(self) -> State | None:
         """Wait until the checkpoint is on the disk; its state, or ``None`` if there was nothing to wait for.
 
         Raises:
             NotSaved: the disk did not take it.
-            RequestError: raised by ``ready``.
+            RequestError: raised by ``before_writing``.
         """
         if self._thread is not None:
             self._thread.join()
@@ -98,8 +106,23 @@ class CheckpointWriter:
             raise error
         return written
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether memory is held for the copies."""
+        return bool(self._copies)
+
+    def free_copies(self) -> bool:
+        """Give up the memory of the copies for good; whether there was any. Training waits for the disk from now on."""
+        had = bool(self._copies)
+        if self._thread is not None:
+            self._thread.join()  # it reads them
+        self._copying, self._copies = False, {}
+        return had
+
     def _copies_of(self, flats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the CPU by kind; none if they would take more than half of the memory that is free."""
+        if not self._copying:
+            return {}
         if not self._copies:
             n_bytes = sum(flat.numel() * flat.element_size() for flat in flats.values())
             free, _ = hardware.memory(torch.device("cpu"))

@@ -90,7 +90,8 @@ class TrainConfig:
         10, "end the run after so many updates in a row whose gradients are not finite; each is skipped"
     )
     skip_spikes: float = _option(
-        0.0, "skip an update whose loss or gradient norm is so many standard deviations above the last 128; 0: none"
+        0.0,
+        "skip an update whose loss or gradient norm is so many standard deviations above the last 128's mean; 0: none",
     )
     state_bits: Literal[8, 32] = _option(32, "bits of each of AdamW's moments; 8 bits save 6 bytes a parameter")
 

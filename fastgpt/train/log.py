@@ -87,14 +87,17 @@ class RunLog:
             f"step {values['step']}: train loss {values['train_loss']:.4f}, val loss {values['val_loss']:.4f}{give}"
         )
 
+    def note(self, kind: str, **values: Any) -> None:
+        """Write down what is not shown: the ``start`` or the ``end`` of a process, with its step and time."""
+        self._write(_line(kind, values))
+
     def find(self, **values: Any) -> None:
         """A finding: step, code, text."""
         self._record("finding", values)
         self.say(values["text"])
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._write(json.dumps({"kind": kind, **finite}).encode() + b"\n")
+        self._write(_line(kind, values))
         numbers = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
         for tracker in list(self.trackers):
             self._track(tracker, partial(tracker.log, kind, values["step"], numbers))
@@ -144,10 +147,17 @@ class RunLog:
         )
 
 
-def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of ``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``.
+def _line(kind: str, values: dict[str, Any]) -> bytes:
+    """A record as a line of JSON, which has no word for infinity and NaN."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps({"kind": kind, **finite}).encode() + b"\n"
 
-    Where a step was logged twice, before and after a resume, the later record counts. Lines that are damaged, such as
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of ``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``, ``start``, ``end``.
+
+    Where a step was logged twice, before and after a resume, the later record counts. Every process that trained has a
+    ``start``, and if it was not killed an ``end``. Lines that are damaged, such as
     half of one that a killed run left, are skipped; ``damaged`` has an entry for each.
     """
     records: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in _REQUIRED}
@@ -155,7 +165,8 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         record = _parsed(line)
         if record is not None:
-            records[record["kind"]][record["step"], record.get("code", "")] = record
+            same = record["step"], record.get("code", ""), record.get("time", "")
+            records[record["kind"]][same] = record
         elif line.strip(b"\0 \t"):  # a power cut may leave a block of zeros
             damaged.append({"line": number})
     return {kind: [found[key] for key in sorted(found)] for kind, found in records.items()} | {"damaged": damaged}
@@ -167,6 +178,8 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "train": {"step": (int,), "loss": _NUMBER, "lr": (int, float), "grad_norm": _NUMBER},
     "eval": {"step": (int,), "train_loss": _NUMBER, "val_loss": _NUMBER},
     "finding": {"step": (int,), "code": (str,), "text": (str,)},
+    "start": {"step": (int,), "time": (str,)},
+    "end": {"step": (int,), "time": (str,), "status": (int,), "reason": (str,)},
 }
 
 

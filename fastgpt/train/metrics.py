@@ -6,6 +6,8 @@ import torch
 
 from fastgpt.train.step import TrainStep
 
+READ = ("loss", "grad_norm", "skipped", "spikes", "last_skipped", "most_in_a_row")  # attributes of the step
+
 
 class Timestamp:
     """The time at which a device has finished all work queued so far.
@@ -48,11 +50,7 @@ class UpdateMetrics:
     def __init__(self, train_step: TrainStep, step: int, tokens: int, lr: float, since: Timestamp) -> None:
         self.step, self.tokens, self.lr = step, tokens, lr
         # One copy of its own for all: the next update overwrites these tensors before anybody reads them.
-        values = [
-            train_step.loss, train_step.grad_norm, train_step.skipped, train_step.spikes, train_step.last_skipped,
-            train_step.most_in_a_row,
-        ]  # fmt: skip
-        self._values = torch.stack(values).to("cpu", non_blocking=True)
+        self._values = torch.stack([getattr(train_step, name) for name in READ]).to("cpu", non_blocking=True)
         self._since, self.end = since, Timestamp(train_step.loss.device, step)
 
     def seconds(self) -> float:
@@ -61,24 +59,27 @@ class UpdateMetrics:
 
     def loss(self) -> float:
         """Mean loss of the update's micro-batches."""
-        return self._values[0].item()
+        return self._read("loss")
 
     def grad_norm(self) -> float:
         """Gradient norm before clipping."""
-        return self._values[1].item()
+        return self._read("grad_norm")
 
     def skipped(self) -> int:
         """Updates that were skipped so far."""
-        return int(self._values[2].item())
+        return int(self._read("skipped"))
 
     def spikes(self) -> int:
         """Those of them that were skipped because they stood out."""
-        return int(self._values[3].item())
+        return int(self._read("spikes"))
 
     def last_skipped(self) -> int:
         """The number of the last of them, counted from 1; 0 for none."""
-        return int(self._values[4].item())
+        return int(self._read("last_skipped"))
 
     def most_in_a_row(self) -> int:
         """The longest row of updates so far whose gradients were not finite."""
-        return int(self._values[5].item())
+        return int(self._read("most_in_a_row"))
+
+    def _read(self, name: str) -> float:
+        return self._values[READ.index(name)].item()

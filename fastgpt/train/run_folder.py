@@ -104,12 +104,16 @@ class RunLock:
     Args:
         run_dir: is created if it does not exist.
 
+    Attributes:
+        until_exit: keep the lock when it is left, until the process ends: a thread still writes to the folder.
+
     Raises:
         RequestError: another process trains there, or the folder cannot be written to.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
+        self.until_exit = False
         self._file: int | None = None
 
     def __enter__(self) -> "RunLock":
@@ -139,7 +143,7 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        if self._file is not None and not self.until_exit:
             with suppress(OSError):
                 (self._run_dir / LOCK).unlink()
             os.close(self._file)
@@ -148,7 +152,7 @@ class RunLock:
 def clear(run_dir: Path) -> None:
     """Remove an earlier run. Other files in the folder stay."""
     for path in held(run_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:

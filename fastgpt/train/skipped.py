@@ -15,11 +15,15 @@ class SkippedUpdates:
         loader: draws the training batches.
         skipped: updates that have been skipped and reported.
         spikes: those of them that stood out.
+
+    Attributes:
+        skipped: updates that have been reported.
+        spikes: those of them that stood out.
     """
 
     def __init__(self, loader: BatchLoader, skipped: int = 0, spikes: int = 0) -> None:
         self._loader = loader
-        self._skipped, self._spikes = skipped, spikes
+        self.skipped, self.spikes = skipped, spikes
         self._positions: dict[int, dict[str, int]] = {}  # by the update's number
 
     def begin(self, number: int, position: dict[str, int]) -> None:
@@ -47,9 +51,9 @@ class SkippedUpdates:
             ``None`` if there is nothing to report. A block is the shard's file and the first token in it; there are
             none if the update is too long ago.
         """
-        spikes = metrics.spikes() - self._spikes
-        not_finite = (metrics.skipped() - self._skipped - spikes) * overflows
-        self._skipped, self._spikes = metrics.skipped(), metrics.spikes()
+        spikes = metrics.spikes() - self.spikes
+        not_finite = (metrics.skipped() - self.skipped - spikes) * overflows
+        self.skipped, self.spikes = metrics.skipped(), metrics.spikes()
         last = metrics.last_skipped()
         position = self._positions.get(last)
         self._positions = {number: place for number, place in self._positions.items() if number > metrics.step}
@@ -57,7 +61,7 @@ class SkippedUpdates:
         if not_finite:
             reasons.append((not_finite, "gradients were not finite"))
         if spikes:
-            limit = f"{sigmas:g} standard deviations above the last {WINDOW}"
+            limit = f"{sigmas:g} standard deviations above the mean of the last {WINDOW}"
             reasons.append((spikes, f"loss or gradient norm more than {limit}"))
         if not reasons:
             return None

@@ -65,7 +65,8 @@ class TrainStep:
         forward: the model, compiled or not.
         loss: 0-dim fp32 on the device, mean loss of the last update's micro-batches.
         skipped: 0-dim fp32 on the device, updates that were skipped so far.
-        last_skipped: 0-dim fp32 on the device, the number of the last of them, counted from 1; 0 for none.
+        last_skipped: 0-dim fp32 on the device, the number of the last of them, counted from 1; 0 for none. Those whose
+            gradients overflow because of fp16's scale do not count here.
         skipped_in_a_row: 0-dim fp32 on the device, updates since the last one whose gradients were finite. In fp16,
             where gradients overflow now and then because of the scale, it counts updates whose loss is not finite, or
             whose gradients overflow at the least scale.
@@ -216,16 +217,16 @@ class TrainStep:
         self.optimizer.step(grad_scale=scale, zero_grad=True, skip_above=limit)
         skipped = self.optimizer.found_inf
         assert skipped is not None
-        overflowed = skipped
-        self.skipped += skipped
-        self.last_skipped += skipped * (self._number - self.last_skipped)
+        spike, told = torch.zeros_like(skipped), skipped
         if detector is not None:
-            overflowed = self.grad_norm.isfinite().logical_not().float()
-            self.spikes += skipped - overflowed
+            spike = skipped * self.grad_norm.isfinite()
             detector.add(self.loss, self.grad_norm)
-        if self.loss_scale > LEAST_LOSS_SCALE:  # the overflow may be the scale's
-            overflowed = overflowed * self.loss.isfinite().logical_not()
-        self.skipped_in_a_row.add_(1).mul_(overflowed)
+        if self.loss_scale > LEAST_LOSS_SCALE:  # only fp16 has one: an overflow of a finite loss is the scale's
+            told = torch.maximum(spike, skipped * self.loss.isfinite().logical_not())
+        self.skipped += skipped
+        self.spikes += spike
+        self.last_skipped += told * (self._number - self.last_skipped)
+        self.skipped_in_a_row.add_(1).mul_(told - spike)
         torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
 
     def _update_scaled(self) -> None:
@@ -244,6 +245,8 @@ class TrainStep:
         return {
             "skipped": int(self.skipped),
             "skipped_in_a_row": int(self.skipped_in_a_row),
+            "most_in_a_row": int(self.most_in_a_row),
+            "last_skipped": int(self.last_skipped),
             "spikes": int(self.spikes),
             "spike_window": self.spike_detector.state_dict() if self.spike_detector is not None else [],
             "loss_scale": self.loss_scale,
@@ -263,7 +266,7 @@ class TrainStep:
         """
         for optimizer_state in self.optimizer.state.values():
             optimizer_state["step"].fill_(updates - state["skipped"])
-        for name in ("skipped", "skipped_in_a_row", "spikes"):
+        for name in ("skipped", "skipped_in_a_row", "most_in_a_row", "last_skipped", "spikes"):
             getattr(self, name).fill_(state[name])
         if self.spike_detector is not None:
             self.spike_detector.load_state_dict(state["spike_window"])

@@ -27,7 +27,7 @@ from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.verify import ShardVerifier
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
-from fastgpt.train import checkpoint, introduction, resume, run_folder, trackers
+from fastgpt.train import checkpoint, introduction, provenance, resume, run_folder, trackers
 from fastgpt.train.checkpoint_writer import CheckpointWriter
 from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Finding, Monitor, standard_error
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
@@ -120,6 +120,7 @@ class Trainer:
         self.skipped = SkippedUpdates(self.loaders["train"])
         self._flops_per_second: float | None = None  # of the update logged last
         self._n_damaged = 0  # lines of metrics.jsonl
+        self._ending = False  # because of an error
         # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
         self._log_late = self.device.type == "cuda"
         self.log = RunLog(self.run_dir / run_folder.METRICS, config.max_iters)
@@ -153,25 +154,42 @@ class Trainer:
                     self._introduce()
                     if little_room is not None:
                         self.log.say(little_room)
+                    self.log.note("start", step=self.step, **provenance.of(self.settled))
+                    start = time.perf_counter()
                     status = self._run()
+                    self.log.note(
+                        "end", step=self.step, time=provenance.now(), status=status, reason=self._why_ended(status),
+                        seconds=time.perf_counter() - start, peak_bytes=provenance.peak_bytes(self.device),
+                    )  # fmt: skip
                     self._conclude()
                     if status == 0:
                         self._plot()
         return status
 
+    def _why_ended(self, status: int) -> str:
+        if self.stop.requested and self.step < self.config.max_iters:
+            return f"stopped by {self.stop.reason}"
+        return "done" if status == 0 else "failed"
+
     def _run(self) -> int:
         try:
             try:
-                return self._loop()
+                status = self._loop()
+                self._wait_for_checkpoint()
+                return status
             except Interrupted:  # in the middle of an update or an evaluation
                 self._log_updates(keep=0)
                 return self._stop()
+        except KeyboardInterrupt:
+            self.lock.until_exit = not self.writer.idle
+            raise
         except Diverged as error:
-            self._finish_saving()
+            self._wait_and_report()
             self.log.say(str(error))
             return 1
         except RequestError:  # the data or the memory of the next update, which is abandoned
-            self._finish_saving()
+            self._ending = True
+            self._wait_and_report()
             if self.step not in checkpoint.steps(self.run_dir):
                 with suppress(RequestError, Diverged, checkpoint.NotSaved):
                     self._save()
@@ -182,7 +200,8 @@ class Trainer:
             self.log.say(f"the checkpoint of step {self.step} could not be written ({error}); {newest}")
             return 1
         except Exception:
-            self._finish_saving()
+            self._ending = True
+            self._wait_and_report()
             raise
 
     def _loop(self) -> int:
@@ -193,12 +212,12 @@ class Trainer:
         if self._evaluation_is_missing():
             self._evaluate()
             if self.step:  # the checkpoint may turn out to be the best one
-                self._start_saving()
+                self._save_in_background()
         since = Timestamp(self.device, self.step)  # the next logged time is the mean over the updates since then
         while self.step < config.max_iters:
             self.shards.check()
             if self.writer.idle:
-                self._finish_saving()
+                self._wait_and_report()
             lr = self._update()
             self.step += 1
             self.tokens += config.tokens_per_step
@@ -206,7 +225,7 @@ class Trainer:
             last = self.step == config.max_iters
             stopping = not last and self.stop.requested
             evaluating = last or self.step % config.eval_interval == 0
-            saving = last or self._checkpoint_is_due(evaluating) or self.stop.take_save_request()
+            saving = self.stop.take_save_request() or last or self._checkpoint_is_due(evaluating)
             logging = last or self.step % config.log_interval == 0
             if logging:
                 self._not_logged.append(UpdateMetrics(self.train_step, self.step, self.tokens, lr, since))
@@ -223,7 +242,7 @@ class Trainer:
                 self._wait_for_shards()
                 self._save()
             elif saving:
-                self._start_saving()
+                self._save_in_background()
             if evaluating or saving:
                 since = Timestamp(self.device, self.step)  # their time is not an update's
         return 0
@@ -283,12 +302,16 @@ class Trainer:
                 # An evaluation may need the memory that recorded graphs hold; the next update records them again.
                 free_graphs = self.train_step.has_graphs and not recording and not freed_graphs
                 smaller = self._smaller_micro_batch()
-                if smaller is None and not recording and not free_graphs:
+                has_copies = self.device.type == "cpu" and self.writer.has_copies
+                if smaller is None and not recording and not free_graphs and not has_copies:
                     raise RequestError(
                         f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size, "
                         "--recompute block or --state_bits 8 take less"
                     ) from error
             # Only here, after the exception is gone: it holds the frames, and they hold what filled the memory.
+            if self.device.type == "cpu" and self.writer.free_copies():
+                self.batches.load_state_dict(position)
+                continue
             freed_graphs = free_graphs
             if free_graphs:
                 self.train_step.free_graphs()
@@ -352,7 +375,7 @@ class Trainer:
     def _is_best(self) -> bool:
         """Whether the last evaluation has found the lowest validation loss among the checkpoints."""
         assert self.val_loss is not None
-        self._finish_saving()  # it may have been the best
+        self._wait_and_report()  # it may have been the best
         return self.best_val_loss is None or self.val_loss[1] < self.best_val_loss
 
     def _evaluate(self) -> None:
@@ -417,10 +440,13 @@ class Trainer:
             text, blocks = report
             self.log.find(step=metrics.step, code="skipped", text=text, blocks=blocks)
         if ending:
-            path = self._save()
+            try:
+                saved = f"The weights are saved, beside earlier ones: {self._save()}"
+            except checkpoint.NotSaved as error:
+                saved = f"The weights could not be saved: {error}"
             raise Diverged(
                 f"the gradients of {count_of(in_a_row, 'update')} in a row were not finite, up to step {metrics.step}: "
-                f"the run ends. The weights from before them are saved, beside earlier ones: {path}. {DIVERGED_ADVICE}"
+                f"the run ends. {saved}. {DIVERGED_ADVICE}"
             )
 
     def _introduce(self) -> None:
@@ -478,15 +504,15 @@ class Trainer:
             Diverged: the weights are not finite.
             NotSaved: the disk does not take it.
         """
-        self._start_saving(ready=self.shards.check)
-        self._take_saved()
+        self._save_in_background(before_writing=self.shards.check)
+        self._wait_for_checkpoint()
         return checkpoint.folder(self.run_dir, self.step)
 
     def _wait_for_shards(self) -> None:
         """Wait until the shards have been compared: what is saved comes from the data that it says it comes from."""
-        self.shards.wait(give_up=lambda: self.stop.requested)
+        self.shards.wait(give_up=lambda: self.stop.requested or self._ending)
 
-    def _take_saved(self) -> None:
+    def _wait_for_checkpoint(self) -> None:
         """Wait for the checkpoint that is being written, and note if it is the best. The errors are those of `_save`"""
         start = time.perf_counter()
         state = self.writer.wait()
@@ -494,23 +520,23 @@ class Trainer:
             self.best_val_loss, self.best_step = state.best_val_loss, state.best_step
         self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
 
-    def _finish_saving(self) -> None:
+    def _wait_and_report(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. If the disk does not take it, say so only."""
         try:
-            self._take_saved()
+            self._wait_for_checkpoint()
         except checkpoint.NotSaved as error:
-            self.log.say(f"no checkpoint at step {self.writer.step}: {error}; earlier ones stay")
+            self.log.say(f"no checkpoint at step {self.writer.step}: {error}; the run goes on")
 
-    def _start_saving(self, ready: Callable[[], None] | None = None) -> None:
+    def _save_in_background(self, before_writing: Callable[[], None] | None = None) -> None:
         """Save a checkpoint while training goes on. After skipped updates, earlier ones are kept: they may be better.
 
         Args:
-            ready: is called before anything is written; waits for the shards if ``None``.
+            before_writing: waits for the shards if ``None``.
 
         Raises:
             Diverged: the weights are not finite.
         """
-        self._finish_saving()
+        self._wait_and_report()
         start = time.perf_counter()
         evaluated, loss = self.val_loss or (-1, math.inf)
         best_val_loss, best_step = self.best_val_loss, self.best_step
@@ -534,10 +560,14 @@ class Trainer:
             model=self.settled.gpt_config,
             state_bits=self.config.state_bits,
             eval_batch_size=self.eval_batch_size,
+            reported_skipped=self.skipped.skipped,
+            reported_spikes=self.skipped.spikes,
             **step.state_dict(),
         )
         keep = None if state.skipped_in_a_row else self.config.keep_checkpoints
-        self.writer.start(state, step.store, step.moments, keep, ready or self._wait_for_shards)
+        self.writer.start(
+            state, step.store, step.moments, keep, self.best_step, before_writing or self._wait_for_shards
+        )
         self.monitor.time_spent(CHECKPOINTS, time.perf_counter() - start)
 
     def _load(self, path: Path) -> None:
@@ -552,7 +582,11 @@ class Trainer:
             step.load_state_dict(vars(state), state.step)
         except ValueError as error:
             raise RequestError(f"{path / 'state.json'}: {error}") from error
-        self.skipped = SkippedUpdates(self.loaders["train"], state.skipped, state.spikes)
+        reported = [
+            total if told is None else told
+            for total, told in ((state.skipped, state.reported_skipped), (state.spikes, state.reported_spikes))
+        ]
+        self.skipped = SkippedUpdates(self.loaders["train"], *reported)
         self.eval_batch_size = state.eval_batch_size or self.eval_batch_size
         self.step, self.tokens = state.step, state.tokens
         self.best_val_loss, self.best_step = state.best_val_loss, state.best_step

@@ -153,6 +153,65 @@ def test_what_the_disk_says_when_it_is_to_write_now_counts(tmp_path, monkeypatch
     assert checkpoint.steps(tmp_path) == [2 if saved else 1]
 
 
+def fill_disk(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+
+
+def test_a_full_disk_costs_neither_the_best_checkpoint_nor_the_newest_good_one(tmp_path, monkeypatch):
+    for step in (2, 4, 6, 8):
+        checkpoint.save(tmp_path, state(step, 2), *tensors(), None)
+    fill_disk(monkeypatch)
+    with pytest.raises(checkpoint.NotSaved):  # it would be the best, and 8 is damaged: the run was resumed from 6
+        checkpoint.save(tmp_path, state(7, 7), *tensors(), 2, best_before=2)
+    assert checkpoint.steps(tmp_path) == [2, 6]
+
+
+def test_a_disk_that_becomes_read_only_is_a_checkpoint_that_is_not_saved(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1), *tensors())
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint, "recover", refused)
+    with pytest.raises(checkpoint.NotSaved, match="Read-only"):
+        checkpoint.save(tmp_path, state(2), *tensors())
+
+
+def test_half_of_a_checkpoint_that_is_being_removed_is_not_taken_for_one(tmp_path, monkeypatch):
+    """If the process dies while it removes one, after the manifest."""
+    checkpoint.save(tmp_path, state(1), *tensors())
+
+    def killed(path, **_):
+        (path / checkpoint.MANIFEST).unlink(missing_ok=True)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    checkpoint.save(tmp_path, state(2), *tensors())
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_links_never_point_to_what_is_removed(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(1, 1), *tensors())
+    links = {}
+
+    def killed(run_dir, kept):
+        links.update({name: (run_dir / "checkpoints" / name).resolve().name for name in ("latest", "best")})
+
+    monkeypatch.setattr(checkpoint, "_remove_all_but", killed)
+    checkpoint.save(tmp_path, state(2, 2), *tensors())
+    assert links == {"latest": "step-0000002", "best": "step-0000002"}
+
+
+def test_a_folder_in_the_place_of_a_link_makes_room_for_it(tmp_path):
+    """As ``cp -rL`` leaves it."""
+    (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest" / "state.json").touch()
+    checkpoint.save(tmp_path, state(1, 1), *tensors())
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == "step-0000001"
+
+
 def test_a_step_that_cannot_be_saved_again_keeps_its_checkpoint(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1), *tensors(seed=0))
     rename = checkpoint.Path.rename

@@ -43,8 +43,8 @@ class Disk:
         self._write(*args, **options)
 
 
-def start(writer, store, ready=lambda: None, **changes):
-    writer.start(dataclasses.replace(STATE, **changes), *store, 2, ready)
+def start(writer, store, before_writing=lambda: None, **changes):
+    writer.start(dataclasses.replace(STATE, **changes), *store, 2, None, before_writing)
 
 
 def test_what_is_saved_is_what_the_tensors_were_at_the_start(tmp_path, monkeypatch, store):
@@ -110,6 +110,42 @@ def test_what_the_disk_refuses_is_an_error_for_the_one_who_waits_and_the_next_is
     start(writer, store)
     writer.wait()
     assert checkpoint.steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("can't allocate memory"), ValueError("x")])
+def test_any_other_error_is_a_checkpoint_that_is_not_saved(tmp_path, monkeypatch, store, error):
+    def fails(*_, **__):
+        raise error
+
+    writer = CheckpointWriter(tmp_path)
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    start(writer, store)
+    with pytest.raises(checkpoint.NotSaved, match=type(error).__name__):
+        writer.wait()
+
+
+def test_where_no_thread_can_be_started_the_loop_waits(tmp_path, monkeypatch, store):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    writer = CheckpointWriter(tmp_path)
+    start(writer, store)
+    assert checkpoint.steps(tmp_path) == [1]
+    assert writer.wait() == STATE
+
+
+def test_the_memory_of_the_copies_can_be_had_back(tmp_path, store):
+    writer = CheckpointWriter(tmp_path)
+    start(writer, store)
+    assert writer.has_copies
+    assert writer.free_copies()
+    assert not writer.free_copies()
+    writer.wait()
+    start(writer, store, step=2)
+    assert not writer.has_copies
+    writer.wait()
+    assert checkpoint.steps(tmp_path) == [1, 2]
 
 
 def test_nothing_is_written_of_what_is_not_ready(tmp_path, store):

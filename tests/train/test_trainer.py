@@ -744,6 +744,27 @@ def test_a_model_that_does_not_fit_is_refused(trainer, tmp_path, data_dir):
         trainer(init_from="scrach")
 
 
+# ---- what a process writes about itself ----
+
+
+def test_every_process_notes_its_start_and_its_end(trainer, tmp_path):
+    trainer(max_iters=3).train()
+    two = trainer(init_from="resume")
+    stop_after(two, 6, signal.SIGTERM)
+    two.train()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records["start"]] == [0, 3]
+    assert [(end["step"], end["status"], end["reason"]) for end in records["end"]] == [
+        (3, 0, "done"), (6, 143, "stopped by SIGTERM")
+    ]  # fmt: skip
+    start, end = records["start"][0], records["end"][0]
+    assert (start["torch"], start["dtype"], start["threads"]) == (torch.__version__, "bfloat16", 1)
+    assert start["parameters"] == two.settled.gpt_config.n_params
+    assert start["dataset"]["id"] == two.settled.dataset.identity
+    assert 0 < end["seconds"] < 3600
+    assert end["peak_bytes"] > 50e6
+
+
 # ---- a full disk ----
 
 
@@ -801,6 +822,132 @@ def test_a_run_trains_on_while_a_checkpoint_is_written(trainer, tmp_path, monkey
     for step in checkpoint.steps(tmp_path / "run"):
         ours, others = (checkpoint.folder(tmp_path / name, step) / "model.safetensors" for name in ("run", "other"))
         assert ours.read_bytes() == others.read_bytes()
+
+
+def slow_disk(monkeypatch, seconds):
+    write = checkpoint.save_file
+
+    def slow(content, path, **options):
+        time.sleep(seconds)
+        write(content, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+
+
+def test_a_run_ends_only_when_its_last_checkpoint_is_on_the_disk(trainer, tmp_path, monkeypatch):
+    """Also if there was nothing left to train: a signal came in the last evaluation, which the resumed run repeats."""
+    one = trainer()
+    evaluate = one._evaluate
+
+    def stopped():
+        if one.step == 8:
+            signal.raise_signal(signal.SIGTERM)
+        evaluate()
+
+    one._evaluate = stopped
+    assert one.train() == 143
+    slow_disk(monkeypatch, 0.3)
+    two = trainer(init_from="resume")
+    two.evaluate = lambda split: [0.5, 0.5]
+    assert two.train() == 0
+    assert two.writer.idle
+    assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).best_step == 8
+
+
+def test_a_run_that_is_interrupted_at_once_keeps_its_lock_while_it_still_writes(trainer, tmp_path, monkeypatch):
+    slow_disk(monkeypatch, 0.3)
+    one = trainer(checkpoint_interval=2)
+    update = one._update
+
+    def interrupted():
+        if one.step == 3:
+            raise KeyboardInterrupt
+        return update()
+
+    one._update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        one.train()
+    assert not one.writer.idle
+    with pytest.raises(RequestError, match="is in use by process"):
+        trainer(init_from="auto")
+    one.writer.wait()
+    os.close(one.lock._file)
+
+
+def test_an_update_that_memory_does_not_hold_gets_that_of_the_checkpoints_copies(trainer, tmp_path, capsys):
+    one = trainer(checkpoint_interval=2)
+    micro_step = one.train_step._micro_step
+
+    def limited(batch):
+        if one.writer.has_copies:
+            raise OUT_OF_MEMORY[0]
+        micro_step(batch)
+
+    one.train_step._micro_step = limited
+    assert one.train() == 0
+    assert "out of memory" not in capsys.readouterr().out
+    trainer(out_dir=tmp_path / "other", checkpoint_interval=2).train()
+    ours, others = weights(tmp_path / "run"), weights(tmp_path / "other")
+    assert all(torch.equal(ours[name], others[name]) for name in others)
+
+
+def test_skipped_updates_that_a_killed_run_had_not_told_are_told_by_the_resumed_one(trainer, tmp_path, capsys):
+    one = trainer(log_interval=8, checkpoint_interval=4)
+    poison(one, {2})
+    update = one._update
+
+    def killed():
+        if one.step == 5:
+            one.writer.wait()
+            raise KeyboardInterrupt
+        return update()
+
+    one._update = killed
+    with pytest.raises(KeyboardInterrupt):
+        one.train()
+    capsys.readouterr()
+    assert trainer(log_interval=8, init_from="resume").train() == 0
+    assert "1 update up to step 8 skipped: gradients were not finite" in capsys.readouterr().out
+
+
+def test_in_fp16_a_spike_is_told_with_its_own_place(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(spikes, "WINDOW", 3)
+    one = trainer(dtype="float16", skip_spikes=5.0, log_interval=8)
+    update = one.train_step._update
+
+    def changed():
+        if one.step + 1 == 6:
+            one.train_step.store.grad *= 1000.0
+        if one.step + 1 == 7:
+            one.train_step.store.grad[3] = float("inf")
+        update()
+
+    one.train_step._update = changed
+    one.train()
+    (record,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")["finding"] if r["code"] == "skipped"]
+    assert record["text"].startswith("1 update up to step 8 skipped: loss or gradient norm")
+    assert "The last one, step 6," in record["text"]
+
+
+def test_why_a_run_diverged_is_told_also_if_the_disk_is_full(trainer, monkeypatch, capsys):
+    one = trainer(max_skipped_updates=2)
+    poison(one, {2, 3})
+    fill_disk(monkeypatch, {1, 2, 3})
+    assert one.train() == 1
+    said = capsys.readouterr().out
+    assert (
+        "the gradients of 2 updates in a row were not finite, up to step 3: the run ends. The weights could not" in said
+    )
+
+
+def test_a_checkpoints_folder_that_is_a_link_can_be_replaced(trainer, tmp_path):
+    trainer(max_iters=2).train()
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    assert trainer(max_iters=2, overwrite=True).train() == 0
+    assert checkpoint.steps(tmp_path / "run") == [2]
+    assert (tmp_path / "elsewhere" / "step-0000002").is_dir()  # what a link leads to is not touched
+    assert not (tmp_path / "run" / "checkpoints").is_symlink()
 
 
 def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(trainer, tmp_path, monkeypatch):
