@@ -57,7 +57,7 @@ class Plan:
         threads: of a CPU, and what limits them.
         parts: bytes that the process holds at the peak, by part.
         prediction: of a step's time.
-        choices: micro-batches that fit.
+        choices: micro-batches that fit, and the run's own.
         findings: problems that are known before the run.
         tokens: a budget to state the hours for; ``None`` if not requested.
         dtype: of the weights that the model computes with.
@@ -80,6 +80,15 @@ class Plan:
     def peak(self) -> int:
         """Bytes at the peak."""
         return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory."""
+        return self.peak <= self.memory.amount
+
+    def is_planned(self, choice: micro_batch.Choice) -> bool:
+        """Whether a choice is the run's own."""
+        return (choice.batch_size, choice.recompute) == (self.config.batch_size, self.config.recompute)
 
     @property
     def tokens_per_second(self) -> float:
@@ -117,6 +126,10 @@ def make(
     setup = replace(setup, batch_size=config.micro_batch_size, recompute=config.recompute)
     traced = trace_step(setup)
     prediction = roofline.predict(setup, machine, traced)
+    assert config.recompute != "auto", "fill_in chooses one of the kinds"
+    own = micro_batch.Choice(setup.batch_size, config.recompute, config.gradient_accumulation_steps, prediction)
+    if (own.batch_size, own.recompute) not in {(c.batch_size, c.recompute) for c in found}:
+        found = sorted([*found, own], key=lambda c: (kinds.index(c.recompute), c.batch_size))
     parts = {**traced.memory, RESERVE[setup.device_type]: prediction.reserve, **({LOADED: loaded} if loaded else {})}
     facts = Facts(
         config, setup.gpt_config, dataset_tokens, prediction.seconds(config.gradient_accumulation_steps), machine.peak,
@@ -151,7 +164,7 @@ def lines(p: Plan) -> list[str]:
         f"  an update   {c.tokens_per_step:,} tokens = {accumulation} x {c.batch_size} x {c.block_size}"
         f", recompute {c.recompute}",
         f"  memory      {gib(p.peak, 2)} at the peak, predicted"
-        + ("" if p.peak <= p.memory.amount else f": {gib(p.peak - p.memory.amount, 2)} more than there is"),
+        + ("" if p.fits else f": {gib(p.peak - p.memory.amount, 2)} more than there is"),
         *(f"    {label:<50}{size / GIB:8.3f}" for label, size in sorted(p.parts.items(), key=lambda item: -item[1])),
         f"  speed       {p.tokens_per_second:,.0f} tokens/s, {update:.3g} s an update, predicted"
         + (f"; MFU {mfu:.1%}{peak}" if mfu is not None else "; no MFU, because the device's peak is unknown"),
@@ -166,15 +179,16 @@ def lines(p: Plan) -> list[str]:
             f"{tokens / c.tokens_per_step:,.0f} updates, {duration(tokens / p.tokens_per_second)}"
         )
     text += [f"  ! {finding.text}" for finding in p.findings if finding.code != NAMED_SIZE]
-    if p.choices:
-        text += ["", "  micro-batches that fit and keep the update exact"]
-        text.append(f"  {'batch':>7}{'accumulation':>14}  {'recompute':<11}{'GiB':>7}{'tokens/s':>12}{'MFU':>8}")
+    own = "* this run's" + ("" if p.fits else ", which does not fit")
+    text += ["", f"  micro-batches that fit and keep the update exact; {own}"]
+    text.append(f"  {'batch':>7}{'accumulation':>14}  {'recompute':<11}{'GiB':>7}{'tokens/s':>12}{'MFU':>8}")
     for choice in p.choices:
         mfu = choice.prediction.mfu(choice.accumulation)
         rate = choice.prediction.tokens_per_second(choice.accumulation)
         held = choice.prediction.held + p.loaded
         text.append(
-            f"  {choice.batch_size:>7}{choice.accumulation:>14}  {choice.recompute:<11}{held / GIB:>7.2f}{rate:>12,.0f}"
+            f"{'*' if p.is_planned(choice) else ' '} {choice.batch_size:>7}{choice.accumulation:>14}  "
+            f"{choice.recompute:<11}{held / GIB:>7.2f}{rate:>12,.0f}"
             + (f"{mfu:>8.1%}" if mfu is not None else f"{'-':>8}")
         )
     return text
@@ -273,7 +287,7 @@ def to_json(p: Plan) -> dict[str, Any]:
         "recompute": p.config.recompute,
         "peak": p.peak,
         "memory_by_part": p.parts,
-        "fits": p.peak <= p.memory.amount,
+        "fits": p.fits,
         "predicted": {
             "seconds_per_update": p.prediction.seconds(accumulation),
             "tokens_per_second": p.tokens_per_second,
@@ -302,6 +316,7 @@ def to_json(p: Plan) -> dict[str, Any]:
                 "peak": c.prediction.held + p.loaded,
                 "tokens_per_second": c.prediction.tokens_per_second(c.accumulation),
                 "mfu": c.prediction.mfu(c.accumulation),
+                "planned": p.is_planned(c),
             }
             for c in p.choices
         ],

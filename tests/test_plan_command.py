@@ -74,6 +74,39 @@ def test_a_micro_batch_that_was_asked_for_is_taken_and_may_not_fit(capsys):
     assert "more than there is" in words(capsys, "--preset", "gpt2-774m", "--gpu", "rtx-4070", "--batch_size", "64")
 
 
+def rows(text):
+    """The table of micro-batches: each row's mark, micro-batch, accumulation and recomputation."""
+    lines = text[text.index("micro-batches that fit") :].splitlines()[2:]
+    split = [line.removeprefix("*").split() for line in lines if line]
+    return [(line.startswith("*"), int(row[0]), int(row[1]), row[2]) for line, row in zip(lines, split, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "shakespeare-char-cpu"],  # 12: neither at most 8 nor a multiple of it
+        ["--preset", "shakespeare-char"],
+        ["--preset", "gpt2-124m"],
+        ["--preset", "shakespeare-char", "--recompute", "block"],
+        ["--preset", "gpt2-774m", "--batch_size", "64"],  # does not fit
+    ],
+    ids=" ".join,
+)
+def test_the_table_of_micro_batches_has_the_runs_own_once_and_marked(capsys, flags):
+    p = planned(capsys, *flags, "--gpu", "rtx-4070")
+    own = p["batch_size"], p["gradient_accumulation_steps"], p["recompute"]
+    (choice,) = [choice for choice in p["choices"] if choice["planned"]]
+    assert choice["peak"] == p["peak"]
+    assert choice["tokens_per_second"] == p["predicted"]["tokens_per_second"]
+    text = words(capsys, *flags, "--gpu", "rtx-4070")
+    table = rows(text)
+    assert [row for row in table if row[0]] == [(True, *own)]
+    assert len({row[1:] for row in table}) == len(table)
+    by_kind = [(["none", "cheap", "block"].index(kind), batch_size) for _, batch_size, _, kind in table]
+    assert by_kind == sorted(by_kind)
+    assert ("* this run's, which does not fit" in text) == (not p["fits"])
+
+
 def test_the_error_of_the_model_is_said_beside_the_prediction(capsys, monkeypatch):
     errors = roofline.errors
     text = words(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")

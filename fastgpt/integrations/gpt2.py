@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgpt import kernels
 from fastgpt.integrations import probe
+from fastgpt.integrations.lazy_logits import lazy_logits
 from fastgpt.integrations.swap import (
     Model,
     is_patched,
@@ -34,7 +35,7 @@ GELU_FORMS = {
 # Arguments of a layer that mean nothing to its attention; any other that is set is left to transformers' own code.
 IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
 
-# Arguments of the model that pass unchanged through a training step without logits.
+# Arguments of the model that pass unchanged through a training step that computes no logits.
 PASSED_ON = {
     "input_ids",
     "past_key_values",
@@ -141,14 +142,16 @@ class _LMHeadModel(nn.Module):
             count = (targets != ignore_index).sum()
             n_items = n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items
             loss = torch.where(count > 0, loss, 0.0) * (count / n_items)  # 0, and not NaN, where all is ignored
-        return _output(outputs, loss, self.config.return_dict if return_dict is None else return_dict)
+        logits = lazy_logits(hidden, self.lm_head)
+        return _output(outputs, loss, logits, self.config.return_dict if return_dict is None else return_dict)
 
 
-def _output(outputs: Any, loss: Tensor, return_dict: bool) -> Any:
+def _output(outputs: Any, loss: Tensor, logits: Tensor | None, return_dict: bool) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
     output = CausalLMOutputWithCrossAttentions(
         loss=loss,
+        logits=logits,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
@@ -180,9 +183,20 @@ def patch_gpt2(model: Model) -> Model:
     and, in training mode with ``labels``, the output layer with the loss. Before the patch is let stand, the patched
     model is compared with the original on random tokens.
 
-    A training step with ``labels`` never computes logits: ``logits`` of its output is ``None``, and so is
-    ``past_key_values`` unless ``use_cache=True`` is passed. Everything is as before in evaluation, with a
-    ``loss_function`` of your own, with ``logits_to_keep``, and in fp16.
+    A training step with ``labels`` computes logits only if they are read. ``logits`` of its output is a tensor whose
+    shape, dtype and device are known. The first function that needs its numbers has them computed, with their gradient
+    and under the autocast of the forward, whatever mode it runs in itself. What Accelerate, ``DistributedDataParallel``
+    and FSDP do to every output computes nothing. Hidden states, ``(B, T, C)``, stay in memory as long as the output
+    does. Pickled, ``logits`` is an ordinary tensor. After a change in place, use the tensor that the change returned.
+
+    Read logits before the optimizer's step, and with FSDP before the backward: once the weight has changed, reading is
+    a ``RuntimeError``. As in autograd, the tensor's version tells. ``.data`` and ``FusedAdamW`` do not count it up;
+    after such a change logits are products of old hidden states and new weights. ``logits`` is ``None`` in a compiled
+    model, in ``torch.func`` and in replicas of ``torch.nn.DataParallel``. A function of logits that is compiled with
+    ``fullgraph=True`` needs an ordinary tensor: ``output.logits.contiguous()``.
+
+    ``past_key_values`` of a training step is ``None`` unless ``use_cache=True`` is passed. Everything is as before in
+    evaluation, with a ``loss_function`` of your own, with ``logits_to_keep``, and in fp16.
 
     Patch before what wraps modules or moves them apart: ``device_map``, PEFT, FSDP.
 

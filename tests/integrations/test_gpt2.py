@@ -15,46 +15,12 @@ from fastgpt.integrations import patch_gpt2, unpatch
 pytest.importorskip("transformers", reason="patch_gpt2 is about a model of transformers")
 
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
+from tests.integrations.gpt2 import T, V, close, labelled, made, same_gradients, tokens, twins
 from tests.integrations.surgery import classes, replaced
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, about its next version
-
-V, T = 131, 24
-
-
-def made(attn_implementation="sdpa", **kwargs):
-    config = {"n_layer": 2, "n_head": 3, "n_embd": 48, "vocab_size": V, "n_positions": 64}
-    config |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel._from_config(GPT2Config(**config | kwargs), attn_implementation=attn_implementation)
-    return model.train()
-
-
-def tokens(B=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(V, (B, 1), generator=generator) + torch.arange(T)) % V
-
-
-def labelled(ids, every=5):
-    labels = ids.clone()
-    labels[0, ::every] = -100
-    return labels
-
-
-def twins(roughened, **kwargs):
-    """A model and a patched copy of it."""
-    model = roughened(made(**kwargs))
-    return model, patch_gpt2(copy.deepcopy(model))
-
-
-def close(got, expected):
-    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5)
-
-
-def same_gradients(ours, model):
-    for (name, a), b in zip(ours.named_parameters(), model.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm() + 1e-5, name
 
 
 @pytest.fixture
@@ -236,17 +202,26 @@ def test_a_cache_filled_in_two_parts_gives_the_logits_of_one(roughened, calls):
 # ---- what comes back ----
 
 
-def test_training_returns_the_loss_alone(roughened):
+def test_training_returns_loss_and_logits_and_a_cache_only_if_asked(roughened):
     model, ours = twins(roughened)
     ids = tokens()
     output = ours(ids, labels=ids)
-    assert output.logits is None
-    assert output.past_key_values is None
-    (loss,) = ours(ids, labels=ids, return_dict=False)
+    assert list(output) == ["loss", "logits"]
+    loss, _ = ours(ids, labels=ids, return_dict=False)
     close(loss, model(ids, labels=ids, return_dict=False)[0])
     output = ours(ids, labels=ids, use_cache=True, output_hidden_states=True)
     assert output.past_key_values.get_seq_length() == T
     assert len(output.hidden_states) == 3
+
+
+@pytest.mark.parametrize("flag", ["reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx"])
+def test_a_training_step_passes_what_transformers_own_tests_ask_of_it(flag):
+    model = patch_gpt2(made(**{flag: True}))
+    ids = tokens()
+    output = model(ids, token_type_ids=torch.randint(2, ids.shape), labels=ids)
+    assert output.loss.shape == ()
+    assert output.logits.shape == (*ids.shape, V)
+    output.loss.backward()
 
 
 @pytest.mark.parametrize("arguments", [{"logits_to_keep": 5}, {}, {"return_dict": False}], ids=str)
