@@ -740,8 +740,8 @@ def test_a_model_that_does_not_fit_is_refused(trainer, tmp_path, data_dir):
     prepare("text", [data_dir / "words.txt"], tokenizer="byte", name="bytes", data_dir=data_dir)
     with pytest.raises(RequestError, match="reads char tokens, and bytes has byte tokens"):
         trainer(**start, dataset="bytes")
-    with pytest.raises(RequestError, match=r"there is no scrach: .*did you mean scratch"):
-        trainer(init_from="scrach")
+    with pytest.raises(RequestError, match=r"there is no scratc: .*did you mean scratch"):
+        trainer(init_from="scratc")
 
 
 # ---- what a process writes about itself ----
