@@ -23,19 +23,19 @@ VERBS = {
 
 def main() -> NoReturn:
     """Hand over to the verb."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print("usage: fastgpt VERB [--help] …, or fastgpt --version\n\nverbs:")
-        for verb, (_, purpose) in VERBS.items():
-            print(f"  {verb:8} {purpose}")
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    if sys.argv[1] == "--version":
-        print(f"fastgpt {__version__}")
-        sys.exit()
     run(_dispatch, sys.argv[1:])
 
 
 def _dispatch(argv: Sequence[str] | None) -> int | None:
-    verb, *rest = argv or ()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastgpt VERB [--help] …, or fastgpt --version\n\nverbs:")
+        for verb, (_, purpose) in VERBS.items():
+            print(f"  {verb:8} {purpose}")
+        return 0 if argv else 2
+    verb, *rest = argv
+    if verb == "--version":
+        print(f"fastgpt {__version__}")
+        return 0
     if verb not in VERBS:
         raise RequestError(f"unknown verb '{verb}'{did_you_mean(verb, list(VERBS))} (there are {', '.join(VERBS)})")
     return importlib.import_module(VERBS[verb][0]).main(rest)

@@ -4,12 +4,15 @@ Exit status: 0 done; 2 the request was wrong; 1 the run failed; 128+N stopped by
 """
 
 import argparse
+import errno
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
-from fastgpt import __version__, output
+from fastgpt import __version__, limits, output
 from fastgpt.errors import RequestError, did_you_mean
 
 
@@ -65,15 +68,57 @@ def parse_bool(text: str) -> bool:
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run an entry point and exit the process with the status that its outcome stands for."""
     output.make_safe()
+    status: object = 0
     try:
-        status = main(argv) or 0
-        sys.stdout.flush()
+        with _ended_by_exception():
+            status = main(argv) or 0
+            sys.stdout.flush()
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        output.note(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # such as head, which has read enough
         status = 128 + signal.SIGPIPE
+    except Exception as error:
+        why = limits.exhausted(error) or _refused_by_the_system(error)
+        if why is None:
+            raise
+        output.note(f"error: {why}")
+        status = 1
+    except SystemExit as error:  # of --help, or of a signal
+        status = error.code
     output.flush()
     sys.exit(status)
+
+
+# What a disk or the rights of a user can do to any command, by the names of errno.
+_SYSTEM = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EMFILE", "ENFILE")
+
+
+def _refused_by_the_system(error: Exception) -> str | None:
+    """A sentence about a file that cannot be used; ``None`` if the exception means something else."""
+    if not isinstance(error, OSError) or errno.errorcode.get(error.errno or 0) not in _SYSTEM:
+        return None
+    return f"{error.filename or 'output'}: {error.strerror}"
+
+
+@contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """Let signals that would end the process at once raise ``SystemExit`` instead, so that it cleans up."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        raise SystemExit(128 + number)
+
+    # SIGTERM: kill, and schedulers; SIGHUP: a terminal that is closed. What nohup has ignored stays ignored.
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.SIG_DFL for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    for number in previous:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

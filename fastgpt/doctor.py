@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import __version__, hardware, limits
+from fastgpt import __version__, compilers, hardware, limits
 from fastgpt.cli import Parser, run
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.kernels import backends, dispatch
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(findings, indent=1))
     else:
-        _show(findings, Console(highlight=False, markup=False))
+        _show(findings, _Console(highlight=False, markup=False))
     for problem in findings["problems"]:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if findings["problems"] else 0
@@ -265,13 +264,8 @@ def _about_triton() -> str:
         version("triton")
     except PackageNotFoundError:
         return "Triton is missing, so the GPU runs plain PyTorch: pip install triton."
-    # Triton compiles a small launcher in C for each kernel, the first time it runs
-    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "Triton needs a C compiler: install gcc, or set FASTGPT_BACKEND=reference."
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        return f"Triton needs Python.h: install {python}-dev, or set FASTGPT_BACKEND=reference."
-    return ""
+    missing = compilers.missing_for_triton()
+    return f"{missing}, or set FASTGPT_BACKEND=reference." if missing else ""
 
 
 def _existing(path: Path) -> Path:
@@ -288,6 +282,11 @@ def _output(*command: str) -> str:
 
 
 # ---- output ----
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # as print does; rich would exit with status 1, which means a problem here
 
 
 def _show(findings: dict[str, Any], console: Console) -> None:

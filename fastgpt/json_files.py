@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
         RequestError: it cannot be read, is no table, or has changed since.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have added a byte-order mark
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

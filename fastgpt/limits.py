@@ -7,6 +7,7 @@ Everything is read from Linux's files, below ``root`` so that tests can supply t
 Sources: proc(5), the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
 
+import errno
 import math
 import os
 import re
@@ -63,6 +64,47 @@ def threads(root: Path = SYSTEM) -> Bound:
             if limited:  # rounded up: two threads use 1.5 cores, one does not
                 found.append(Bound(max(1, math.ceil(int(limited[1]) / int(limited[2]))), _named(path, root)))
     return least(found)
+
+
+# What an exception says if memory ran out. The stable ABI of PyTorch, which our C++ kernels use, gives no reason, but
+# these two of its calls fail only then.
+_RAN_OUT = re.compile(
+    r"""can't[ ]allocate[ ]memory | bad_alloc                                # PyTorch on a CPU, C++
+    | Cannot[ ]allocate[ ]memory | failed[ ]to[ ]map[ ]segment               # Linux, and its loader of libraries
+    | (empty_strided | aten::contiguous) .* API[ ]call[ ]failed
+    | could[ ]not[ ]create[ ]a[ ]primitive                                   # oneDNN
+    | out[ ]of[ ]memory | CUBLAS_STATUS_ALLOC_FAILED                         # PyTorch, CUDA, Triton; cuBLAS
+    | Storage[ ]size[ ]calculation[ ]overflowed                              # more than 2**63 bytes
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, of a CPU or of a GPU.
+
+    PyTorch has a class for that, but raises it only where its own GPU allocator fails.
+    """
+    if isinstance(error, OSError):  # of mapping a file, say
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+        return True
+    return _RAN_OUT.search(str(error)) is not None
+
+
+def exhausted(error: BaseException) -> str | None:
+    """A sentence about what this process has run out of; ``None`` if the exception means something else."""
+    if "can't start new thread" in str(error):
+        return "no thread can be started: raise ulimit -u (processes) or ulimit -v (memory)"
+    if not ran_out(error):
+        return None
+    if "CUDA" in str(error) or "CUBLAS" in str(error):
+        return "out of memory on the GPU; nvidia-smi shows which programs use it"
+    try:
+        _, total = memory()
+    except MemoryError:  # the exception still holds its frames
+        return "out of memory"
+    return f"out of memory: this process may take {total.amount / 2**30:.1f} GiB, limited by {total.source}"
 
 
 # ---- memory ----

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastgpt import hardware, limits
 from fastgpt.cli import Parser, run
@@ -348,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = vars(parser.parse_args(argv))
     gpu_name, vram, tokens, points, as_json = (flags.pop(name) for name in ("gpu", "vram", "tokens", "points", "json"))
     if points:
-        show(point_lines(find_gpu(gpu_name).name if gpu_name else None))
+        print(*point_lines(find_gpu(gpu_name).name if gpu_name else None), sep="\n")
         return 0
     config = resolve(flags, PRESETS)
     threads, loaded = None, 0
@@ -382,15 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json:
         print(json.dumps(to_json(planned), indent=1))
         return 0
-    show(lines(planned))
+    print(*lines(planned), sep="\n")
     return 0
-
-
-def show(text: Sequence[str]) -> None:
-    """Print lines as they are."""
-    console = Console(highlight=False, soft_wrap=True)
-    for line in text:
-        console.print(line, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import os
 import signal
 import subprocess
@@ -115,6 +116,58 @@ def test_an_interrupt_exits_with_130(capsys):
     assert capsys.readouterr().err == ""
 
 
+STOPPED_TWICE = """
+import os, sys, time
+from fastgpt.cli import run
+def main(argv):
+    number = int(argv[0])
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        print("cleaned up")
+run(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_the_entry_point_clean_up(number):
+    before = signal.signal(number, signal.SIG_DFL)  # even if nohup has started the tests
+    try:
+        done = subprocess.run([sys.executable, "-c", STOPPED_TWICE, f"{number}"], capture_output=True, text=True)
+    finally:
+        signal.signal(number, before)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "cleaned up\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert status_of(lambda argv: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "output: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "run/config.json"), "run/config.json: Permission denied"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_the_machine_refuses_exits_with_1_and_one_line(capsys, error, said):
+    assert status_of(raising(error)) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+
+
 def test_any_other_exception_is_a_failure_of_ours_and_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(raising(ZeroDivisionError()))
@@ -136,6 +189,24 @@ def test_a_process_ends_with_the_status_of_its_request():
         assert process.stdout == ""
         assert process.stderr.startswith(said)
         assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("argv", [["fastgpt", "--help"], ["fastgpt"], ["fastgpt.plan", "--points"]])
+def test_output_that_cannot_be_written_is_told_in_one_line(argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", *argv], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes as on POSIX")
+@pytest.mark.parametrize("argv", [["fastgpt", "--help"], ["fastgpt.plan", "--points"], ["fastgpt.doctor", "--quick"]])
+def test_a_reader_that_goes_away_is_no_failure(argv):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", *argv], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("program", ["fastgpt", "fastgpt.train", "fastgpt.plan", "fastgpt.doctor"])

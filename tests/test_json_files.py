@@ -42,6 +42,11 @@ def test_what_was_written_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
 
 
+def test_an_editor_may_have_added_a_byte_order_mark(tmp_path):
+    (tmp_path / "f.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert json_files.read(tmp_path / "f.json") == {"a": 1}
+
+
 def test_every_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     path, content = tmp_path / "f.json", {"a": [1, True, None], "b": {"c": "text"}}
     json_files.write(path, content)

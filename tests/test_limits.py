@@ -1,5 +1,6 @@
 """What limits a process, read from trees of files such as Linux shows, and from a real cgroup where one can be made."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgpt import limits
 from fastgpt.data.__main__ import main as data_main
+from fastgpt.train.__main__ import main as train_main
+from fastgpt.train.step import RecordingOutOfMemory
 
 GIB = 2**30
 UNLIMITED_V1 = "9223372036854771712"
@@ -227,6 +231,110 @@ def test_cores_that_the_process_may_not_use_do_not_count(tree, monkeypatch):
     assert limits.threads(tree({})) == (2, "affinity")
 
 
+# ---- memory that ran out ----
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RecordingOutOfMemory("no more"),
+        torch.OutOfMemoryError("no more"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: …"),
+        RuntimeError("unable to mmap 101774432 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        RuntimeError("aoti_torch_empty_strided( sizes.size(), sizes.data()) API call failed at ops.h, line 1"),
+        RuntimeError(
+            'torch_call_dispatcher( "aten::contiguous", "", stack.data(),\n 2) API call failed at ops.h, line 903'
+        ),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("Storage size calculation overflowed with sizes=[3298534883328, 1099511627776]"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ImportError("numpy.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_memory_that_ran_out_is_told_in_a_sentence(error):
+    assert limits.ran_out(error)
+    assert limits.exhausted(error).startswith("out of memory")
+
+
+def test_it_is_told_which_memory_ran_out():
+    assert "the GPU" in limits.exhausted(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."))
+    assert "limited by" in limits.exhausted(MemoryError())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shapes do not fit"), RuntimeError("torch_get_device( ) API call failed at ops.h, line 1"),
+     OSError(errno.ENOENT, "No such file"), ValueError("1")],
+)  # fmt: skip
+def test_other_failures_are_not_taken_for_it(error):
+    assert not limits.ran_out(error)
+    assert limits.exhausted(error) is None
+
+
+def test_threads_that_cannot_be_started_are_not_taken_for_memory():
+    error = RuntimeError("can't start new thread")
+    assert not limits.ran_out(error)  # a smaller micro-batch would not help
+    assert "ulimit -u" in limits.exhausted(error)
+
+
+# Runs sys.argv[1] with sys.argv[2] bytes of address space beside what is taken already.
+LIMITED = r"""
+import re, resource, sys
+from importlib import import_module
+from pathlib import Path
+from fastgpt.cli import run
+main = import_module(sys.argv[1]).main
+taken = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[2]), -1))
+run(main, sys.argv[3:])
+"""
+ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux obeys ulimit -v")
+
+
+@ONLY_LINUX
+def test_sample_and_plan_and_train_tell_in_a_line_that_memory_ran_out(tmp_path):
+    (tmp_path / "words.txt").write_text("to be or not to be\n" * 400)
+    assert data_main(["prepare", "text", f"{tmp_path}/words.txt", f"--data_dir={tmp_path}"]) == 0
+    flags = ["--n_layer=1", "--n_head=8", "--n_embd=1024", "--block_size=16", "--dtype=float32", "--device=cpu"]
+    flags += ["--max_iters=1", "--warmup_iters=0", "--lr_decay_iters=1", "--eval_iters=1", "--batch_size=1"]
+    flags += ["--dataset=words", f"--data_dir={tmp_path}"]
+    assert train_main([*flags, f"--out_dir={tmp_path}/run"]) == 0
+    for module, mebibytes, status, argv in (
+        ("fastgpt.sample", 8, 1, [f"{tmp_path}/run"]),
+        ("fastgpt.plan", 8, 1, flags),
+        ("fastgpt.train.__main__", 30, 2, [*flags, f"--out_dir={tmp_path}/another"]),
+    ):
+        done = python("-c", LIMITED, module, f"{mebibytes << 20}", *argv)
+        assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+        assert done.stderr.startswith("error: out of memory"), done.stderr
+
+
+OUT_OF_MEMORY_IN_CPP = r"""
+import re, resource
+from pathlib import Path
+import torch
+from fastgpt import kernels, limits
+x = torch.randn(4, 1024, 512).transpose(1, 2)  # a copy of 8 MiB is made first
+taken = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (taken + (4 << 20), -1))
+try:
+    kernels.gelu(x)
+except RuntimeError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print(limits.ran_out(error), error)
+"""
+
+
+@ONLY_LINUX
+def test_cpp_kernels_that_find_no_memory_are_understood():
+    """The message is PyTorch's, so a new version may have another."""
+    done = python("-c", OUT_OF_MEMORY_IN_CPP)
+    assert done.stdout.startswith("True "), (done.stdout, done.stderr)
+
+
 # ---- this machine ----
 
 
@@ -236,7 +344,7 @@ def test_this_process_holds_less_than_there_is():
     assert 0 <= limits.held() < total.amount
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux obeys ulimit -v")
+@ONLY_LINUX
 def test_ulimit_v_is_told_by_the_process_that_it_limits():
     code = "import json; from fastgpt import limits; print(json.dumps(limits.memory()))"
     command = f"ulimit -v {4 << 20} && exec '{sys.executable}' -c '{code}'"

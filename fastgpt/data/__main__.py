@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--data_dir", default="data", help="folder of datasets (default: data)")
     parser.add_argument("--val_fraction", type=float, metavar="F", help="kept for validation (default: 0.1)")
     parser.add_argument("--shards", type=int, metavar="N", help="of fineweb10b's 103, 100 M tokens each")
+    parser.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
     args = parser.parse_args(argv)
 
     path = prepare(
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         data_dir=args.data_dir,
         val_fraction=args.val_fraction,
         shards=args.shards,
+        overwrite=args.overwrite,
     )
     meta = DatasetMeta.read(path)
     train, val = (sum(shard.tokens for shard in shards) for shards in (meta.train, meta.val))

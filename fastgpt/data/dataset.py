@@ -61,7 +61,10 @@ def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dat
     it whose name has ``val`` for ``train``. Their vocabulary is unknown. nanoGPT's ``meta.pkl`` is not looked
     at, as unpickling a file runs whatever code is in it.
 
-    ``RequestError`` if there is no such dataset, with how to get it, or if one of its files is damaged.
+    An opened dataset keeps its tokens even if it is replaced, because files that are mapped stay until they are closed.
+
+    ``RequestError`` if there is no such dataset, with how to get it, if one of its files is damaged, or if the dataset
+    is replaced while it is opened.
     """
     data_dir = Path(data_dir)
     candidates = (data_dir / name_or_path, Path(name_or_path))
@@ -92,7 +95,16 @@ def _open_folder(path: Path) -> Dataset:
             )
         return tokens
 
-    return Dataset(path, [read(shard) for shard in meta.train], [read(shard) for shard in meta.val], meta)
+    problem = None
+    try:
+        dataset = Dataset(path, [read(shard) for shard in meta.train], [read(shard) for shard in meta.val], meta)
+    except RequestError as error:
+        problem = error
+    if not meta.is_in(path):  # some of the shards may be those of the new dataset
+        raise RequestError(f"{path} was replaced by another dataset while it was opened: try again")
+    if problem is not None:
+        raise problem
+    return dataset
 
 
 def _open_file(path: Path) -> Dataset:

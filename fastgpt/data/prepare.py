@@ -8,25 +8,32 @@ From the command line:
     python -m fastgpt.data prepare fineweb10b --shards 10          GPT-2 tokens of FineWeb, 100 M a shard
     python -m fastgpt.data prepare openwebtext                     nanoGPT's GPT-2 dataset, 9 G tokens
 
-The folder is written beside its final place and moved there when complete, so that an interrupted preparation leaves
-the old dataset as it was. ``sources.py`` has the table of sources.
+The shards are written into a hidden folder beside the dataset's, ``.NAME~HOST~…``, and moved when they are complete.
+So an interrupted preparation leaves the old dataset as it was. If the process is killed, the hidden folder stays until
+the dataset is prepared again. ``sources.py`` has the table of sources.
 """
 
 import os
 import re
-import sys
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from fastgpt import output
 from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, check_ids, write_shard
 from fastgpt.data.sources import FINEWEB_SHARDS, SOURCES, Corpus
 from fastgpt.data.tokenizers import Tokens, build_tokenizer
 from fastgpt.errors import RequestError, did_you_mean
+from fastgpt.files import Lock
 
 SHARD_TOKENS = 100_000_000  # 200 MB, as llm.c cuts its data
+SECONDS_BETWEEN_LOOKS = 0.2  # whether another process is done
 
 
 def prepare(
@@ -38,8 +45,12 @@ def prepare(
     data_dir: str | Path = "data",
     val_fraction: float | None = None,
     shards: int | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Make the dataset ``data_dir/name`` and return that folder, which ``open_dataset`` opens.
+
+    The same dataset (the same text, split and tokenizer) is made again. Processes that train on it notice nothing.
+    If another process is preparing that name, this one waits for it.
 
     Args:
         source: one of ``SOURCES``.
@@ -50,11 +61,11 @@ def prepare(
         val_fraction: the part at the end that is validation, 0.1 by default. ``openwebtext`` draws that part of its
             documents, 0.0005 by default. ``fineweb10b`` has its own validation split.
         shards: number of training shards of ``fineweb10b``; all 103 by default.
-
-    A dataset of the same name is replaced.
+        overwrite: replace another dataset of that name.
 
     Raises:
-        RequestError: the request is wrong, a file is not text, a library is not installed, or a download fails.
+        RequestError: the request is wrong, a file is not text, another dataset has that name, a library is not
+            installed, a download fails, or the folder cannot be written.
     """
     _check_request(source, files, tokenizer, val_fraction, shards)
     name = name or (Path(files[0]).stem if files else source)
@@ -63,21 +74,21 @@ def prepare(
     target = Path(data_dir, name)
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file: pass another --name")
-    row = SOURCES[source]
-    corpus = row.make_corpus(files, tokenizer, val_fraction) if row.shards is None else None
+    corpus = SOURCES[source].make_corpus(files, tokenizer, val_fraction, shards)
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir)
+        with _locked(target) as (waited_for, has_locks):
+            if _is_made(corpus, target, overwrite):
+                if waited_for is not None:
+                    output.note(f"{target} has been made by {waited_for}")
+                    return target
+                output.note(f"{target} already holds this dataset; it is made again")
+            with _staging(target, has_locks) as folder:
+                train, val = corpus.ready(folder) if corpus.ready is not None else _write(corpus, folder)
+                tokenizer_meta, vocab_size = corpus.tokenizer.to_meta(), corpus.tokenizer.vocab_size
+                _move(folder, target, DatasetMeta(corpus.source, corpus.split, tokenizer_meta, vocab_size, train, val))
     except OSError as error:
-        raise RequestError(f"cannot write to {data_dir}: {error.strerror}") from error
-    with staging as folder:
-        staged = Path(folder)
-        if row.shards is not None:
-            meta = row.shards(staged, shards)
-        else:
-            assert corpus is not None
-            meta = _write(corpus, staged)
-        _move(staged, target, meta)
+        raise RequestError(f"cannot write to {data_dir}: {error.strerror or error}") from error
     return target
 
 
@@ -114,7 +125,69 @@ def _check_request(
             raise RequestError(f"--shards must be from 1 to {FINEWEB_SHARDS}, got {shards}")
 
 
-def _write(corpus: Corpus, folder: Path) -> DatasetMeta:
+@contextmanager
+def _locked(target: Path) -> Iterator[tuple[str | None, bool]]:
+    """Keeps other processes from preparing ``target``.
+
+    Yields the process that has been waited for, if any, and whether the file system has locks.
+    """
+    lock = Lock(_beside(target, ".lock"))
+    waited_for = holder = lock.acquire()
+    if holder is not None:
+        output.note(f"waiting for {holder}, which is preparing {target}")
+    while holder is not None:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        holder = lock.acquire()
+    try:
+        yield waited_for, lock.works
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _staging(target: Path, has_locks: bool) -> Iterator[Path]:
+    """An empty folder beside ``target``, on the same file system; it is removed in the end.
+
+    The lock on ``target`` is held. So a folder that an earlier process of this machine has left behind belongs to
+    nobody. Another machine may not see the lock, so its folders stay.
+    """
+    prefix = f"~{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}~"
+    if has_locks:
+        for left in _beside(target, "").parent.iterdir():
+            if left.name.startswith(_beside(target, prefix).name):
+                shutil.rmtree(left, ignore_errors=True)
+    start = _beside(target, prefix)
+    with tempfile.TemporaryDirectory(prefix=start.name, dir=start.parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    """A hidden path beside the dataset's folder, or beside the folder that a link of that name leads to."""
+    folder = target.resolve()
+    return folder.with_name(f".{folder.name}{suffix}")
+
+
+def _is_made(corpus: Corpus, target: Path, overwrite: bool) -> bool:
+    """Whether ``target`` holds the dataset of ``corpus`` already. ``RequestError`` if it holds another one."""
+    if not (target / META_FILE).exists():
+        return False
+    try:
+        found = DatasetMeta.read(target)
+    except RequestError:
+        if overwrite:
+            return False
+        raise
+    if (found.source, found.split, found.tokenizer) == (corpus.source, corpus.split, corpus.tokenizer.to_meta()):
+        return True
+    if overwrite:
+        return False
+    raise RequestError(
+        f"{target} already holds another dataset (of {found.source}; {found.tokenizer.get('name')} tokenizer; "
+        f"{found.split}): pass --overwrite to replace it, or another --name"
+    )
+
+
+def _write(corpus: Corpus, folder: Path) -> tuple[list[Shard], list[Shard]]:
     """Write both splits of ``corpus`` into ``folder`` as shards."""
     vocab_size = corpus.tokenizer.vocab_size
     train = [Shard.of(path) for path in _write_split(corpus.train, folder, "train", vocab_size)]
@@ -125,7 +198,7 @@ def _write(corpus: Corpus, folder: Path) -> DatasetMeta:
                 f"{corpus.source} gives a {split} split of less than two tokens: "
                 "take more text or another --val_fraction"
             )
-    return DatasetMeta(corpus.source, corpus.split, corpus.tokenizer.to_meta(), vocab_size, train, val)
+    return train, val
 
 
 def _write_split(parts: Iterable[Tokens], folder: Path, split: str, vocab_size: int) -> Iterator[Path]:
@@ -147,15 +220,21 @@ def _write_split(parts: Iterable[Tokens], folder: Path, split: str, vocab_size: 
             if filled == SHARD_TOKENS:
                 yield flush()
                 filled, count = 0, count + 1
-                print(f"{split}: {count} shards of {SHARD_TOKENS:,} tokens", file=sys.stderr)
+                output.note(f"{split}: {count} shards of {SHARD_TOKENS:,} tokens")
     if filled:
         yield flush()
 
 
 def _move(folder: Path, target: Path, meta: DatasetMeta) -> None:
-    """Put the finished shards of ``folder`` in the place of whatever dataset ``target`` holds."""
+    """Put the finished shards of ``folder`` in the place of whatever dataset ``target`` holds.
+
+    A reader finds the old dataset, no dataset, or the new one, wherever this process may end: ``meta.json`` is removed
+    first and written last. Only if the shards are the same, it stays. A file that is replaced stays for those who have
+    mapped it.
+    """
     target.mkdir(exist_ok=True)
-    (target / META_FILE).unlink(missing_ok=True)
+    if not meta.is_in(target):
+        (target / META_FILE).unlink(missing_ok=True)
     new = [shard.file for shard in (*meta.train, *meta.val)]
     for old in target.glob("*.bin"):
         if re.fullmatch(r"(train|val)_\d{6}\.bin", old.name) and old.name not in new:

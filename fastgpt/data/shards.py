@@ -7,11 +7,13 @@ as uint16, all little-endian. A dataset is a folder:
     val_000000.bin …                      the validation split
     meta.json                             tokenizer, vocabulary size, split, SHA-256 and length of each shard
 
-``meta.json`` is written last: a folder without one is not a dataset.
+``meta.json`` is written last and removed first: a folder without one is not a dataset.
 """
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ def write_shard(path: str | Path, tokens: npt.NDArray[Any]) -> None:
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     with written_whole(Path(path)) as partial, open(partial, "wb") as file:
-        header.tofile(file)
-        tokens.astype("<u2", copy=False).tofile(file)
+        file.write(header.data)  # not tofile, which does not tell that the disk is full
+        file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
 def read_shard(path: str | Path) -> Tokens:
@@ -56,7 +58,7 @@ def read_shard(path: str | Path) -> Tokens:
     size = _size(path)
     if size < HEADER_BYTES:
         raise RequestError(f"{path} is no token shard: {size} bytes, less than the {HEADER_BYTES} of its header")
-    magic, version, count = (int(n) for n in np.fromfile(path, dtype="<i4", count=3))
+    magic, version, count = _first(path, 3)
     if magic != MAGIC:
         raise RequestError(f"{path} is no token shard: it starts with {magic}, not the magic number {MAGIC}")
     if version != VERSION:
@@ -76,7 +78,7 @@ def read_tokens(path: str | Path) -> Tokens:
     """
     size = _size(path)
     # Bare GPT-2 tokens cannot start like a shard: the magic number's lower half is 55432.
-    magic = np.fromfile(path, dtype="<i4", count=1)[0] if size >= 4 else None
+    magic = _first(path, 1)[0] if size >= 4 else None
     if magic == MAGIC:
         return read_shard(path)
     if magic == MAGIC_UINT32:
@@ -97,17 +99,30 @@ def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
 
 
 def _size(path: str | Path) -> int:
-    try:
+    with _named_in_errors(path):
         return os.stat(path).st_size
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _first(path: str | Path, count: int) -> list[int]:
+    """The first ``count`` int32 of a file."""
+    with _named_in_errors(path):
+        return np.fromfile(path, dtype="<i4", count=count).tolist()
 
 
 def _map(path: str | Path, offset: int, count: int) -> Tokens:
     if count == 0:  # an empty range cannot be mapped
         return np.empty(0, dtype=np.uint16)
-    # A plain array on the map: slices of np.memmap itself take several times as long to make.
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
+    with _named_in_errors(path):
+        # A plain array on the map: slices of np.memmap itself take several times as long to make.
+        return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
+
+
+@contextmanager
+def _named_in_errors(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,4 +171,13 @@ class DatasetMeta:
         try:
             return json_files.build(cls, json_files.read(path), str(path))
         except RequestError as error:
-            raise RequestError(f"{error}: prepare the dataset again") from error
+            if isinstance(error.__cause__, OSError):  # it may be whole
+                raise
+            raise RequestError(f"{error}: prepare the dataset again with --overwrite") from error
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether ``folder`` holds this dataset: not another one, and not one that is just being replaced."""
+        try:
+            return self.read(folder) == self
+        except RequestError:
+            return False

@@ -1,9 +1,10 @@
-"""The table of datasets that fastgpt can make: what each is, its tokenizer, and how its text is had.
+"""The table of datasets that fastgpt can make: what each is, its tokenizer, and where its text comes from.
 
 To add one, write a function that returns its text or a :class:`Corpus`, and a row in ``SOURCES``. The command's help,
 the vocabulary that ``plan`` assumes and the answer to a request for a missing dataset come from the table.
 """
 
+import codecs
 import hashlib
 import http.client
 import importlib
@@ -17,11 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.data.shards import PREPARE, DatasetMeta, Shard, check_ids, read_shard
+from fastgpt.data.shards import PREPARE, Shard, check_ids, read_shard
 from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, Tokens, build_tokenizer
 from fastgpt.errors import RequestError
 
 VAL_FRACTION = 0.1  # of a text
+
+BYTE_ORDER_MARK = "\ufeff"
+# What files of other encodings may start with. UTF-32's mark begins with UTF-16's.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 
 # Enough for a run of minutes, and prepared in about a second. The library without its tests is hardly more.
 STDLIB_BYTES = 10_000_000
@@ -41,21 +49,23 @@ FINEWEB_SHARDS = 103
 
 @dataclass
 class Corpus:
-    """Tokens on their way to shards.
+    """Tokens that can be written as shards. Little has been done for them before they are iterated.
 
     Attributes:
-        source: where the text is from, in words.
+        source: where the text is from, in words. The same words stand for the same text.
         split: which part is validation, in words.
         tokenizer: of the tokens.
         train: 1-D arrays of any lengths.
         val: likewise.
+        ready: writes ready-made training and validation shards into a folder, instead of ``train`` and ``val``.
     """
 
     source: str
     split: str
     tokenizer: Tokenizer
-    train: Iterable[Tokens]
-    val: Iterable[Tokens]
+    train: Iterable[Tokens] = ()
+    val: Iterable[Tokens] = ()
+    ready: Callable[[Path], tuple[list[Shard], list[Shard]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Source:
         vocab_size: with that tokenizer; ``None`` if it depends on the text.
         text: ``(text, where it is from)`` of the files given; ``None`` for a source that is not one text.
         corpus: the corpus by validation fraction, for a source whose tokenizer is fixed.
-        shards: writes ready-made shards into a folder, at most so many, for a source that has them.
+        shards: the corpus by number of training shards, for a source that has ready-made ones.
     """
 
     summary: str
@@ -78,10 +88,14 @@ class Source:
     vocab_size: int | None
     text: Callable[[Sequence[str | Path]], tuple[str, str]] | None = None
     corpus: Callable[[float | None], Corpus] | None = None
-    shards: Callable[[Path, int | None], DatasetMeta] | None = None
+    shards: Callable[[int | None], Corpus] | None = None
 
-    def make_corpus(self, files: Sequence[str | Path], tokenizer: str | None, val_fraction: float | None) -> Corpus:
-        """The source's tokens, the last ``val_fraction`` of a text for validation."""
+    def make_corpus(
+        self, files: Sequence[str | Path], tokenizer: str | None, val_fraction: float | None, shards: int | None
+    ) -> Corpus:
+        """The source's tokens. The arguments are those of :func:`fastgpt.data.prepare.prepare`."""
+        if self.shards is not None:
+            return self.shards(shards)
         if self.corpus is not None:
             return self.corpus(val_fraction)
         assert self.text is not None
@@ -90,30 +104,43 @@ class Source:
         built = build_tokenizer(tokenizer or self.tokenizer, text)
         cut = int(len(text) * (1 - val_fraction))
         split = f"the last {val_fraction:g} of the text is validation"
-        return Corpus(origin, split, built, [built.encode(text[:cut])], [built.encode(text[cut:])])
+        return Corpus(origin, split, built, map(built.encode, [text[:cut]]), map(built.encode, [text[cut:]]))
 
 
 # ---- text ----
 
 
 def _files_text(files: Sequence[str | Path]) -> tuple[str, str]:
-    return "".join(_read_text(file) for file in files), ", ".join(Path(file).name for file in files)
+    text = "".join(_read_text(file) for file in files)
+    names = ", ".join(Path(file).name for file in files)
+    return text, f"{names} (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
 
 
 def _read_text(file: str | Path) -> str:
+    """The text of a UTF-8 file, without the byte-order mark that some editors put in front."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise RequestError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        encoding = next((name for mark, name in _OTHER_MARKS.items() if error.object.startswith(mark)), None)
+        if encoding is not None:
+            raise _wrong_encoding(file, encoding) from error
         raise RequestError(
             f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
         ) from error
     if "\0" in text:
+        # one of the two bytes of an ASCII character is 0
+        if len(text) % 2 == 0 and {"\0"} in (set(text[:200:2]), set(text[1:200:2])):
+            raise _wrong_encoding(file, "UTF-16")
         raise RequestError(f"{file} is not text: character {text.index(chr(0))} is NUL")
     if not text:
         raise RequestError(f"{file} is empty")
     return text
+
+
+def _wrong_encoding(file: str | Path, encoding: str) -> RequestError:
+    return RequestError(f"{file} is {encoding} text: save it as UTF-8 (iconv -f {encoding} -t UTF-8)")
 
 
 def _stdlib_text(files: Sequence[str | Path]) -> tuple[str, str]:
@@ -121,7 +148,7 @@ def _stdlib_text(files: Sequence[str | Path]) -> tuple[str, str]:
     root = sysconfig.get_path("stdlib")
     content = bytearray()
     for path in _stdlib_files(root):
-        content += path.read_bytes()
+        content += path.read_bytes().removeprefix(codecs.BOM_UTF8)
         if len(content) >= STDLIB_BYTES:
             break
     if not content:
@@ -171,11 +198,12 @@ def _openwebtext(val_fraction: float | None) -> Corpus:
     return Corpus(OPENWEBTEXT_REPO, split, tokenizer, encoded(splits["train"]), encoded(splits["test"]))
 
 
-def _fineweb10b(folder: Path, n_shards: int | None) -> DatasetMeta:
-    """Download the tokenized shards into ``folder``, under our names."""
+def _fineweb10b(n_shards: int | None) -> Corpus:
     hub = _library("huggingface_hub", "fineweb10b")
+    n_shards = n_shards or FINEWEB_SHARDS
 
-    def bring(theirs: str, ours: str) -> Shard:
+    def bring(theirs: str, ours: Path) -> Shard:
+        """Download a tokenized shard, under our name."""
         try:
             path = hub.hf_hub_download(repo_id=FINEWEB_REPO, filename=theirs, repo_type="dataset")
         except Exception as error:  # the library lets through what any of its layers raises
@@ -185,17 +213,18 @@ def _fineweb10b(folder: Path, n_shards: int | None) -> DatasetMeta:
         cached = Path(path).resolve()  # the hub's cache has a symbolic link there, which must not be linked to
         check_ids(read_shard(cached), GPT2Tokenizer.vocab_size, theirs)
         try:
-            os.link(cached, folder / ours)  # so that 200 MB a shard are not stored twice
+            os.link(cached, ours)  # so that 200 MB a shard are not stored twice
         except OSError:  # another file system, or one without links
-            shutil.copyfile(cached, folder / ours)
-        return Shard.of(folder / ours)
+            shutil.copyfile(cached, ours)
+        return Shard.of(ours)
 
-    val = [bring("fineweb_val_000000.bin", "val_000000.bin")]
-    n_shards = n_shards or FINEWEB_SHARDS
-    train = [bring(f"fineweb_train_{i + 1:06d}.bin", f"train_{i:06d}.bin") for i in range(n_shards)]
-    tokenizer = GPT2Tokenizer()
-    split = "the validation split of its publisher"
-    return DatasetMeta(FINEWEB_REPO, split, tokenizer.to_meta(), tokenizer.vocab_size, train, val)
+    def ready(folder: Path) -> tuple[list[Shard], list[Shard]]:
+        val = [bring("fineweb_val_000000.bin", folder / "val_000000.bin")]
+        train = [bring(f"fineweb_train_{i + 1:06d}.bin", folder / f"train_{i:06d}.bin") for i in range(n_shards)]
+        return train, val
+
+    source = f"{FINEWEB_REPO}, {n_shards} of {FINEWEB_SHARDS} training shards"
+    return Corpus(source, "the validation split of its publisher", GPT2Tokenizer(), ready=ready)
 
 
 def _library(name: str, source: str) -> Any:

@@ -15,7 +15,11 @@ def show(
     model: GPT, tokenizer: Tokenizer, prompt: Sequence[int], *, max_new_tokens: int, seed: int,
     temperature: float = 0.8, top_k: int = 200,
 ) -> None:  # fmt: skip
-    """Print a sample as it is generated, the prompt (at least one token) first."""
+    """Print a sample as it is generated, the prompt (at least one token) first.
+
+    Raises:
+        RequestError: as :func:`generate`.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -28,11 +32,13 @@ def show(
         vocab_size=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    for text in decode_stream(tokenizer, itertools.chain(prompt, (int(token) for token in tokens))):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    print()
-    model.train(training)
+    try:
+        for text in decode_stream(tokenizer, itertools.chain(prompt, (int(token) for token in tokens))):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    finally:
+        print()  # an error or Ctrl-C ends the line too
+        model.train(training)
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

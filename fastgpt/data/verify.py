@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fastgpt.data.dataset import Dataset
 from fastgpt.data.shards import META_FILE, Shard
@@ -15,7 +16,8 @@ AT_ONCE = 64 << 20  # bytes that are compared before the run begins: about 50 ms
 class ShardVerifier:
     """Compares shards with their SHA-256 in ``meta.json``: small datasets at once, the rest of others in a thread.
 
-    Bare token files have nothing to be compared with.
+    Bare token files have nothing to be compared with. Nor has a dataset that has been replaced since it was opened: its
+    files are only those that are mapped.
 
     Args:
         dataset: its shards are read again, from the files.
@@ -26,7 +28,7 @@ class ShardVerifier:
 
     def __init__(self, dataset: Dataset) -> None:
         shards = [*dataset.meta.train, *dataset.meta.val] if dataset.meta else []
-        self._folder = dataset.path
+        self._folder, self._meta = dataset.path, dataset.meta
         self._problem: str | None = None
         n_bytes = itertools.accumulate(2 * shard.tokens for shard in shards)
         n_at_once = sum(total <= AT_ONCE for total in n_bytes)
@@ -48,14 +50,18 @@ class ShardVerifier:
 
     def _compare(self, shards: Sequence[Shard]) -> None:
         for shard in shards:
-            path = self._folder / shard.file
-            try:
-                found = file_sha256(path)
-            except OSError as error:
-                self._problem = f"{path} cannot be read: {error.strerror}"
+            problem = _problem_of(self._folder / shard.file, shard.sha256)
+            if problem is not None:
+                if self._meta is not None and self._meta.is_in(self._folder):
+                    self._problem = problem
                 return
-            if found != shard.sha256:
-                self._problem = (
-                    f"{path} is damaged: its SHA-256 is not the one in {META_FILE}; prepare or copy it again"
-                )
-                return
+
+
+def _problem_of(path: Path, sha256: str) -> str | None:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found == sha256:
+        return None
+    return f"{path} is damaged: its SHA-256 is not the one in {META_FILE}; prepare or copy it again"

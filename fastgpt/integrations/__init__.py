@@ -4,10 +4,12 @@
 
     model = patch_gpt2(GPT2LMHeadModel.from_pretrained("gpt2"))
 
-A patch changes what a model computes with, and nothing else: its modules stay the same objects under the same names,
-of a subclass of the class they had, so that parameters, ``state_dict``, hooks, optimizers, ``torch.compile``,
-``copy.deepcopy`` and ``pickle`` go on as before. What the kernels do not cover, a padding mask say, runs in the
-model's own code. Imports nothing of fastgpt but the kernels, and transformers only to patch one of its models.
+A patch changes the code that computes a module, and nothing else. The modules stay the same objects under the same
+names; only their class becomes a subclass of what it was. So parameters, ``state_dict``, hooks, optimizers,
+``torch.compile``, ``copy.deepcopy`` and ``pickle`` work as before. What the kernels do not support, such as a padding
+mask, runs in the model's own code.
+
+This package imports only the kernels of fastgpt. It imports transformers only to patch a model of transformers.
 """
 
 from fastgpt.integrations.gpt2 import patch_gpt2

@@ -24,7 +24,7 @@ from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
 OLDEST_TRANSFORMERS = (4, 57)
 
-# transformers' modules for the activations a GPT-2 may have, by the form of GELU they compute.
+# The activation modules of transformers that compute a GELU, and the form of GELU that each computes.
 GELU_FORMS = {
     "NewGELUActivation": "tanh",
     "GELUTanh": "tanh",
@@ -32,10 +32,10 @@ GELU_FORMS = {
     "GELUActivation": "none",
 }
 
-# Arguments of a layer that mean nothing to its attention; any other that is set is left to transformers' own code.
+# Arguments of a layer that do not affect its attention. If any other argument is set, transformers' own code runs.
 IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
 
-# Arguments of the model that pass unchanged through a training step that computes no logits.
+# Arguments of the model that a training step passes on unchanged.
 PASSED_ON = {
     "input_ids",
     "past_key_values",
@@ -63,14 +63,14 @@ class _Attention(nn.Module):
         others = {name for name, value in given.items() if value is not None and value is not False} - IRRELEVANT
         T = x.shape[1]
         if (
-            others  # a mask beyond the causal one among them
+            others  # such as a mask other than the causal one
             or self.config._attn_implementation != "sdpa"
             or hasattr(cache, "self_attention_cache")
-            or (cache is not None and T == 1)  # which PyTorch's own attention is quicker at
+            or (cache is not None and T == 1)  # PyTorch's attention is faster for a single query
         ):
             return super().forward(*args, **kwargs)
         options: dict[str, Any] = {
-            "scale": getattr(self, "scaling", None),  # before 5.1, transformers' sdpa knew no other than the default
+            "scale": getattr(self, "scaling", None),  # before 5.1, transformers' sdpa always uses the default
             "dropout_p": self.attn_dropout.p if self.training else 0.0,
         }
         qkv = self.c_attn(x)
@@ -80,7 +80,7 @@ class _Attention(nn.Module):
             q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
             place = [{"cache_position": given["cache_position"]}] if "cache_position" in given else []
             k, v = cache.update(k, v, self.layer_idx, *place)
-            # without a mask the cache was empty; a static one hands out its unused rest as well
+            # there is no mask, so the cache was empty; a static cache also returns its unused part
             y = kernels.attention(q, k[:, :, :T], v[:, :, :T], **options).transpose(1, 2).flatten(2)
         return self.resid_dropout(self.c_proj(y)), None
 
@@ -126,9 +126,10 @@ class _LMHeadModel(nn.Module):
         ):
             return super().forward(*args, **kwargs)
         cache_asked_for = given.get("use_cache") is not None or given.get("past_key_values") is not None
-        if not cache_asked_for and given.get("position_ids") is None:  # which without a cache can mean packed sequences
-            # The default, a cache, would only cost copies. But without one, and traced or before 5.0, transformers
-            # allows for packed sequences in all cases, by a mask.
+        # Without a cache, position_ids can mean packed sequences.
+        if not cache_asked_for and given.get("position_ids") is None:
+            # The default is a cache, which would only cost copies here. But without a cache, transformers builds a mask
+            # for packed sequences if it is traced, or older than 5.0.
             given["use_cache"] = torch.compiler.is_compiling() or "head_mask" in self.fastgpt_arguments
         outputs = self.transformer(**given, return_dict=True)
         if not cache_asked_for:
@@ -141,7 +142,7 @@ class _LMHeadModel(nn.Module):
         if n_items is not None:
             count = (targets != ignore_index).sum()
             n_items = n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items
-            loss = torch.where(count > 0, loss, 0.0) * (count / n_items)  # 0, and not NaN, where all is ignored
+            loss = torch.where(count > 0, loss, 0.0) * (count / n_items)  # 0 instead of NaN if all targets are ignored
         logits = lazy_logits(hidden, self.lm_head)
         return _output(outputs, loss, logits, self.config.return_dict if return_dict is None else return_dict)
 
@@ -160,10 +161,10 @@ def _output(outputs: Any, loss: Tensor, logits: Tensor | None, return_dict: bool
 
 
 def _takes_the_mean_of_cross_entropies(model: Any) -> bool:
-    """Whether the model's loss is the default one, and not its user's."""
+    """Whether the model has the default loss function."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    # model.loss_function, less its warning that the default is the default, which torch.compile does not trace
+    # as model.loss_function, but without its warning about the default, which torch.compile cannot trace
     loss = getattr(model, "_loss_function", None) or LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
     return loss in (None, ForCausalLMLoss)
 
@@ -175,13 +176,18 @@ def _gelu_form(activation: nn.Module) -> str | None:
 
 
 def patch_gpt2(model: Model) -> Model:
-    """Run transformers' GPT-2 on fastgpt's kernels, in place; transformers 4.57 or newer.
+    """Run transformers' GPT-2 on fastgpt's kernels, in place. Needs transformers 4.57 or newer.
 
-    Replaced are the attention of ``attn_implementation="sdpa"``, transformers' default, where the causal mask is the
-    only one (padding masks, eager attention and the one query of cached generation stay with transformers); all
-    linear layers; GELU with the bias before it; layer norms, the second of a block with the residual add before it;
-    and, in training mode with ``labels``, the output layer with the loss. Before the patch is let stand, the patched
-    model is compared with the original on random tokens.
+    The patch replaces:
+
+    - attention, if ``attn_implementation`` is ``"sdpa"`` (transformers' default) and the causal mask is the only mask.
+      Padding masks, eager attention, and generation of one token with a cache run in transformers' code
+    - all linear layers
+    - GELU, together with the bias before it
+    - layer norms; the second one of a block together with the residual add before it
+    - the output layer and the loss, in training mode with ``labels``
+
+    The patched model is compared with the original on random tokens. If their results differ, the patch is undone.
 
     A training step with ``labels`` computes logits only if they are read. ``logits`` of its output is a tensor whose
     shape, dtype and device are known. The first function that needs its numbers has them computed, with their gradient
@@ -198,7 +204,7 @@ def patch_gpt2(model: Model) -> Model:
     ``past_key_values`` of a training step is ``None`` unless ``use_cache=True`` is passed. Everything is as before in
     evaluation, with a ``loss_function`` of your own, with ``logits_to_keep``, and in fp16.
 
-    Patch before what wraps modules or moves them apart: ``device_map``, PEFT, FSDP.
+    Patch the model before you use ``device_map``, PEFT or FSDP, which wrap modules or move them to other devices.
 
     Args:
         model: a ``GPT2LMHeadModel`` with its weights loaded.
@@ -207,7 +213,7 @@ def patch_gpt2(model: Model) -> Model:
         ``model``. :func:`unpatch` undoes it.
 
     Raises:
-        ValueError: the model cannot be patched. The message names the module and the reason; the model is as it was.
+        ValueError: the model cannot be patched. The message names the module and the reason. The model is unchanged.
     """
     require(not is_patched(model), "", "already patched")
     try:
@@ -227,8 +233,12 @@ def patch_gpt2(model: Model) -> Model:
         f"expected transformers' GPT2LMHeadModel, got {type(model).__name__}",
     )
     gpt: Any = model
-    require("forward" not in gpt.__dict__, "", "its forward is overridden (by a device_map, say); patch before that")
-    require(not any(p.is_meta for p in gpt.parameters()), "", "on the meta device; load its weights first")
+    require(
+        "forward" not in gpt.__dict__,
+        "",
+        "its forward is overridden, for example by a device_map; patch the model before that",
+    )
+    require(not any(p.is_meta for p in gpt.parameters()), "", "is on the meta device; load its weights first")
     require(not gpt.config.add_cross_attention, "", "has cross attention, which is not supported")
     plan: dict[nn.Module, type[nn.Module]] = {gpt: _LMHeadModel}
     require_kind(gpt.lm_head, "lm_head", nn.Linear)
@@ -247,16 +257,17 @@ def patch_gpt2(model: Model) -> Model:
         require(
             head_size <= MAX_HEAD_SIZE,
             f"{name}.attn",
-            f"heads of {head_size}, and no more than {MAX_HEAD_SIZE} are supported",
+            f"has heads of {head_size}; at most {MAX_HEAD_SIZE} are supported",
         )
         if _gelu_form(block.mlp.act) is None:
-            refuse(f"{name}.mlp.act", f"{type(block.mlp.act).__name__} is not a GELU that fastgpt has")
+            refuse(f"{name}.mlp.act", f"{type(block.mlp.act).__name__} is not a GELU that fastgpt supports")
         norms |= {f"{name}.ln_1": block.ln_1, f"{name}.ln_2": block.ln_2}
         plan |= {block: _Block, block.attn: _Attention, block.mlp: _MLP}
     for name, norm in norms.items():
         require_kind(norm, name, nn.LayerNorm)
         plan[norm] = kernels.LayerNorm
-    if gpt.config._attn_implementation == "sdpa":  # others do without the kernels, and flash attention without a CPU
+    # Other implementations of attention do not use the kernels, and flash attention does not run on a CPU.
+    if gpt.config._attn_implementation == "sdpa":
         for i, block in enumerate(gpt.transformer.h):
             probe.check_block(f"transformer.h.{i}", block, plan, gpt.config.n_embd)
 

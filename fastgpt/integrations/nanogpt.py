@@ -1,4 +1,4 @@
-"""nanoGPT's model, and those made after it, on fastgpt's kernels."""
+"""nanoGPT's model, and models derived from it, on fastgpt's kernels."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fastgpt.integrations import probe
 from fastgpt.integrations.swap import Model, is_patched, loss_is_fusable, replaceable, require, require_kind
 from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
-EPS = 1e-5  # of nanoGPT's LayerNorm, which has it in its code
+EPS = 1e-5  # of nanoGPT's LayerNorm, where it is a constant in the code
 
 
 class _LayerNorm(nn.Module):
@@ -64,30 +64,36 @@ class _GPT(nn.Module):
 def patch_nanogpt(model: Model) -> Model:
     """Run nanoGPT's ``GPT`` on fastgpt's kernels, in place.
 
-    Replaced are attention; all linear layers; GELU with the bias before it; layer norms, the second of a block with
-    the residual add before it; and, in training mode with ``targets``, the output layer with the loss. A model is
-    known by the names of its modules. That its maths is nanoGPT's as well is tried out, block by block and on the
-    whole, against its own code on random input.
+    The patch replaces:
 
-    A training step with ``targets`` never computes logits: the model then returns ``(None, loss)``. In evaluation,
-    and in fp16, it returns what it did.
+    - attention
+    - all linear layers
+    - GELU, together with the bias before it
+    - layer norms; the second one of a block together with the residual add before it
+    - the output layer and the loss, in training mode with ``targets``
+
+    A model is recognised by the names of its modules. Then each block, and the whole model, is compared with its own
+    code on random input. If the results differ, the model is not patched.
+
+    A training step with ``targets`` never computes logits: the model then returns ``(None, loss)``. In evaluation and
+    in fp16 it returns the same as before.
 
     Args:
-        model: nanoGPT's ``GPT``, or a class like it, ``torch.nn.LayerNorm`` and either GELU included.
+        model: nanoGPT's ``GPT``, or a class like it. Its norms may be ``torch.nn.LayerNorm``, its GELU exact or tanh.
 
     Returns:
         ``model``. :func:`unpatch` undoes it.
 
     Raises:
-        ValueError: the model cannot be patched. The message names the module and the reason; the model is as it was.
+        ValueError: the model cannot be patched. The message names the module and the reason. The model is unchanged.
     """
     require(not is_patched(model), "", "already patched")
     gpt: Any = model
     _require_children(gpt, "", {"transformer", "lm_head"})
     _require_children(gpt.transformer, "transformer", {"wte", "wpe", "drop", "h", "ln_f"})
     block_size = getattr(getattr(gpt, "config", None), "block_size", None)
-    require(isinstance(block_size, int), "", "expected config.block_size, as nanoGPT's has it")
-    require(not any(p.is_meta for p in gpt.parameters()), "", "on the meta device; load its weights first")
+    require(isinstance(block_size, int), "", "expected config.block_size, an integer, as in nanoGPT")
+    require(not any(p.is_meta for p in gpt.parameters()), "", "is on the meta device; load its weights first")
     width = gpt.transformer.wte.weight.shape[1]
     plan: dict[nn.Module, type[nn.Module]] = {gpt: _GPT}
     linears, norms = {"lm_head": gpt.lm_head}, {"transformer.ln_f": gpt.transformer.ln_f}
@@ -109,10 +115,10 @@ def patch_nanogpt(model: Model) -> Model:
     for name, norm in norms.items():
         vector = getattr(norm, "weight", None)
         require(isinstance(vector, Tensor) and vector.shape == (width,), name, f"expected a weight of {width} numbers")
-        require(hasattr(norm, "bias"), name, "has no bias, not even None, and so is not nanoGPT's LayerNorm")
+        require(hasattr(norm, "bias"), name, "has no attribute bias, so it is not nanoGPT's LayerNorm")
         plan[norm] = kernels.LayerNorm if type(norm) is nn.LayerNorm else _LayerNorm
     for name, module in gpt.named_modules():
-        require("forward" not in module.__dict__, name, "its forward is overridden; patch before that")
+        require("forward" not in module.__dict__, name, "its forward is overridden; patch the model before that")
 
     for name, norm in norms.items():
         probe.check_norm(name, norm, plan)
@@ -131,20 +137,20 @@ def patch_nanogpt(model: Model) -> Model:
 def _require_children(
     module: Any, name: str, required: set[str], optional: frozenset[str] | set[str] = frozenset()
 ) -> None:
-    """``module`` has the submodules of nanoGPT's and no others."""
+    """Refuse a module unless it has the submodules that nanoGPT's has, and no others."""
     require(isinstance(module, nn.Module), name, f"expected a module, got {type(module).__name__}")
     children = {child for child, _ in module.named_children()}
     missing, unknown = sorted(required - children), sorted(children - required - optional)
-    require(not missing, name, f"has no {', '.join(missing)}, and so is not nanoGPT's")
-    require(not unknown, name, f"has {', '.join(unknown)}, which nanoGPT's has not")
+    require(not missing, name, f"has no {', '.join(missing)}, so it is not nanoGPT's")
+    require(not unknown, name, f"has {', '.join(unknown)}, which nanoGPT's does not have")
 
 
 def _require_attention(attn: Any, name: str, width: int) -> None:
     n_head: Any = getattr(attn, "n_head", None)
     dropout = getattr(attn, "dropout", None)
     require(
-        isinstance(n_head, int) and n_head > 0 and width % n_head == 0, name, f"n_head = {n_head} for width {width}"
+        isinstance(n_head, int) and n_head > 0 and width % n_head == 0, name, f"has {n_head} heads for width {width}"
     )
     head_size = width // n_head
-    require(head_size <= MAX_HEAD_SIZE, name, f"heads of {head_size}, and no more than {MAX_HEAD_SIZE} are supported")
-    require(isinstance(dropout, int | float), name, "has no dropout, a number, as nanoGPT's has")
+    require(head_size <= MAX_HEAD_SIZE, name, f"has heads of {head_size}; at most {MAX_HEAD_SIZE} are supported")
+    require(isinstance(dropout, int | float), name, "expected dropout, a number, as in nanoGPT")

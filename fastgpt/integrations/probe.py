@@ -1,4 +1,4 @@
-"""Does a patched model compute what it did? Asked of its own code, on random input, before a patch is let stand."""
+"""Checks that a patched model computes the same as its own code, on random input."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ from torch import Tensor
 from fastgpt.integrations.swap import Plan, refuse, require, swap, unpatch
 from fastgpt.kernels import use_backend
 
-# Two right ways to compute a module differ by rounding, here a few 1e-6 of the output's norm; two activations that
-# pass for each other, by 1e-4.
+# Largest difference, relative to the norm of the output. Correct implementations differ by rounding, a few 1e-6. The
+# two forms of GELU, which are easily confused, differ by 1e-4.
 MODULE_TOLERANCE = 5e-5
 
-# The whole model runs where and in what dtype it lies, TF32 included.
+# The whole model runs on its own device and in its own dtype, which may mean TF32.
 MODEL_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 MODEL_TOLERANCE_LOW_PRECISION = 5e-2
 
-# Standard deviation of the logits that the loss is compared on: far enough out for a cap or a penalty on them to show.
+# Standard deviation of the logits in the comparison of losses: large enough to show a cap or a penalty on logits.
 LOGIT_SCALE = 30.0
 
 SEED = 1337
@@ -28,7 +28,7 @@ SEED = 1337
 
 @torch.no_grad()
 def check_norm(name: str, norm: Any, plan: Plan) -> None:
-    """Refuse a norm that ``plan`` would change, on rows whose variance is that of eps, and on ordinary ones."""
+    """Refuse a norm whose results ``plan`` would change, on ordinary rows and on rows with a variance like eps."""
     width = norm.weight.shape[0]
     rows = torch.randn(8, width, generator=_generator()) + 1.0
     _check_module(name, norm, plan, width, rows, rows * 3e-3)
@@ -36,13 +36,12 @@ def check_norm(name: str, norm: Any, plan: Plan) -> None:
 
 @torch.no_grad()
 def check_block(name: str, block: nn.Module, plan: Plan, width: int) -> None:
-    """Refuse a transformer block that ``plan`` would change."""
+    """Refuse a transformer block whose results ``plan`` would change."""
     _check_module(name, block, plan, width, torch.randn(2, 8, width, generator=_generator()))
 
 
 def _check_module(name: str, module: nn.Module, plan: Plan, width: int, *inputs: Tensor) -> None:
-    # A copy, so that its numbers may be such that everything shows: biases that are not zero, attention that is not
-    # uniform, fp32.
+    # A copy in fp32 gets parameters that show every difference: nonzero biases, attention that is not uniform.
     original = copy.deepcopy(module).to("cpu", torch.float32)
     renamed = dict(zip(module.modules(), original.modules(), strict=True))
     generator = _generator()
@@ -61,8 +60,8 @@ def _check_module(name: str, module: nn.Module, plan: Plan, width: int, *inputs:
             part.dropout = 0.0  # type: ignore[assignment]
     expected = _attempt(name, "it fails", lambda: _in_both_modes(original, inputs))
     swap({renamed[part]: mixin for part, mixin in plan.items() if part in renamed})
-    with use_backend("auto"):  # whatever was chosen for the model may not run on a CPU
-        got = _attempt(name, "patched, it would fail", lambda: _in_both_modes(original, inputs))
+    with use_backend("auto"):  # the backend chosen for the model may not run on a CPU
+        got = _attempt(name, "if patched, it would fail", lambda: _in_both_modes(original, inputs))
     for a, b in zip(expected, got, strict=True):
         _require_equal(name, "output", a, b, MODULE_TOLERANCE)
 
@@ -70,15 +69,18 @@ def _check_module(name: str, module: nn.Module, plan: Plan, width: int, *inputs:
 def patch_and_check(
     model: nn.Module, plan: Plan, final_norm: Any, n_vocab: int, run: Callable[[Tensor, Tensor], Any]
 ) -> None:
-    """Carry out ``plan``, unless logits or losses then are others: nothing has happened in that case.
+    """Carry out ``plan``, and undo it if logits or losses change.
 
     Args:
-        model: what ``plan`` is about; in whatever mode, and left in it.
+        model: the model. Its training mode does not matter, and is kept.
         plan: as for :func:`swap`.
         final_norm: the module whose output becomes the logits.
-        n_vocab: tokens lie below.
-        run: calls the model with tokens and targets ``(B, T)``, of which one is to be ignored; gives the logits, or
-            ``None``, and the loss.
+        n_vocab: size of the vocabulary.
+        run: a function that calls the model with tokens and targets ``(B, T)``, one of which is to be ignored. It
+            returns the logits or ``None``, and the loss.
+
+    Raises:
+        ValueError: logits or losses differ. The model is unchanged.
     """
     device, dtype = final_norm.weight.device, final_norm.weight.dtype
     tolerance = MODEL_TOLERANCE.get(dtype, MODEL_TOLERANCE_LOW_PRECISION)
@@ -95,7 +97,7 @@ def patch_and_check(
         expected = _attempt("", "it fails", outputs)
         swap(plan)
         try:
-            got = _attempt("", "patched, it would fail", outputs)
+            got = _attempt("", "if patched, it would fail", outputs)
             for (logits, loss), (our_logits, our_loss) in zip(expected, got, strict=True):
                 _require_equal("", "loss", loss, our_loss, tolerance)
                 if our_logits is not None:
@@ -110,7 +112,7 @@ def patch_and_check(
 def _outputs(
     model: nn.Module, run: Callable[[Tensor, Tensor], Any], tokens: Tensor, targets: Tensor, training: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Logits and loss. Only the model's own flag says training: what draws random numbers lies in the modules below."""
+    """Logits and loss. Only the model itself is in training mode, because its submodules would draw random numbers."""
     with _evaluating(model), torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         model.training = training
         logits, loss = run(tokens, targets)
@@ -119,7 +121,7 @@ def _outputs(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation, and back in its own mode after."""
+    """Put every module into evaluation mode, and restore its own mode at the end."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -130,10 +132,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _require_equal(name: str, what: str, expected: Tensor, got: Tensor, tolerance: float) -> None:
-    require(expected.shape == got.shape, name, f"patched, its {what} has shape {got.shape}, not {expected.shape}")
+    require(
+        expected.shape == got.shape, name, f"if patched, its {what} would have shape {got.shape}, not {expected.shape}"
+    )
     error = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     if not error <= tolerance:
-        refuse(name, f"its maths is not that of GPT-2: patched, its {what} would be off by {error.item():.1e}")
+        refuse(name, f"its maths is not that of GPT-2: if patched, its {what} would be off by {error.item():.1e}")
 
 
 def _in_both_modes(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Modules made fast where they stand: an object's class is exchanged for a subclass with another ``forward``."""
+"""Replaces the class of a module by a subclass with another ``forward``. The object stays the same."""
 
 import functools
 import inspect
@@ -12,16 +12,16 @@ from fastgpt.kernels import autocast
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What is to become of a model: each module that changes, and where its new forward comes from.
+# For each module that changes, the class that its new forward comes from.
 Plan = Mapping[nn.Module, Any]
 
 
 @functools.cache
 def _subclass(original: Any, mixin: Any) -> Any:
-    """``original`` with the ``forward`` of ``mixin``, which may call the original's by ``super()``.
+    """A subclass of ``original`` with the ``forward`` of ``mixin``, which may call the original's by ``super()``.
 
-    Name and signature are the original's: others look modules up by the one (``device_map``, output capturing) and
-    read the other (transformers' ``generate`` and ``Trainer``).
+    It has the original's name, by which ``device_map`` and output capturing find modules, and the original's signature,
+    which transformers' ``generate`` and ``Trainer`` read.
     """
 
     @functools.wraps(original.forward)
@@ -29,7 +29,7 @@ def _subclass(original: Any, mixin: Any) -> Any:
         return mixin.forward(self, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        """A class made at run time is found by no name: pickle and deepcopy make it anew."""
+        """Pickle and deepcopy build the class anew, because a class made at run time cannot be found by name."""
         reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
         return _new, (original, mixin), *reduced[2:]
 
@@ -51,23 +51,23 @@ def _new(original: Any, mixin: Any) -> nn.Module:
 
 
 def swap(plan: Plan) -> None:
-    """Give every module of ``plan`` its new class."""
+    """Give each module in ``plan`` its new class."""
     for module, mixin in plan.items():
         original: Any = type(module)
         module.__class__ = _subclass(original, mixin)
 
 
 def unpatch(model: Model) -> Model:
-    """Give every module of ``model`` the class back that it had before a patch.
+    """Undo a patch: give each module of ``model`` its original class.
 
     Args:
-        model: one that was patched, or a copy of one; any other is left as it is.
+        model: a patched model or a copy of one. Any other model is left unchanged.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: a module has been made something else since.
+        ValueError: the class of a module has been changed again since.
     """
     patched = {n: m for n, m in model.named_modules() if is_patched(m)}
     for name, module in patched.items():
@@ -79,19 +79,19 @@ def unpatch(model: Model) -> Model:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a patch has given ``module`` its class, or a parent of its class."""
+    """Whether the class of ``module``, or a parent of its class, comes from a patch."""
     return hasattr(type(module), "fastgpt_original")
 
 
 def named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a patched module was called with, by the names that its original ``forward`` gives it."""
+    """The arguments that a patched module was called with, by their names in its original ``forward``."""
     return dict(zip(module.fastgpt_arguments, args, strict=False), **kwargs)
 
 
 def replaceable(module: nn.Module, kind: type[nn.Module] = nn.Module) -> bool:
-    """Whether to compute what a ``kind`` does is to do all that calling ``module`` would.
+    """Whether the computation of a ``kind`` can replace a call of ``module``.
 
-    It is not if the module has hooks, or was replaced (a LoRA layer has the ``weight`` of what it wraps).
+    It cannot if the module has hooks or is of another class. (A LoRA layer has the ``weight`` of the layer it wraps.)
     """
     hooks = (
         module._forward_hooks,
@@ -103,9 +103,9 @@ def replaceable(module: nn.Module, kind: type[nn.Module] = nn.Module) -> bool:
 
 
 def loss_is_fusable(head: Any, kind: type[nn.Module]) -> bool:
-    """Whether the output layer ``head`` may be left out in favour of ``linear_cross_entropy``.
+    """Whether ``linear_cross_entropy`` can replace a call of the output layer ``head``.
 
-    Not in fp16: the gradients come from the forward, before a scaler's factor that keeps them from underflowing.
+    It cannot in fp16: it computes gradients in the forward, before GradScaler scales the loss, so they may underflow.
     """
     if not replaceable(head, kind):
         return False
@@ -116,7 +116,7 @@ def loss_is_fusable(head: Any, kind: type[nn.Module]) -> bool:
 
 
 def refuse(name: str, reason: str) -> None:
-    """Raise a ``ValueError`` about the module called ``name``."""
+    """Raise a ``ValueError`` about the module with that name."""
     raise ValueError(f"{name or 'model'}: {reason}")
 
 
@@ -127,9 +127,11 @@ def require(ok: bool, name: str, reason: str) -> None:
 
 
 def require_kind(module: Any, name: str, *kinds: type[nn.Module]) -> None:
-    """``module`` is of exactly one of ``kinds``, and nobody has overridden its ``forward``."""
+    """Refuse a module unless its class is one of ``kinds`` and its ``forward`` is not overridden."""
     expected = " or ".join(kind.__name__ for kind in kinds)
     require(type(module) in kinds, name, f"expected {expected}, got {type(module).__name__}")
     require(
-        "forward" not in module.__dict__, name, "its forward is overridden (by a device_map, say); patch before that"
+        "forward" not in module.__dict__,
+        name,
+        "its forward is overridden, for example by a device_map; patch the model before that",
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastgpt.errors import RequestError
 from fastgpt.model.gpt import GPT, KVCache
 
 
@@ -28,10 +29,14 @@ def generate(
         model: in eval mode.
         prompt: ``(B, T)`` int64, T at least 1; only its last ``block_size`` tokens are read.
         max_new_tokens: how many to draw.
-        temperature: logits are divided by it; 0 takes the most likely token.
-        top_k: draw from the k most likely tokens only.
+        temperature: logits are divided by it; 0 takes the most likely token. Values beyond fp32's range count as its
+            smallest or largest.
+        top_k: draw from the k most likely tokens only; a k beyond the vocabulary is no limit.
         vocab_size: ids from here on are padding and never drawn.
         generator: source of randomness.
+
+    Raises:
+        RequestError: the logits are not finite, as those of a model that has diverged.
     """
     block_size = model.config.block_size
     context = prompt[:, -block_size:]
@@ -42,17 +47,22 @@ def generate(
             context = unread = context[:, -(block_size // 2 or 1) :]
             cache.length = 0
         logits = model(unread, cache=cache)[:, :vocab_size].float()
+        if not logits.isfinite().all():
+            raise RequestError("the model's logits are not finite: its training has diverged, so it cannot be sampled")
         unread = _draw(logits, temperature, top_k, generator)
         context = torch.cat((context, unread), dim=1)
         yield unread.squeeze(1)
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """(B, V) logits to (B, 1) token ids."""
+    """(B, V) fp32 logits to (B, 1) token ids."""
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
+    # The largest becomes 0 first, so that it stays finite whatever it is divided by.
+    logits = logits - logits.amax(-1, keepdim=True)
+    fp32 = torch.finfo(torch.float32)
+    logits = logits / min(max(temperature, fp32.tiny), fp32.max)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

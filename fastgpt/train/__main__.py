@@ -6,13 +6,14 @@ python -m fastgpt.train --preset gpt2-124m --init_from resume
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
-from fastgpt import hardware, kernels
+from fastgpt import hardware, kernels, limits, output
 from fastgpt.cli import run
 from fastgpt.data.stream import show
+from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import RequestError
-from fastgpt.train.memory import ran_out
+from fastgpt.model import GPT
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.resume import parse
 from fastgpt.train.settle import settle
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             trainer = Trainer(settled)
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
+            if not limits.ran_out(error):
                 raise
             _, total = hardware.memory(settled.device)
             raise RequestError(
@@ -41,10 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = trainer.train()
         if status == 0 and settled.tokenizer is not None:
             prompt = settled.dataset.val[0][:PROMPT_TOKENS].tolist()
-            with suppress(OSError):  # nobody reads it; the run is done
-                print(f"sample, continued from {settled.tokenizer.decode(prompt)!r}:", flush=True)
-                show(trainer.model, settled.tokenizer, prompt, max_new_tokens=300, seed=config.seed)
+            _show_sample(trainer.model, settled.tokenizer, prompt, config.seed)
     return status
+
+
+def _show_sample(model: GPT, tokenizer: Tokenizer, prompt: list[int], seed: int) -> None:
+    """Print a sample. The run is done, so nothing that goes wrong here is an error."""
+    try:
+        print(f"sample, continued from {tokenizer.decode(prompt)!r}:", flush=True)
+        show(model, tokenizer, prompt, max_new_tokens=300, seed=seed)
+    except RequestError as error:
+        output.note(f"no sample: {error}")
+    except (OSError, RuntimeError, MemoryError) as error:
+        why = limits.exhausted(error)
+        if why is not None:
+            output.note(f"no sample: {why}")
+        elif not isinstance(error, OSError):  # which only means that nobody reads it
+            raise
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Keeping freed memory for the next step, and recognising that memory ran out."""
+"""Keeping freed memory for the next step; ``ran_out`` is that of ``fastgpt.limits``."""
 
 import ctypes
 import sys
 
-import torch
+from fastgpt.limits import ran_out
+
+__all__ = ["keep_freed_memory", "ran_out"]
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -23,15 +25,3 @@ def keep_freed_memory() -> bool:
         return False
     # no block in a mapping of its own, which free would unmap; the heap's end is given back only beyond 2 GiB
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out.
-
-    PyTorch has a class for that, but raises it only where its own GPU allocator fails. The words are those of C++ and
-    PyTorch on a CPU, of CUDA and Triton loading a kernel or instantiating a graph, and of cuBLAS making its workspace.
-    """
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error)
-        for words in ("can't allocate memory", "bad_alloc", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )

@@ -1,23 +1,16 @@
 """A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, perhaps ``tensorboard/``."""
 
-import os
 import shutil
-import socket
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastgpt import json_files
 from fastgpt.errors import RequestError
+from fastgpt.files import Lock
 from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
 from fastgpt.units import count_of, size
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 CONFIG, METRICS, PLOT, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 LOCK = ".lock"
@@ -96,10 +89,7 @@ def check_room(run_dir: Path, checkpoints: int, n_bytes: int, *, replaced: bool)
 
 
 class RunLock:
-    """Keeps a second process out of a run's folder while it is entered.
-
-    The lock is the operating system's (``flock``), so it ends with the process, however that ends. On a network file
-    system it holds between machines if that system's locks do; where there are none, nothing is locked.
+    """Keeps a second process out of a run's folder while it is entered (see :class:`fastgpt.files.Lock`).
 
     Args:
         run_dir: is created if it does not exist.
@@ -114,39 +104,23 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.until_exit = False
-        self._file: int | None = None
+        self._lock = Lock(run_dir / LOCK)
 
     def __enter__(self) -> "RunLock":
-        if fcntl is None:
-            return self
-        path = self._run_dir / LOCK
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            holder = self._lock.acquire()
         except OSError as error:
             raise RequestError(f"cannot write to --out_dir {self._run_dir}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or path.stat().st_ino != os.fstat(self._file).st_ino:
-                os.close(self._file)  # its owner has just removed it: there is a new one, or none
-                return self.__enter__()
-        except BlockingIOError as error:
-            owner = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(self._file)
+        if holder is not None:
             raise RequestError(
-                f"{self._run_dir} is in use by {owner}: wait for it, stop it, or pass another --out_dir"
-            ) from error
-        except OSError:  # a file system without locks
-            return self
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                f"{self._run_dir} is in use by {holder}: wait for it, stop it, or pass another --out_dir"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None and not self.until_exit:
-            with suppress(OSError):
-                (self._run_dir / LOCK).unlink()
-            os.close(self._file)
+        if not self.until_exit:
+            self._lock.release()
 
 
 def clear(run_dir: Path) -> None:

@@ -4,15 +4,17 @@ All that can be wrong with a request is found here, before the model is made. No
 dataset, which every machine can make offline.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt import hardware
+from fastgpt import compilers, hardware
 from fastgpt.data.dataset import Dataset, open_dataset
 from fastgpt.data.prepare import prepare
+from fastgpt.data.shards import META_FILE
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import RequestError
 from fastgpt.kernels import dispatch
@@ -88,10 +90,12 @@ def settle(config: TrainConfig) -> Settled:
     """
     device = hardware.find_device(config.device)
     dtype = config.torch_dtype(hardware.training_dtype(device))
+    _check_one_process()
     try:
-        dispatch.backend_of(device, dtype)
+        backend, _ = dispatch.backend_of(device, dtype)
     except RuntimeError as error:
         raise RequestError(str(error)) from error
+    _check_compilers(config, device, backend)
     trackers.check(config)
     resuming = config.init_from == "resume"
     run_dir = Path(config.out_dir) if resuming else run_folder.check(config)
@@ -155,11 +159,36 @@ def _start_from(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, dic
     return replace(config, **changed), weights
 
 
+def _check_one_process() -> None:
+    """Refuse to be one of several processes, each of which would train the same run.
+
+    torchrun and accelerate set ``WORLD_SIZE``. Scripts for Slurm set it too, because ``torch.distributed`` needs it.
+    """
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if n_processes.isdecimal() and int(n_processes) > 1:
+        raise RequestError(
+            f"WORLD_SIZE is {n_processes}, but fastgpt trains on one device: start one process "
+            "(torchrun --nproc_per_node=1, or without torchrun)"
+        )
+
+
+def _check_compilers(config: TrainConfig, device: torch.device, backend: str) -> None:
+    """Refuse what would fail in the first update, because it compiles code for this machine then."""
+    if config.compile:
+        missing = compilers.missing_for_compile(device)
+        if missing is not None:
+            raise RequestError(f"--compile: {missing}")
+    elif backend == "triton" and device.type == "cuda":
+        missing = compilers.missing_for_triton()
+        if missing is not None:
+            raise RequestError(f"{missing}; --backend reference works without, slower")
+
+
 def _open_or_prepare(config: TrainConfig) -> Dataset:
     try:
         return open_dataset(config.dataset, config.data_dir)
     except RequestError:
-        if config.dataset != "stdlib":
+        if config.dataset != "stdlib" or Path(config.data_dir, config.dataset, META_FILE).exists():
             raise
         return open_dataset(prepare("stdlib", data_dir=config.data_dir))
 

@@ -23,12 +23,17 @@ class Interrupted(Exception):
     """The run was told to stop in the middle of an update or of an evaluation, which is abandoned."""
 
 
+def _ignored_by_nohup(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+
+
 class StopRequest:
     """Hears signals while it is entered, knows the time limit, and looks for the file.
 
     The first signal is noticed between micro-batches and between the batches of an evaluation, so that a checkpoint can
     be saved. Later ones change nothing, except that a second Ctrl-C raises ``KeyboardInterrupt`` at once. SIGUSR1 asks
-    for a checkpoint only. The handlers from before are restored at the end.
+    for a checkpoint only. If nohup has started the process, SIGHUP stays ignored. The handlers from before are restored
+    at the end.
 
     Args:
         run_dir: folder of the run.
@@ -48,7 +53,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         now = time.monotonic()
         self._deadline, self._next_look = now + self._seconds, now
-        self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
+        numbers = [number for number in STOPPING if not _ignored_by_nohup(number)]
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         self._previous |= {number: signal.signal(number, self._note_save) for number in SAVING}
         return self
 

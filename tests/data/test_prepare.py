@@ -1,20 +1,30 @@
+import errno
 import hashlib
+import itertools
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 import types
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fastgpt.data import dataset as opening
 from fastgpt.data import prepare as module
-from fastgpt.data import sources
+from fastgpt.data import sources, verify
 from fastgpt.data.__main__ import main
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import write_shard
 from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.data.verify import ShardVerifier
 from fastgpt.errors import RequestError
 
 TEXT = "To be, or not to be: that is the question.\n" * 10
@@ -59,6 +69,14 @@ def test_files_are_joined_in_order(tmp_path):
 def test_val_fraction_is_the_validation_part():
     dataset = open_dataset(prepare("text", ["book.txt"], val_fraction=0.5))
     assert len(dataset.val[0]) == len(TEXT) // 2
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("hello " * 9, encoding="utf-8-sig")
+    dataset = open_dataset(prepare("text", ["one.txt", "two.txt"]))
+    assert dataset.vocab_size == len(set("hello "))
+    assert dataset.tokenizer().decode(contents(dataset.train) + contents(dataset.val)) == "hello " * 18
 
 
 def test_gpt2_text_decodes_to_itself():
@@ -111,6 +129,13 @@ def test_a_python_without_source_is_refused(tmp_path, monkeypatch):
         (b"", "is empty"),
         (b"caf\xe9", "not UTF-8 text: byte 3 is 0xe9"),
         (b"a\0b", "NUL"),
+        ("\ufefftext".encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
+        ("\ufefftext".encode("utf-16-be"), "is UTF-16 text: save it as UTF-8"),
+        ("\ufefftext".encode("utf-32-le"), "is UTF-32 text: save it as UTF-8"),
+        ("\ufefftext".encode("utf-32-be"), "is UTF-32 text: save it as UTF-8"),
+        ("text".encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
+        ("text".encode("utf-16-be"), "is UTF-16 text: save it as UTF-8"),
+        (b"\xef\xbb\xbf", "is empty"),
         (b"ab", "less than two"),
     ],
 )
@@ -152,14 +177,153 @@ def test_a_wrong_request_is_refused_in_one_line(args, kwargs, said):
     assert said in refusal(*args, **kwargs)
 
 
-def test_preparing_again_replaces_the_dataset(monkeypatch):
+def test_the_same_dataset_is_made_again(monkeypatch, capsys):
     monkeypatch.setattr(module, "SHARD_TOKENS", 100)
     prepare("text", ["book.txt"], name="d")
+    assert capsys.readouterr().err.count("already holds") == 0
     monkeypatch.setattr(module, "SHARD_TOKENS", 1000)
     path = prepare("text", ["book.txt"], name="d")
+    assert capsys.readouterr().err == f"{path} already holds this dataset; it is made again\n"
     assert sorted(os.listdir(path)) == ["meta.json", "train_000000.bin", "val_000000.bin"]
     assert len(open_dataset(path).train[0]) == int(len(TEXT) * 0.9)
     assert os.listdir("data") == ["d"]
+
+
+def test_a_damaged_shard_is_mended_by_preparing_again():
+    path = prepare("text", ["book.txt"], name="d")
+    whole = (path / "train_000000.bin").read_bytes()
+    (path / "train_000000.bin").write_bytes(whole[:-1])
+    prepare("text", ["book.txt"], name="d")
+    assert (path / "train_000000.bin").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "options"),
+    [
+        ("text", ["book.txt"], {"tokenizer": "byte"}),
+        ("text", ["book.txt"], {"val_fraction": 0.2}),
+        ("text", ["book.txt", "book.txt"], {}),
+        ("text", ["elsewhere/book.txt"], {}),  # the same name, another text
+        ("stdlib", [], {}),
+    ],
+)
+def test_another_dataset_of_that_name_is_replaced_only_on_request(tmp_path, source, files, options):
+    path = prepare("text", ["book.txt"], name="d")
+    before = open_dataset(path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "book.txt").write_text(TEXT.upper())
+    with pytest.raises(RequestError, match=r"data/d already holds another dataset \(of book.txt .*pass --overwrite"):
+        prepare(source, files, name="d", **options)
+    assert open_dataset(path).identity == before.identity
+    prepare(source, files, name="d", overwrite=True, **options)
+    assert open_dataset(path).identity != before.identity
+    assert os.listdir("data") == ["d"]
+
+
+def test_a_dataset_that_cannot_be_read_is_replaced_only_on_request():
+    path = prepare("text", ["book.txt"], name="d")
+    (path / "meta.json").write_text("{")
+    with pytest.raises(RequestError, match=r"meta.json is damaged: .* prepare the dataset again with --overwrite"):
+        prepare("text", ["book.txt"], name="d")
+    assert main(["prepare", "text", "book.txt", "--name=d", "--overwrite"]) == 0
+    assert len(open_dataset(path).train[0]) == int(len(TEXT) * 0.9)
+
+
+def test_more_shards_of_fineweb_are_another_dataset(hub):
+    prepare("fineweb10b", shards=1)
+    with pytest.raises(RequestError, match=r"1 of 103 training shards.*pass --overwrite"):
+        prepare("fineweb10b", shards=2)
+    assert hub == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]  # nothing was downloaded in vain
+    assert len(open_dataset(prepare("fineweb10b", shards=2, overwrite=True)).train) == 2
+
+
+def test_an_opened_dataset_keeps_its_tokens_when_it_is_replaced():
+    dataset = open_dataset(prepare("text", ["book.txt"], name="d", tokenizer="byte"))
+    before = contents(dataset.train) + contents(dataset.val)
+    verifier = ShardVerifier(dataset)
+    prepare("stdlib", name="d", overwrite=True)
+    assert contents(dataset.train) + contents(dataset.val) == before
+    verifier.wait()
+
+
+@pytest.mark.parametrize("at_once", [1 << 30, 0])
+def test_the_files_that_replaced_a_dataset_are_no_damage_to_it(monkeypatch, at_once):
+    monkeypatch.setattr(verify, "AT_ONCE", at_once)
+    dataset = open_dataset(prepare("text", ["book.txt"], name="d", tokenizer="byte"))
+    prepare("stdlib", name="d", overwrite=True)
+    ShardVerifier(dataset).wait()
+
+
+def test_a_dataset_that_is_replaced_while_it_is_opened_is_not_mixed_with_the_new_one(monkeypatch):
+    path = prepare("text", ["book.txt"], name="d", tokenizer="byte")
+    read_shard = opening.read_shard
+
+    def replacing(shard):
+        monkeypatch.setattr(opening, "read_shard", read_shard)
+        tokens = read_shard(shard)
+        prepare("text", ["book.txt"], name="d", tokenizer="char", overwrite=True)
+        return tokens
+
+    monkeypatch.setattr(opening, "read_shard", replacing)
+    with pytest.raises(RequestError, match="data/d was replaced by another dataset while it was opened: try again"):
+        open_dataset("d")
+    assert open_dataset(path).meta.tokenizer["name"] == "char"
+
+
+def identity_or_problem(name):
+    try:
+        dataset = open_dataset(name)
+        ShardVerifier(dataset)
+    except RequestError as error:
+        return str(error)
+    return dataset.identity
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that follows is done."""
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same dataset", "another"])
+def test_wherever_the_process_ends_a_reader_finds_one_dataset_or_none(monkeypatch, tmp_path, same):
+    """Each change of the dataset's folder is the last one in turn."""
+    monkeypatch.setattr(module, "SHARD_TOKENS", 100)
+    tokenizer = "char" if same else "byte"
+    identities = {
+        open_dataset(prepare("text", ["book.txt"], name=name, tokenizer=name)).identity for name in ("char", tokenizer)
+    }
+    outcomes = set()
+    for n_changes in itertools.count():
+        shutil.rmtree(tmp_path / "data" / "d", ignore_errors=True)
+        prepare("text", ["book.txt"], name="d", val_fraction=0.1)
+        folder, left = (tmp_path / "data" / "d").resolve(), n_changes
+
+        def counted(change, folder=folder):
+            def run(*paths, **options):
+                nonlocal left
+                if any(Path(path).resolve().parent == folder for path in paths):
+                    left -= 1
+                    if left < 0:
+                        raise Killed
+                return change(*paths, **options)
+
+            return run
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", counted(os.replace))
+            patched.setattr(os, "unlink", counted(os.unlink))
+            patched.setattr(Path, "unlink", counted(Path.unlink))
+            try:
+                prepare("text", ["book.txt"], name="d", tokenizer=tokenizer, overwrite=True)
+            except Killed:
+                ended = False
+            else:
+                ended = True
+        outcomes.add(identity_or_problem("d"))
+        if ended:
+            break
+    assert n_changes > 5
+    none = "data/d has no meta.json, so its preparation did not finish: prepare it again"
+    assert outcomes == (identities if same else identities | {none})
 
 
 def test_preparing_leaves_other_files_of_the_folder_alone(tmp_path):
@@ -179,7 +343,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(monkeypatch):
     monkeypatch.setattr(module, "write_shard", interrupt)
     for name in ("d", "new"):
         with pytest.raises(KeyboardInterrupt):
-            prepare("text", ["book.txt"], name=name, tokenizer="byte")
+            prepare("text", ["book.txt"], name=name, tokenizer="byte", overwrite=True)
     assert os.listdir("data") == ["d"]
     assert open_dataset("d").meta.tokenizer["name"] == "char"
 
@@ -192,9 +356,130 @@ def test_an_interruption_at_the_last_moment_leaves_no_dataset(monkeypatch):
 
     monkeypatch.setattr(module.DatasetMeta, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare("text", ["book.txt"], name="d")
+        prepare("text", ["book.txt"], name="d", tokenizer="byte", overwrite=True)
     with pytest.raises(RequestError, match="did not finish"):
         open_dataset("d")
+
+
+def test_a_disk_that_is_full_is_answered_in_one_line(monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_shard", full)
+    assert refusal("text", ["book.txt"]) == "cannot write to data: No space left on device"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")
+def test_a_dataset_may_be_a_link_to_another_disk(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        Path(disk, "large").mkdir()
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "d").symlink_to(Path(disk, "large"))
+        path = prepare("text", ["book.txt"], name="d")
+        assert len(open_dataset(path).train[0]) == int(len(TEXT) * 0.9)
+        assert os.listdir(disk) == ["large"]
+        assert os.listdir("data") == ["d"]
+
+
+# ---- processes that end, and several at once ----
+
+# Says so and waits when the first shard is about to be written.
+SLOW = """
+import sys, time
+from fastgpt.cli import run
+from fastgpt.data import prepare
+from fastgpt.data.__main__ import main
+write_shard = prepare.write_shard
+def slow(*args):
+    print("writing", flush=True)
+    time.sleep(60)
+prepare.write_shard = slow
+run(main)
+"""
+PREPARE = ["prepare", "text", "book.txt", "--name=d"]
+
+
+def hear_signals():
+    """As a shell starts a command, even if nohup has started the tests."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start():
+    """Starts Python in a process of its own."""
+    processes = []
+
+    def start(*argv):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *argv], **pipes, preexec_fn=hear_signals))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def start_slow(start, *flags):
+    """A preparation that is in the middle of its work, and its staging folder."""
+    process = start("-c", SLOW, *PREPARE, *flags)
+    assert process.stdout.readline() == "writing\n"
+    (staging,) = (path for path in Path("data").iterdir() if path.name.startswith(".d~"))
+    return process, staging
+
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and locks as on POSIX")
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_preparation_that_a_signal_ends_leaves_nothing(start, number):
+    process, _ = start_slow(start)
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 128 + number
+    assert os.listdir("data") == []
+
+
+@POSIX
+def test_what_a_killed_preparation_has_left_is_removed_by_the_next(start):
+    process, staging = start_slow(start)
+    process.kill()
+    process.wait()
+    assert staging.is_dir()
+    others = [Path("data", f".d~another-machine~{staging.name[-8:]}"), Path("data", f".d2{staging.name[2:]}")]
+    for path in others:
+        path.mkdir()
+    prepare("text", ["book.txt"], name="d")
+    assert sorted(os.listdir("data")) == sorted(["d", *(path.name for path in others)])
+
+
+@POSIX
+def test_a_second_preparation_waits_and_makes_nothing_twice(start):
+    """What the living process has written so far stays."""
+    first, staging = start_slow(start)
+    second = start("-m", "fastgpt.data", *PREPARE)
+    assert second.stderr.readline().startswith(f"waiting for process {first.pid} on ")
+    time.sleep(3 * module.SECONDS_BETWEEN_LOOKS)
+    assert second.poll() is None
+    assert staging.is_dir()
+    first.kill()
+    first.wait()
+    assert second.wait(60) == 0, second.stderr.read()
+    assert os.listdir("data") == ["d"]
+
+
+@POSIX
+def test_a_dataset_that_another_process_has_made_meanwhile_is_not_made_again(monkeypatch, capsys):
+    path = prepare("text", ["book.txt"], name="d")
+    holders = iter(["process 7 on here", "process 7 on here", None])
+    monkeypatch.setattr(module.Lock, "acquire", lambda lock: next(holders))
+    monkeypatch.setattr(module, "write_shard", None)
+    assert prepare("text", ["book.txt"], name="d") == path
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting for process 7 on here, which is preparing data/d", "data/d has been made by process 7 on here",
+    ]  # fmt: skip
 
 
 def test_tokens_outside_the_vocabulary_are_not_written(monkeypatch):
@@ -357,5 +642,5 @@ def test_a_wrong_command_line_is_refused(argv, said):
 def test_meta_says_where_the_text_is_from():
     path = prepare("text", ["book.txt"])
     meta = json.loads((path / "meta.json").read_text())
-    assert meta["source"] == "book.txt"
+    assert meta["source"] == f"book.txt (SHA-256 {hashlib.sha256(TEXT.encode()).hexdigest()[:16]})"
     assert meta["split"] == "the last 0.1 of the text is validation"

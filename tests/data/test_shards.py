@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import json
 import pickle
@@ -58,6 +59,23 @@ def test_a_shard_reads_back_read_only_and_mapped(tmp_path):
     assert isinstance(tokens.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 1
+
+
+@pytest.mark.parametrize("function", ["fromfile", "memmap"])
+@pytest.mark.parametrize("read", [read_shard, read_tokens])
+def test_a_shard_without_the_right_to_read_it_is_named(tmp_path, monkeypatch, function, read):
+    write_shard(tmp_path / "s.bin", TOKENS)
+
+    def denied(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(np, function, denied)
+    assert refusal(read, tmp_path / "s.bin") == f"cannot read {tmp_path / 's.bin'}: Permission denied"
+
+
+def test_tokens_may_be_a_view_with_gaps(tmp_path):
+    write_shard(tmp_path / "s.bin", TOKENS[::2])
+    assert read_shard(tmp_path / "s.bin").tolist() == [3, 4, 65535]
 
 
 def test_an_empty_shard_reads_back(tmp_path):

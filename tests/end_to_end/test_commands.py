@@ -18,6 +18,7 @@ from fastgpt.__main__ import main as fastgpt_main
 from fastgpt.cli import run
 from fastgpt.data import stream
 from fastgpt.data.__main__ import main as data_main
+from fastgpt.errors import RequestError
 from fastgpt.train.__main__ import main as train_main
 
 MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
@@ -165,6 +166,19 @@ def test_a_backend_that_cannot_run_here_is_refused(capsys, words):
     assert "backend 'triton' cannot run torch.float32 on cpu" in line
 
 
+def test_one_of_several_processes_is_refused(capsys, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    line = refusal(capsys, train_main, "--dataset", words, "--out_dir=run", *MODEL, *LENGTH)
+    assert "WORLD_SIZE is 4, but fastgpt trains on one device: start one process" in line
+    assert not Path("run").exists()
+
+
+def test_one_process_of_torchrun_trains(words, monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    assert train_main(["--dataset", words, "--out_dir=run", *MODEL, *LENGTH]) == 0
+
+
 def test_sampling_a_character_outside_the_vocabulary_is_refused(capsys, trained):
     assert "'Z' is not among the" in refusal(capsys, sample.main, trained, "--prompt", "to be Z")
 
@@ -194,6 +208,9 @@ def test_sampling_a_damaged_run_is_refused(capsys, trained):
         ("--num_samples=0", "--num_samples must be at least 1"),
         ("--top_k=0", "--top_k must be at least 1"),
         ("--temperature=-1", "--temperature must be at least 0"),
+        ("--temperature=nan", "--temperature must be at least 0"),
+        ("--seed=-1", "--seed must be from 0 to 2**62"),
+        ("--seed=18446744073709551616", "--seed must be from 0 to 2**62"),
         ("--device=tpu", "not 'tpu'"),
         ("--device=cuda:99", "CUDA devices here"),
         ("--prompt=", "--prompt is empty"),
@@ -243,6 +260,27 @@ def test_a_text_without_line_breaks_trains_and_samples(capsys):
     capsys.readouterr()
     sample.main(["run", "--max_new_tokens=5"])
     assert len(capsys.readouterr().out) == 7
+
+
+def test_a_run_whose_model_cannot_be_sampled_is_done_all_the_same(capsys, words, monkeypatch):
+    def diverged(*args, **options):
+        raise RequestError("the model's logits are not finite")
+
+    monkeypatch.setattr(stream, "generate", diverged)
+    assert train_main(["--dataset", words, "--out_dir=run", *MODEL, *LENGTH]) == 0
+    assert capsys.readouterr().err == "no sample: the model's logits are not finite\n"
+
+
+def test_a_sample_that_ends_early_ends_its_line(capsys, trained, monkeypatch):
+    def interrupted(model, prompt, n, **options):
+        yield prompt[0, :1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "generate", interrupted)
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([trained, "--prompt=to"])
+    assert capsys.readouterr().out == "tot\n"
 
 
 def test_samples_are_separate_and_each_has_a_seed_of_its_own(capsys, trained):

@@ -126,6 +126,18 @@ def test_signals_that_end_a_run_leave_a_checkpoint(command, tmp_path, number):
     assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).step >= 1
 
 
+def test_nohup_keeps_a_run_going_when_its_terminal_is_closed(command, tmp_path):
+    hears = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the process inherits it
+    try:
+        process = command(*ENDLESS, stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, hears)
+    started(process, tmp_path / "run")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)  # the run would have stopped by the first one
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
 def test_usr1_saves_a_checkpoint_and_goes_on_and_the_file_stop_ends_the_run(command, tmp_path):
     run = tmp_path / "run"
     process = command(*ENDLESS, stdout=subprocess.DEVNULL)

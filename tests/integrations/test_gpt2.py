@@ -399,9 +399,9 @@ def on_meta():
         (lambda: patch_gpt2(made()), "^model: already patched"),
         (lambda: made(add_cross_attention=True), "^model: has cross attention"),
         (lambda: made(activation_function="relu"), "^transformer.h.0.mlp.act: ReLU is not a GELU"),
-        (lambda: made(n_head=1, n_embd=264), "^transformer.h.0.attn: heads of 264"),
+        (lambda: made(n_head=1, n_embd=264), "^transformer.h.0.attn: has heads of 264"),
         (overridden, "^transformer.h.1.mlp: its forward is overridden"),
-        (on_meta, "^model: on the meta device"),
+        (on_meta, "^model: is on the meta device"),
         (
             changed("transformer.h.1.attn.c_attn", lambda: nn.Linear(48, 144)),
             "^transformer.h.1.attn.c_attn: expected Conv1D, got Linear",

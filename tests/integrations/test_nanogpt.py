@@ -319,11 +319,11 @@ def on_meta():
         (lambda: nn.Linear(2, 2), "^model: has no lm_head, transformer"),
         (patched_twice, "^model: already patched"),
         (overridden, "^transformer.h.1.attn: its forward is overridden"),
-        (on_meta, "^model: on the meta device"),
+        (on_meta, "^model: is on the meta device"),
         (changed("transformer.h.1.mlp.gelu", nn.SiLU), "^transformer.h.1.mlp.gelu: expected GELU, got SiLU"),
         (
             changed("transformer.h.0.attn.q_norm", nn.Identity),
-            "^transformer.h.0.attn: has q_norm, which nanoGPT's has not",
+            "^transformer.h.0.attn: has q_norm, which nanoGPT's does not have",
         ),
         (
             changed("transformer.h.0.attn.c_proj", nn.Identity),
@@ -332,7 +332,7 @@ def on_meta():
         (changed("lm_head", lambda: nn.Linear(48, 131)), "^lm_head: has a bias"),
         (changed("transformer.wpe", lambda: nn.Embedding(32, 40)), "^model: it fails on random input"),
         (changed("transformer.ln_f", lambda: nn.LayerNorm(40)), "^transformer.ln_f: expected a weight of 48"),
-        (lambda: made(n_head=1, n_embd=264), "^transformer.h.0.attn: heads of 264"),
+        (lambda: made(n_head=1, n_embd=264), "^transformer.h.0.attn: has heads of 264"),
     ],
 )
 def test_what_cannot_be_patched_is_refused_by_name_and_left_as_it_was(build, message):

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import torch
 
+from fastgpt.errors import RequestError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.model.generate import generate
 from fastgpt.model.gpt import KVCache
@@ -104,6 +107,32 @@ def test_only_the_likeliest_k_tokens_are_drawn(model, prompt):
 def test_a_top_k_beyond_the_vocabulary_is_no_limit(model, prompt):
     unlimited = written(model, prompt, 10, generator=seeded(0))
     assert torch.equal(written(model, prompt, 10, top_k=1000, generator=seeded(0)), unlimited)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-320, 5e-324])
+def test_a_temperature_near_0_is_temperature_0(model, prompt, temperature):
+    greedy = written(model, prompt, 20, temperature=0.0)
+    assert torch.equal(written(model, prompt, 20, temperature=temperature), greedy)
+    assert torch.equal(written(model, prompt, 20, temperature=temperature, top_k=5), greedy)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300, math.inf])
+def test_at_a_huge_temperature_the_likeliest_k_tokens_are_equally_likely(model, prompt, temperature):
+    with torch.no_grad():
+        likeliest = model(prompt[:1]).topk(3).indices[0]
+    prompts = prompt[:1].expand(900, -1)
+    drawn = written(model, prompts, 1, temperature=temperature, top_k=3, generator=seeded(0))
+    counts = (drawn == likeliest).sum(0)
+    assert counts.sum() == 900
+    assert counts.min() > 250
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_refused(model, prompt, temperature):
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = math.nan
+    with pytest.raises(RequestError, match="the model's logits are not finite"):
+        next(generate(model, prompt, 1, temperature=temperature))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 100.0])

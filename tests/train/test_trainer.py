@@ -871,7 +871,8 @@ def test_a_run_that_is_interrupted_at_once_keeps_its_lock_while_it_still_writes(
     with pytest.raises(RequestError, match="is in use by process"):
         trainer(init_from="auto")
     one.writer.wait()
-    os.close(one.lock._file)
+    one.lock.until_exit = False
+    one.lock.__exit__()
 
 
 def test_an_update_that_memory_does_not_hold_gets_that_of_the_checkpoints_copies(trainer, tmp_path, capsys):
