@@ -196,8 +196,8 @@ def patch_gpt2(model: Model) -> Model:
     does. Pickled, ``logits`` is an ordinary tensor. After a change in place, use the tensor that the change returned.
 
     Read logits before the optimizer's step, and with FSDP before the backward: once the weight has changed, reading is
-    a ``RuntimeError``. As in autograd, the tensor's version tells. ``.data`` and ``FusedAdamW`` do not count it up;
-    after such a change logits are products of old hidden states and new weights. ``logits`` is ``None`` in a compiled
+    a ``RuntimeError``. As in autograd, the tensor's version tells. ``.data`` does not count it up; after such a change
+    logits are products of old hidden states and new weights. ``logits`` is ``None`` in a compiled
     model, in ``torch.func`` and in replicas of ``torch.nn.DataParallel``. A function of logits that is compiled with
     ``fullgraph=True`` needs an ordinary tensor: ``output.logits.contiguous()``.
 

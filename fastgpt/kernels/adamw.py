@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import checks, dispatch
+from fastgpt.kernels import checks, dispatch, sharded
 from fastgpt.kernels.moments_8bit import MOMENT_BLOCK
 
 # Bytes for each parameter: the parameter and the optimizer's state; and these with gradients of the same dtype.
@@ -40,11 +40,13 @@ class Batch(NamedTuple):
         place: their device, and the backend that takes their dtype.
         params: the parameters; each has a gradient.
         states: the state of each parameter.
+        distributed: whether they may be DTensors, of which a kernel takes the shards that lie here.
     """
 
     group: dict[str, Any]
     steps: int
     place: tuple[torch.device, str]
+    distributed: bool
     params: list[Tensor]
     states: list[dict[str, Tensor]]
 
@@ -64,6 +66,11 @@ class FusedAdamW(Optimizer):
     ``stochastic_rounding`` save memory, alone or together. Both draw random numbers from a seed of each parameter
     group. It is taken from torch's generator when the group is added, and kept in the ``state_dict``; the same seed
     gives the same bits.
+
+    Parameters may be DTensors, as ``torch.distributed.fsdp.fully_shard`` makes them: each process updates its shards,
+    and the gradient norm is that of all shards, which takes an all-reduce of one number for each dimension of the mesh
+    that shards. The moments are DTensors placed as their parameter, for ``torch.distributed.checkpoint``; ``step`` is
+    an ordinary tensor. ``state_bits=8`` does not support DTensors.
 
     A step may be captured in a CUDA graph after a step outside a graph; each further capture needs another such step.
     Numbers become constants of the graph. Tensors, which ``lr`` and ``grad_scale`` can be, are read at every replay.
@@ -105,8 +112,9 @@ class FusedAdamW(Optimizer):
     Raises:
         TypeError: an argument has a wrong type, or a parameter a dtype other than the above.
         ValueError: a hyperparameter is out of range, here or in a group; an option is not supported; there is no
-            parameter; a parameter is not contiguous, given twice, or not bf16 under ``stochastic_rounding``; ``copies``
-            lacks a parameter, or has a tensor for something that is not a parameter.
+            parameter; a parameter is not contiguous, given twice, or not bf16 under ``stochastic_rounding``; a DTensor
+            is a partial sum, or ``state_bits`` is 8; ``copies`` lacks a parameter, or has a tensor for something that
+            is not a parameter.
     """
 
     def __init__(
@@ -195,15 +203,19 @@ class FusedAdamW(Optimizer):
             self._check_parameter(param)
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError("params: a parameter is given twice")
-        if self._needs_adamw_8bit:
-            group.setdefault("seed", int(torch.randint(2**62, (), device="cpu")))
+        if self._needs_adamw_8bit and "seed" not in group:
+            group["seed"] = sharded.common_seed(group["params"])
         self.param_groups.append(group)
 
-    def _check_parameter(self, param: Tensor) -> None:
+    def _check_parameter(self, param: Any) -> None:
         shape = tuple(param.shape)
         checks.floating(params=param)
-        if not param.is_contiguous():
+        if not sharded.local(param).is_contiguous():
             raise ValueError(f"params: a parameter of shape {shape} is not contiguous")
+        if sharded.is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
+            raise ValueError(f"params: a DTensor of shape {shape} is a partial sum; redistribute it first")
+        if sharded.is_dtensor(param) and self.state_bits == 8:
+            raise ValueError("state_bits: 8 is not supported for a DTensor: blocks of 256 elements would cross shards")
         if self.stochastic_rounding and param.dtype != torch.bfloat16:
             raise ValueError(f"stochastic_rounding: expected bf16 parameters, got {param.dtype}")
         if not self.copies:
@@ -217,6 +229,8 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"copies: expected contiguous bf16 of shape {shape}, got {copy.dtype}")
         if copy.device != param.device:
             raise ValueError(f"copies: device {copy.device} differs from the parameter's {param.device}")
+        if not sharded.placed_alike(copy, param):
+            raise ValueError(f"copies: expected a tensor placed as its parameter of shape {shape} is")
 
     def use_state(self, param: Tensor, moments: dict[str, Tensor]) -> None:
         """Use existing tensors as the moments of a parameter that has taken no step.
@@ -274,6 +288,11 @@ class FusedAdamW(Optimizer):
                 if name != "step" and state[name].shape != expected.shape:
                     raise ValueError(
                         f"state_dict: expected {name} of shape {tuple(expected.shape)}, got {tuple(state[name].shape)}"
+                    )
+                if name != "step" and not sharded.placed_alike(state[name], p):
+                    raise ValueError(
+                        f"state_dict: expected {name} of shape {tuple(expected.shape)} placed as its parameter is; "
+                        "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                     )
         return state_dict
 
@@ -337,6 +356,10 @@ class FusedAdamW(Optimizer):
         scale = self._scale(batches, grad_scale, skip_above)
         for batch in batches:
             self._step_batch(batch, scale, zero_grad)
+            # The operators do not count up the version by which autograd knows that a saved tensor has changed.
+            torch.autograd.graph.increment_version(
+                [*batch.params, *(self.copies[p] for p in batch.params if self.copies)]
+            )
             if not capturing:  # a captured step has not run yet
                 steps = hash((batch.steps, self._n_calls)) if self.skip_nonfinite else batch.steps + 1
                 for p, state in zip(batch.params, batch.states, strict=True):
@@ -347,7 +370,7 @@ class FusedAdamW(Optimizer):
     def _batches(self, group: dict[str, Any], capturing: bool) -> list[Batch]:
         """The parameters of a group that have a gradient, checked, divided into what one call of a kernel takes."""
         _check_fixed_options(group)  # which other code may have set since
-        batches: dict[tuple[int, torch.device, str], Batch] = {}
+        batches: dict[tuple[int, torch.device, str, bool], Batch] = {}
         kind: tuple[torch.device, torch.dtype] | None = None
         for p in group["params"]:
             grad = p.grad
@@ -357,6 +380,7 @@ class FusedAdamW(Optimizer):
             if kind != (device, dtype):
                 kind = device, dtype
                 backend, moment_dtype = dispatch.backend_of(device, dtype)[0], self._moment_dtype(dtype)
+            distributed = sharded.is_dtensor(p)
             state = self.state[p]
             if not state:
                 if capturing:
@@ -368,12 +392,14 @@ class FusedAdamW(Optimizer):
                 moment.dtype == moment_dtype and grad.dtype == dtype and moment.device == grad.device == device
                 and moment.shape == grad.shape == p.shape and p.is_contiguous()
                 and grad.is_contiguous() and not grad.is_neg()
+                and (not distributed or sharded.shards_fit(p, grad, moment))
             ):  # fmt: skip
                 self._admit(p, moment, backend)
             count = self._count(p, state["step"], capturing)
-            batch = batches.get((count, device, backend))
+            key = count, device, backend, distributed
+            batch = batches.get(key)
             if batch is None:
-                batch = batches[count, device, backend] = Batch(group, count, (device, backend), [], [])
+                batch = batches[key] = Batch(group, count, (device, backend), distributed, [], [])
             batch.params.append(p)
             batch.states.append(state)
         return list(batches.values())
@@ -394,12 +420,14 @@ class FusedAdamW(Optimizer):
                     f"{name}: shape {tuple(tensor.shape)} on {tensor.device} does not fit its parameter, "
                     f"{tuple(p.shape)} on {p.device}"
                 )
+            if not sharded.placed_alike(tensor, p):
+                raise RuntimeError(f"{name}: not placed as its parameter of shape {tuple(p.shape)} is; redistribute it")
         if moment.dtype != self._moment_dtype(p.dtype):
             raise RuntimeError(f"exp_avg: {moment.dtype} does not fit its parameter, whose dtype is now {p.dtype}")
-        if not p.is_contiguous():
+        if not sharded.local(p).is_contiguous():
             raise RuntimeError(f"params: a parameter of shape {tuple(p.shape)} is no longer contiguous")
-        if not grad.is_contiguous() or grad.is_neg():
-            p.grad = grad.resolve_neg().contiguous()
+        if not sharded.local(grad).is_contiguous() or grad.is_neg():
+            p.grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
 
     def forget_graphs(self) -> None:
         """Call this when no CUDA graph with a step of this optimizer will be replayed any more.
@@ -456,14 +484,16 @@ class FusedAdamW(Optimizer):
 
     def _step_batch(self, batch: Batch, scale: Tensor | None, zero_grad: bool) -> None:
         """Update the parameters of a batch."""
-        group, _, (device, _), params, states = batch
+        group, _, (device, _), distributed, params, states = batch
 
         def moments(name: str) -> list[Tensor]:
             return [state[name] for state in states]
 
         beta1, beta2 = group["betas"]
-        tensors = [params, [p.grad for p in params], moments("exp_avg"), moments("exp_avg_sq")]
+        tensors: list[list[Any]] = [params, [p.grad for p in params], moments("exp_avg"), moments("exp_avg_sq")]
         copies = [self.copies[p] for p in params] if self.copies else []
+        if distributed:
+            tensors, copies = [list(map(sharded.local, part)) for part in tensors], list(map(sharded.local, copies))
         lr = _on_device("lr", group["lr"], torch.float64, device)
         found_inf = None if self.found_inf is None else self.found_inf.to(device)
         steps = [state["step"] for state in states]
@@ -473,13 +503,13 @@ class FusedAdamW(Optimizer):
         step = steps[0]
         hyperparameters = (beta1, beta2, group["eps"], group["weight_decay"], zero_grad)
         if not self._needs_adamw_8bit:
-            dispatch.resolve("adamw_", params[0])(
+            dispatch.resolve("adamw_", tensors[0][0])(
                 *tensors, copies, step, lr, scale, *hyperparameters, found_inf
             )  # fmt: skip
             return
         scales = [moments("exp_avg_scale"), moments("exp_avg_sq_scale")] if self.state_bits == 8 else [[], []]
         seed = torch.full((), group["seed"], dtype=torch.int64, device=device)
-        dispatch.resolve("adamw_8bit_", params[0])(
+        dispatch.resolve("adamw_8bit_", tensors[0][0])(
             *tensors, *scales, copies, step, lr, scale, seed, *hyperparameters, self.stochastic_rounding, found_inf
         )
 
@@ -490,16 +520,25 @@ def _capturing() -> bool:
 
 
 def _norm(batches: list[Batch]) -> Tensor:
-    """The L2 norm of all gradients taken as one vector, on the device of the first."""
-    parts: dict[tuple[torch.device, str], list[Tensor]] = {}
+    """The L2 norm of all gradients taken as one vector, on the device of the first.
+
+    Gradients that are sharded over processes count with all their shards, and replicated ones once. Every process gets
+    the same norm.
+    """
+    parts: dict[tuple[torch.device, str, Any], list[Tensor]] = {}
     for batch in batches:
-        parts.setdefault(batch.place, []).extend(batch.params)
+        if not batch.distributed:
+            parts.setdefault((*batch.place, None), []).extend(batch.params)
+            continue
+        for p in batch.params:
+            parts.setdefault((*batch.place, sharded.sharding(p)), []).append(p)
     norms = []
-    for (_, backend), params in parts.items():
-        grads = [grad for p in params if (grad := p.grad) is not None]
+    for (_, backend, sharding), params in parts.items():
+        grads = [sharded.local(grad) for p in params if (grad := p.grad) is not None]
         if backend == "reference":  # vector_norm(dtype=float32) does not accept float64
             grads = [grad.float() if grad.dtype == torch.float64 else grad for grad in grads]
-        norms.append(dispatch.resolve("grad_norm", params[0])(grads))
+        norm = dispatch.resolve("grad_norm", grads[0])(grads)
+        norms.append(norm if sharding is None else sharded.over_shards(norm, *sharding))
     return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 

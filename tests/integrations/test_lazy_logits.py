@@ -376,13 +376,14 @@ def test_hidden_states_live_as_long_as_the_output_and_no_longer(roughened):
 # ---- what cannot be ----
 
 
-def test_logits_of_weights_that_have_changed_are_an_error_and_not_wrong(roughened):
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, kernels.FusedAdamW])
+def test_logits_of_weights_that_have_changed_are_an_error_and_not_wrong(roughened, optimizer):
     _, ours = twins(roughened)
     read, unread = trained(ours), trained(ours)
     before = read.logits + 0.0
     loss = read.logits.square().mean()
     unread.loss.backward()
-    torch.optim.AdamW(ours.parameters()).step()
+    optimizer(ours.parameters()).step()
     assert torch.equal(read.logits + 0.0, before)
     assert unread.logits.shape == before.shape
     with pytest.raises(RuntimeError, match=r"^logits: .* lm_head.weight are no longer those of the forward"):

@@ -71,6 +71,17 @@ def test_after_200_steps_each_parameter_is_as_near_the_truth_as_pytorchs(device,
         assert error <= 2 * theirs + rule.ulp(truth.abs().max().item(), torch.float32)
 
 
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_backward_through_weights_that_have_changed_since_is_an_error(cls):
+    weight = Parameter(torch.randn(5))
+    x = torch.randn(5, requires_grad=True)
+    (x * weight).sum().backward()
+    late = (x * weight).sum()
+    cls([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
 # ---- state that comes and goes ----
 
 
