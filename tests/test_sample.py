@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from fastgpt.data.stream import decode_stream, show
-from fastgpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from fastgpt import sample
+from fastgpt.data.stream import decode_stream, show, until
+from fastgpt.data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.sample import encode_prompt
@@ -113,3 +114,94 @@ def test_an_empty_prompt_is_a_wrong_request():
 def test_a_character_outside_the_vocabulary_is_a_wrong_request():
     with pytest.raises(RequestError, match="'z' is not among"):
         encode_prompt(CharTokenizer("abc"), "az")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        (["ab", "cd", "ef"], ["cd"], "ab"), (["a", "b", "c", "d"], ["bcd"], "a"), (["ab"] * 3, ["x"], "ababab"),
+        (["a\n", "\n", "b"], ["\n\n", "b"], "a"), (["aab", "c"], ["abc"], "a"), (["abab", "ac"], ["abac"], "ab"),
+        (["ab"], [], "ab"), (["abc"], ["c", "b"], "a"), (["x", "ab"], ["abc"], "xab"),
+    ],
+)  # fmt: skip
+def test_a_text_ends_before_what_stops_it_however_it_is_cut(pieces, stop, expected):
+    assert "".join(until(iter(pieces), stop)) == expected
+
+
+def test_what_cannot_become_a_stop_is_not_held_back():
+    assert next(until(iter(["hello"]), ["xyz"])) == "hello"
+    assert next(until(iter(["hellox"]), ["xyz"])) == "hello"
+
+
+def test_a_sample_ends_before_a_stop_but_the_prompt_may_have_it(capsys, model):
+    tokenizer = ByteTokenizer()
+    whole = shown(capsys, model, tokenizer, prompt="ab", max_new_tokens=40)
+    generated = whole[2:]
+    stop = generated[10:12]
+    place = generated.find(stop)
+    assert (
+        shown(capsys, model, tokenizer, prompt="ab", max_new_tokens=40, stop=[stop]) == "ab" + generated[:place] + "\n"
+    )
+    assert shown(capsys, model, tokenizer, prompt="ab", max_new_tokens=40, stop=["ab"]).startswith("ab")
+
+
+def test_an_end_of_text_in_a_prompt_is_one_token():
+    tokenizer = GPT2Tokenizer()
+    ids = encode_prompt(tokenizer, "one<|endoftext|>two")
+    assert ids == [*tokenizer.encode("one").tolist(), tokenizer.eot, *tokenizer.encode("two").tolist()]
+    assert encode_prompt(tokenizer, "<|endoftext|>") == [tokenizer.eot]
+
+
+@pytest.fixture
+def run(trainer, tmp_path, capsys):
+    assert trainer().train() == 0
+    capsys.readouterr()
+    return str(tmp_path / "run")
+
+
+def sampled(capsys, *argv):
+    sample.main([*argv, "--max_new_tokens=20"])
+    return capsys.readouterr()
+
+
+def test_the_command_samples_from_a_run_as_fastgpt_or_nanogpt_names_it(run, capsys):
+    plain = sampled(capsys, run, "--prompt", "sea")
+    assert plain.out.startswith("sea")
+    assert f"step 8 of {run}: 20 tokens, " in plain.err
+    assert sampled(capsys, "--out_dir", run, "--start=sea").out == plain.out
+    assert sampled(capsys, "--init_from", run, "--start=sea").out == plain.out
+    assert sampled(capsys, run, "--prompt", "sea", "--seed", "7").out != plain.out
+    assert sampled(capsys, run, "--prompt", "sea", "--checkpoint", "4").err.startswith("step 4 of ")
+
+
+def test_several_prompts_and_samples_come_one_after_another(run, capsys, tmp_path):
+    (tmp_path / "start.txt").write_text("\ufeffsoil")
+    said = sampled(capsys, run, "--prompt", "sea", "--prompt", f"FILE:{tmp_path / 'start.txt'}", "--num_samples=2")
+    parts = said.out.split("-" * 20 + "\n")
+    assert [part[:3] for part in parts] == ["sea", "sea", "soi", "soi"]
+    assert parts[0] != parts[1]
+    assert "80 tokens" in said.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give the MODEL to sample from"),
+        (["RUN", "--top_p=0"], "--top_p must be above 0"),
+        (["RUN", "--repetition_penalty=nan"], "--repetition_penalty must be above 0"),
+        (["RUN", "--stop="], "--stop is empty"),
+        (["RUN", "--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
+        (["RUN", "--prompt", "sea " * 5, "--long_prompt=refuse"], "has 20 tokens, more than the model's context of 16"),
+        (["RUN", "--checkpoint=5"], "no checkpoint of step 5"),
+        (["nothing"], "there is no nothing"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_a_line(run, argv, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        sample.main([run if arg == "RUN" else arg for arg in argv])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_that_is_longer_than_the_context_slides(run, capsys):
+    prompt = "sea soil " * 4
+    assert sampled(capsys, run, "--prompt", prompt).out.startswith(prompt)

@@ -17,6 +17,8 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
@@ -32,6 +34,9 @@ def generate(
         temperature: logits are divided by it; 0 takes the most likely token. Values beyond fp32's range count as its
             smallest or largest.
         top_k: draw from the k most likely tokens only; a k beyond the vocabulary is no limit.
+        top_p: draw from the most likely tokens only, as few as have this probability together.
+        repetition_penalty: makes tokens of the context less likely: positive logits are divided by it, negative ones
+            multiplied (Keskar et al., "CTRL", 2019); 1 for none.
         vocab_size: ids from here on are padding and never drawn.
         generator: source of randomness.
 
@@ -49,12 +54,22 @@ def generate(
         logits = model(unread, cache=cache)[:, :vocab_size].float()
         if not logits.isfinite().all():
             raise RequestError("the model's logits are not finite: its training has diverged, so it cannot be sampled")
-        unread = _draw(logits, temperature, top_k, generator)
+        if repetition_penalty != 1.0:
+            logits = _penalised(logits, context, repetition_penalty)
+        unread = _draw(logits, temperature, top_k, top_p, generator)
         context = torch.cat((context, unread), dim=1)
         yield unread.squeeze(1)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def _penalised(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
+    """(B, V) logits, with those of the tokens in ``context``, (B, T), made less likely."""
+    own = logits.gather(1, context)
+    return logits.scatter(1, context, torch.where(own > 0, own / penalty, own * penalty))
+
+
+def _draw(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     """(B, V) fp32 logits to (B, 1) token ids."""
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)
@@ -65,4 +80,9 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     logits = logits - logits.amax(-1, keepdim=True)
     fp32 = torch.finfo(torch.float32)
     logits = logits / min(max(temperature, fp32.tiny), fp32.max)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # of the more likely tokens; 0 for the first, which always stays
+        probabilities = probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)

@@ -184,8 +184,8 @@ def test_sampling_a_character_outside_the_vocabulary_is_refused(capsys, trained)
 
 
 def test_sampling_where_there_is_no_run_is_refused(capsys, words):
-    assert "nowhere is not a run" in refusal(capsys, sample.main, "nowhere")
-    assert "words.txt is not a run" in refusal(capsys, sample.main, "words.txt")
+    assert "there is no nowhere" in refusal(capsys, sample.main, "nowhere")
+    assert "words.txt is a file" in refusal(capsys, sample.main, "words.txt")
 
 
 def test_sampling_without_a_checkpoint_is_refused(capsys, trained):
@@ -194,7 +194,7 @@ def test_sampling_without_a_checkpoint_is_refused(capsys, trained):
 
 
 def test_sampling_a_damaged_run_is_refused(capsys, trained):
-    (file,) = Path(trained).glob("checkpoints/*/model.safetensors")
+    (file,) = Path(trained).glob("checkpoints/step-*/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     assert "model.safetensors is damaged" in refusal(capsys, sample.main, trained)
     Path(trained, "config.json").write_text("{")

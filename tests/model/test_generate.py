@@ -162,3 +162,36 @@ def test_a_low_temperature_draws_the_likeliest_more_often(model, prompt):
 def test_generation_leaves_no_graph_behind(model, prompt):
     assert not any(token.requires_grad for token in generate(model, prompt, 2))
     assert torch.is_grad_enabled()
+
+
+def test_top_p_keeps_the_likeliest_tokens_that_have_the_share_together(model, prompt):
+    with torch.no_grad():
+        probabilities = model(prompt).softmax(-1)
+    ordered, order = probabilities.sort(-1, descending=True)
+    n_kept = (ordered.cumsum(-1) - ordered < 0.5).sum(-1)
+    assert n_kept.min() >= 1
+    drawn = torch.stack([written(model, prompt, 1, top_p=0.5, generator=seeded(i))[:, 0] for i in range(200)])
+    for row in range(3):
+        assert set(drawn[:, row].tolist()) == set(order[row, : n_kept[row]].tolist())
+
+
+def test_a_share_of_one_changes_nothing_and_a_tiny_one_takes_the_likeliest(model, prompt):
+    plain = written(model, prompt, 6, generator=seeded(1))
+    assert torch.equal(written(model, prompt, 6, top_p=1.0, generator=seeded(1)), plain)
+    assert torch.equal(
+        written(model, prompt, 6, top_p=1e-9, generator=seeded(1)), greedy_without_cache(model, prompt, 6)
+    )
+
+
+def test_a_repetition_penalty_makes_the_tokens_of_the_context_less_likely(model, prompt):
+    with torch.no_grad():
+        logits = model(prompt)
+    expected = logits.clone()
+    for row, tokens in enumerate(prompt.tolist()):
+        for token in set(tokens):
+            expected[row, token] = logits[row, token] / 1e6 if logits[row, token] > 0 else logits[row, token] * 1e6
+    drawn = written(model, prompt, 1, temperature=0.0, repetition_penalty=1e6)
+    assert torch.equal(drawn[:, 0], expected.argmax(-1))
+    long = written(model, prompt, 10, temperature=0.0, repetition_penalty=1e6)
+    for row in range(3):  # all logits of new tokens are larger than the suppressed ones, if one is positive
+        assert len(set(long[row].tolist())) == 10
