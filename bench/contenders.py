@@ -53,8 +53,8 @@ def agree(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> bool:
 def differences(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The difference of each contender's losses from those of plain PyTorch.
 
-    Without plain PyTorch, the losses of fastgpt, or else of the first contender, take its place. Contenders with
-    another arithmetic (``INEXACT``) are left out.
+    If plain PyTorch does not take part, the losses are compared with those of fastgpt, or else of the first contender.
+    Contenders with another arithmetic (``INEXACT``) are left out.
     """
     exact = {name: values for name, values in losses.items() if name not in INEXACT}
     truth = next((exact[name] for name in ("eager", OURS) if name in exact), next(iter(exact.values()), ()))
@@ -248,7 +248,7 @@ def fastgpt_memory_kept(config: GPTConfig, device: torch.device, dtype: torch.dt
 
 
 def plain_memory_kept(config: GPTConfig, device: torch.device, dtype: torch.dtype, mode: str | None = None) -> Update:
-    """Plain PyTorch with malloc kept from returning memory: the one thing that a user can do without changing code."""
+    """Plain PyTorch with malloc kept from returning memory, which a user can do without changing code."""
     keep_freed_memory()
     return plain_update(config, device, dtype, mode=mode)
 

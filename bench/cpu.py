@@ -5,20 +5,23 @@
     python -m bench.cpu --models char --threads 1
     python -m bench.cpu --isa avx2            # as on a CPU without AVX-512
 
-Contenders are fastgpt's step (GPT, flat store, FusedAdamW; once more with 8-bit moments) and plain PyTorch's
-(``model/reference.py``, ``torch.optim.AdamW``, ``clip_grad_norm_``; bf16 by autocast): eager, under torch.compile, and
-both again with malloc kept from returning memory, which a user can set without changing code. Each contender has its
-own process, because malloc's settings and the memory that it holds belong to a process. All train on the same tokens
-from the same weights and take turns of a few steps; medians are reported. For comparison, the matrix products of
-fastgpt's step are timed alone, with outputs already allocated, and the same products by PyTorch. Shares are of the GEMM
-peak: the better of both at 2048 x 2048.
+Contenders:
+
+- fastgpt's step (GPT, flat store, FusedAdamW), with 32-bit and with 8-bit moments
+- plain PyTorch's step (``model/reference.py``, ``torch.optim.AdamW``, ``clip_grad_norm_``; bf16 by autocast): eager,
+  under torch.compile, and both again with malloc kept from returning memory, which needs no change of code
+
+Each contender has its own process, because malloc's settings and its free memory belong to a process. All start from
+the same weights, train on the same tokens and take turns of a few steps. Medians are reported. For comparison, the
+matrix products of fastgpt's step are timed alone, into memory that is already allocated, and so are the same products
+by PyTorch. Shares are of the GEMM peak: the better of both at 2048 x 2048.
 
 Writes step-N-threads.json, .md and .png into bench/results/DEVICE. The names also have the models and the dtype if they
 are not the usual ones, and the instruction set if ``--isa`` or the environment limits the run to less than the CPU has
 (``hardware.LIMITS`` lists the variables). Exit status: 0 done; 1 a contender failed or the losses disagree; 2 the
 request was wrong.
 
-Ends with the rows that the run adds to the table of CPUs (bench/results/cpus.md), and how to send them.
+At the end it prints the rows that the run adds to the table of CPUs (bench/results/cpus.md), and how to send them.
 """
 
 import math
@@ -113,7 +116,7 @@ def product_flops(config: GPTConfig, batch_size: int) -> float:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a contender did in one turn; ``peak_bytes`` is its process's, since the last turn of no steps."""
+    """One turn of a contender. ``peak_bytes`` is the peak of its process since the last turn of 0 steps."""
 
     ms: list[float]
     losses: list[float]
@@ -121,7 +124,7 @@ class Turn:
 
 
 def contend(connection: Connection, contender: str, request: Request, threads: int) -> None:
-    """Take as many steps as each message says, until the pipe closes. 0 resets the peak of memory."""
+    """Take the number of steps that each message states, until the pipe closes. 0 resets the peak of memory."""
     torch.set_num_threads(threads)
     torch.manual_seed(1)  # the same weights for all
     tokens = torch.Generator().manual_seed(2)
@@ -265,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.update(environment)
         os.execv(sys.executable, [sys.executable, "-m", "bench.cpu", *(sys.argv[1:] if argv is None else argv)])
     if flags.threads < 1:
-        raise RequestError("--threads is at least 1")
+        raise RequestError("--threads must be at least 1")
     torch.set_num_threads(flags.threads)
     unusual = (
         *(flags.models if tuple(flags.models) != USUAL else ()),

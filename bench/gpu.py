@@ -35,7 +35,7 @@ from fastgpt.errors import RequestError
 
 MEMORY_PER_WORKER = 3 << 30  # bytes on the GPU: CUDA's context, and the tests at GPT-2's size
 SHOWN = {"mfu": 8, "mfu-compiled": 7, "kernels": 8}  # lines of their output in the summary: their tables
-GRACE_SECONDS = 10  # from an interrupt, at which a command writes its results so far, to a kill
+GRACE_SECONDS = 10  # from an interrupt, on which a command writes its results so far, to a kill
 GRAPHS_AGREE = 1e-3  # the largest relative difference of a loss with CUDA graphs from the same without
 
 

@@ -239,7 +239,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Any, Setting]:
     cpu = device.type == "cpu"
     batch_size = (1 if cpu else 8) if flags.batch_size is None else flags.batch_size
     if batch_size < 1 or flags.block_size < 1:
-        raise RequestError("--batch_size and --block_size are at least 1")
+        raise RequestError("--batch_size and --block_size must be at least 1")
     smaller = {"adamw_L": 1, "adamw_V": 2816} if cpu else {}  # ten million parameters
     dtype = getattr(torch, flags.dtype or ("float32" if cpu else "bfloat16"))
     return flags, Setting(device, dtype, batch_size, flags.block_size, **smaller)

@@ -4,12 +4,18 @@
     python -m bench.mfu --preset gpt2-124m --vram 12GB      # and each contender at its largest micro-batch in 12 GB
     python -m bench.mfu --preset quickstart --device cpu --contenders eager fastgpt
 
-Contenders are fastgpt's step (with CUDA graphs, without, and with attention's backward in a single pass, which is not
-deterministic); plain PyTorch as nanoGPT uses it (``model/reference.py`` under autocast, fused AdamW): eager, under
-torch.compile, with max-autotune, and with PyTorch's own linear + cross-entropy; and the strongest plain PyTorch: bf16
-weights with fp32 masters, one graph, a compiled optimizer, and the faster fused attention. All run in one process,
-start from the same weights, train on the same tokens and take turns; medians are reported. MFU divides by the device's
-dense peak (``fastgpt/gpus.py``), *of ceiling* by the rate of a large matrix product in the same run.
+Contenders:
+
+- fastgpt's step: with CUDA graphs, without them, and with attention's backward in a single pass, which is not
+  deterministic
+- plain PyTorch as nanoGPT uses it (``model/reference.py`` under autocast, fused AdamW): eager, under torch.compile,
+  with max-autotune, and with PyTorch's own linear + cross-entropy
+- the strongest plain PyTorch: bf16 weights with fp32 masters, one graph, a compiled optimizer, and the faster fused
+  attention
+
+All run in one process, start from the same weights, train on the same tokens and take turns. Medians are reported. MFU
+is the share of the device's dense peak (``fastgpt/gpus.py``). *of ceiling* is the share of the rate of a large matrix
+product in the same run.
 
 ``--vram`` limits the memory of the process, including CUDA's own, and times each contender at the largest micro-batch
 that fits. ``--profile`` adds the time by kind of kernel. ``--loss_steps N`` also trains each contender for N updates,

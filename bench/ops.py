@@ -139,7 +139,7 @@ def attention(s: Setting) -> Op:
 def against_eager(
     kernel: Function, eager: Function, inputs: list[Tensor], douts: list[Tensor | None], forward: int, backward: int
 ) -> Op:
-    """An op bound by memory. ``forward`` and ``backward`` count the tensors of the first input's size that move."""
+    """An op bound by memory. ``forward``, ``backward``: tensors of the first input's size that are read or written."""
     compiled = torch.compile(eager, dynamic=False)
     contenders = [Contender("fastgpt", kernel), Contender("eager", eager), Contender("torch.compile", compiled)]
     size = float(inputs[0].numel() * inputs[0].element_size())
@@ -280,7 +280,7 @@ def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) ->
         torch._foreach_copy_(params, first)
         torch._foreach_copy_(grads, drawn)
         for p, g in zip(params, drawn, strict=True):
-            # by .data, which leaves the version as it is; otherwise FusedAdamW would wait for the device to count anew
+            # by .data, which keeps the version; otherwise FusedAdamW would wait for the device to count again
             fused.state[p]["step"].data.fill_(9.0)
             fused.state[p]["exp_avg"].copy_(g)
             torch.mul(g, g, out=fused.state[p]["exp_avg_sq"])

@@ -101,7 +101,7 @@ def table(comparisons: Sequence[Record], vram: float | None = None) -> list[list
 
 
 def columns_with_values(rows: list[list[str]], first: int) -> list[list[str]]:
-    """Rows without the columns, from number ``first`` on, that are empty below their title."""
+    """Rows without columns that are empty below their title. Columns before number ``first`` are kept."""
     kept = [i for i in range(len(rows[0])) if i < first or any(row[i] for row in rows[1:])]
     return [[row[i] for i in kept] for row in rows]
 
@@ -236,7 +236,7 @@ def prediction(comparison: Record) -> str:
 
 
 def more_about(comparison: Record) -> list[str]:
-    """What a comparison of steps has beyond the table: prediction, profile, memory limit, losses."""
+    """The parts of a comparison of steps that are not in the table: prediction, profile, memory limit, losses."""
     lines: list[str] = []
     if "predicted" in comparison:
         lines += ["", prediction(comparison)]

@@ -55,8 +55,8 @@ def interleave(
 
     Args:
         turns: by name; each returns its times in milliseconds.
-        seconds: no round starts later than this, except that
-        rounds: at least the first and at most the second number of rounds are run.
+        seconds: no round starts later than this, unless ``rounds`` requires it.
+        rounds: the least and the largest number of rounds.
         clock: measures ``seconds``.
     """
     readings = {name: Readings() for name in turns}

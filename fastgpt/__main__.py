@@ -9,20 +9,20 @@ from fastgpt import __version__
 from fastgpt.cli import run
 from fastgpt.errors import RequestError, did_you_mean
 
-# Each names a module whose main(argv) does the work.
+# The module whose main(argv) runs the command, and a summary.
 VERBS = {
-    "plan": ("fastgpt.plan", "what a run will take, before it runs"),
+    "plan": ("fastgpt.plan", "predict memory, speed and hours of a run"),
     "train": ("fastgpt.train.__main__", "train a GPT"),
     "data": ("fastgpt.data.__main__", "prepare a dataset"),
-    "sample": ("fastgpt.sample", "let a trained model write"),
-    "eval": ("fastgpt.eval", "how good models are, side by side"),
-    "export": ("fastgpt.export", "a trained model for transformers or llama.cpp"),
-    "doctor": ("fastgpt.doctor", "what this machine has and what the kernels run on"),
+    "sample": ("fastgpt.sample", "generate text with a trained model"),
+    "eval": ("fastgpt.eval", "compare models by loss, perplexity and bits a byte"),
+    "export": ("fastgpt.export", "write a trained model for transformers or llama.cpp"),
+    "doctor": ("fastgpt.doctor", "show what this machine has and what the kernels run on"),
 }
 
 
 def main() -> NoReturn:
-    """Hand over to the verb."""
+    """Run the command that the first argument names."""
     run(_dispatch, sys.argv[1:])
 
 

@@ -17,9 +17,9 @@ from fastgpt.errors import RequestError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that takes ``--some_flag`` and ``--some-flag`` alike and errs in one line.
+    """An ``ArgumentParser`` that accepts both ``--some_flag`` and ``--some-flag``, and reports errors in one line.
 
-    An unknown flag is answered with the nearest name that exists.
+    For an unknown flag it suggests the nearest flag that exists.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ def parse_bool(text: str) -> bool:
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run an entry point and exit the process with the status that its outcome stands for."""
+    """Run an entry point, and exit the process with the status that stands for its outcome."""
     output.make_safe()
     status: object = 0
     try:
@@ -92,7 +92,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
     sys.exit(status)
 
 
-# What a disk or the rights of a user can do to any command, by the names of errno.
+# Errors of files that can happen to any command, by their names in errno.
 _SYSTEM = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EMFILE", "ENFILE")
 
 

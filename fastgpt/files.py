@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their SHA-256, and files that lock a folder."""
+"""Files that are complete or do not exist, their SHA-256, and lock files."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ except ImportError:  # Windows
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Another path to write to, which gets the name ``path`` at the end; after an exception nothing is left of it."""
+    """Yield a temporary path to write to. At the end it is renamed to ``path``; after an exception it is removed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial

@@ -1,7 +1,7 @@
-"""JSON files that show damage, and dataclasses that are built from them.
+"""JSON files with a checksum, and dataclasses that are built from them.
 
-:func:`write` puts the SHA-256 of the content beside it, and :func:`read` compares the two. A file without that entry is
-taken as it is, so that a person may edit it and remove the entry.
+:func:`write` adds the SHA-256 of the content, and :func:`read` checks it. A file without that entry is not checked, so
+that a person may edit a file and remove the entry.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ CHECKSUM = "sha256_of_the_rest"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content``: whole under its name, or not at all."""
+    """Write ``content``. An incomplete file never gets the name ``path``."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content | {CHECKSUM: _checksum(content)}, indent=1) + "\n", encoding="utf-8")
 
@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, Any]:
     """The content of a file that :func:`write` wrote.
 
     Raises:
-        RequestError: it cannot be read, is no table, or has changed since.
+        RequestError: the file cannot be read, is not a table, or has changed since it was written.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have added a byte-order mark
@@ -65,7 +65,7 @@ def build(kind: type[T], content: Any, where: str, *, complete: bool = False) ->
             complete.
 
     Raises:
-        RequestError: a field is unknown, missing or of another type, or out of range.
+        RequestError: a field is unknown, is missing, has another type, or is out of range.
     """
     if not isinstance(content, dict):
         raise RequestError(f"{where}: expected a table, got {_shown(content)}")
@@ -85,7 +85,7 @@ def build(kind: type[T], content: Any, where: str, *, complete: bool = False) ->
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """``value``, from JSON, as the type ``hint``. ``RequestError`` if it is of another."""
+    """Convert a value from JSON to the type ``hint``. ``RequestError`` if it has another type."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

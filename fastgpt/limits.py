@@ -3,7 +3,7 @@
 A container is a control group (cgroup). It sees all memory and cores of the machine, but may use only a part. If it
 takes more memory, the kernel kills it. If it runs more threads than its CPU quota allows, they wait for each other.
 
-Everything is read from Linux's files, below ``root`` so that tests can supply their own. A missing file limits nothing.
+Everything is read from Linux's files, under a ``root`` that tests can replace. A missing file means no limit.
 Sources: proc(5), the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
 

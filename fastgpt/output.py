@@ -1,4 +1,4 @@
-"""Standard output that costs no work: characters that a console lacks, readers that go away, disks that are full."""
+"""Output that never ends a run: for consoles that lack characters, readers that go away, and full disks."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from contextlib import suppress
 
 
 def make_safe() -> None:
-    """Print ``?`` for a character that the console's encoding lacks, and nothing where there is no console at all."""
+    """Print ``?`` for characters that the console's encoding lacks, and print nothing if there is no console."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the process was started with it closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -16,7 +16,7 @@ def make_safe() -> None:
 
 
 def abandon() -> None:
-    """Send the rest of standard output nowhere: whoever read it has gone.
+    """Discard the rest of standard output, because its reader has gone.
 
     Without this, Python's own flush at exit fails on what is still buffered, and turns the exit status into 120.
     """
@@ -30,13 +30,13 @@ def abandon() -> None:
 
 
 def note(text: str) -> None:
-    """Print a line on standard error, where nobody need read it."""
+    """Print a line on standard error. If that fails, the line is lost."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def flush() -> None:
-    """Flush standard output; what cannot be written is lost, and nothing else."""
+    """Flush standard output. What cannot be written is lost; no error is raised."""
     try:
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):

@@ -6,8 +6,8 @@ python -m fastgpt.plan --preset gpt2-350m --gpu 4090 --tokens 10B
 python -m fastgpt.plan --points                               # measured public steps beside the predictions
 python -m fastgpt.plan --points --gpu rtx-4070                # those on one card
 
-It takes every flag of ``python -m fastgpt.train``. Times and sizes are predictions; the error that they had on measured
-steps stands beside them.
+It accepts every flag of ``python -m fastgpt.train``. Times and sizes are predictions. Their error on measured steps is
+printed too.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and as they write them on a command line. Nothing else formats or parses a unit."""
+"""Formats numbers for people, and parses numbers from command lines. All units are formatted and parsed here."""
 
 import math
 import re
@@ -13,7 +13,7 @@ SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 
 
 def count(n: float, decimals: int | None = None) -> str:
-    """``124M``, ``1.2B``, ``15K``; with ``decimals`` always so many of them, of millions or billions: ``123.59M``."""
+    """``124M``, ``1.2B``, ``15K``. With ``decimals``: millions or billions with that many decimals, ``123.59M``."""
     if decimals is not None:
         return f"{n / 1e9:.{decimals}f}B" if n >= 1e9 else f"{n / 1e6:.{decimals}f}M"
     if n >= 1e9:
@@ -39,7 +39,7 @@ def size(n_bytes: float) -> str:
 
 
 def number(x: float, digits: int = 4) -> str:
-    """``1,186``, ``18.39``, ``0.00452``: at least so many significant digits, and never an exponent."""
+    """``1,186``, ``18.39``, ``0.00452``: at least ``digits`` significant digits, without an exponent."""
     # the digits before the point, less one; negative for a fraction
     magnitude = math.floor(math.log10(abs(x))) if x and math.isfinite(x) else 0
     return f"{x:,.{max(0, digits - 1 - magnitude)}f}"
@@ -74,7 +74,7 @@ def tflops(flops_per_second: float) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16``, as a command line has it."""
+    """``bfloat16``, as on a command line."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -82,7 +82,7 @@ def parse_count(flag: str, text: str) -> float:
     """``124M`` as a number.
 
     Raises:
-        RequestError: it is none; the message names the flag.
+        RequestError: the text cannot be parsed. The message names the flag.
     """
     try:
         number = text.strip().upper()
@@ -99,7 +99,7 @@ def parse_gigabytes(flag: str, text: str) -> float:
     """``12GB``, ``12`` or ``11.5``: in units of 2**30 bytes, as cards are sold.
 
     Raises:
-        RequestError: it is none; the message names the flag.
+        RequestError: the text cannot be parsed. The message names the flag.
     """
     number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
     if number is None or float(number[1]) == 0:

@@ -10,7 +10,7 @@ from fastgpt.data.tokenizers import TOKENIZERS
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Prepare the dataset that ``argv`` (default: the command line) requests, and print what it is in a line."""
+    """Prepare the dataset that ``argv`` (default: the command line) requests, and print a line about it."""
     table = "\n".join(
         f"  {name:<18}{source.summary}{f' (needs {source.needs})' if source.needs else ''}"
         for name, source in SOURCES.items()
@@ -24,10 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("files", metavar="FILE", nargs="*", default=[], help="UTF-8 text, for the source text")
     parser.add_argument("--tokenizer", metavar="|".join(TOKENIZERS), help="default: the source's own")
-    parser.add_argument("--name", help="of the dataset (default: the source's, or the first file's)")
+    parser.add_argument("--name", help="name of the dataset (default: the source's, or the first file's)")
     parser.add_argument("--data_dir", default="data", help="folder of datasets (default: data)")
-    parser.add_argument("--val_fraction", type=float, metavar="F", help="kept for validation (default: 0.1)")
-    parser.add_argument("--shards", type=int, metavar="N", help="of fineweb10b's 103, 100 M tokens each")
+    parser.add_argument(
+        "--val_fraction", type=float, metavar="F", help="part of the text for validation (default: 0.1)"
+    )
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="training shards of fineweb10b, 100 M tokens each (default: all 103)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
     args = parser.parse_args(argv)
 

@@ -23,10 +23,10 @@ class Dataset:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of the tokens and their tokenizer, the same wherever the files lie.
+        """A digest of the tokens and their tokenizer. It does not depend on where the files are.
 
-        It comes from the shards' SHA-256 in ``meta.json``; for bare files from their lengths, and the first and last
-        megabyte of each.
+        It is computed from the SHA-256 of each shard in ``meta.json``. For bare files it is computed from the length,
+        the first megabyte and the last megabyte of each file.
         """
         digest = hashlib.sha256()
         if self.meta is not None:
@@ -46,20 +46,20 @@ class Dataset:
 
     @property
     def vocab_size(self) -> int | None:
-        """The tokenizer's vocabulary size; None for bare files, which do not tell it."""
+        """The tokenizer's vocabulary size; ``None`` for bare files, which do not state it."""
         return self.meta.vocab_size if self.meta else None
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the tokens; None for bare files, which do not tell it."""
+        """The tokenizer that made the tokens; ``None`` for bare files, which do not state it."""
         return tokenizer_from_meta(self.meta.tokenizer) if self.meta else None
 
 
 def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dataset:
-    """Open a dataset: a name under ``data_dir``, the path of its folder, or that of a training ``.bin``.
+    """Open a dataset by its name under ``data_dir``, the path of its folder, or the path of a training ``.bin`` file.
 
-    The last is for the files of nanoGPT (``…/train.bin``) and llm.c: the validation split is the file beside
-    it whose name has ``val`` for ``train``. Their vocabulary is unknown. nanoGPT's ``meta.pkl`` is not looked
-    at, as unpickling a file runs whatever code is in it.
+    nanoGPT (``…/train.bin``) and llm.c write such files. The validation split is the file in the same folder whose name
+    has ``val`` instead of ``train``. The vocabulary is unknown. nanoGPT's ``meta.pkl`` is not read, because unpickling
+    can run any code.
 
     An opened dataset keeps its tokens even if it is replaced, because files that are mapped stay until they are closed.
 
@@ -76,7 +76,7 @@ def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dat
             return _open_file(path)
         if (path / "train.bin").is_file():
             raise RequestError(
-                f"{path} is no prepared dataset; to train on nanoGPT's files in it, pass {path / 'train.bin'}"
+                f"{path} is not a prepared dataset; to train on nanoGPT's files in it, pass {path / 'train.bin'}"
             )
         if any(path.glob("train_*.bin")):
             raise RequestError(f"{path} has no {META_FILE}, so its preparation did not finish: prepare it again")
@@ -115,9 +115,11 @@ def _open_file(path: Path) -> Dataset:
         )
     val = _validation_file(path)
     if val == path:
-        raise RequestError(f"{path} is not named as a training split: pass a file like train.bin, beside a val.bin")
+        raise RequestError(
+            f"the name of {path} has no 'train' in it: pass a file such as train.bin, with val.bin in the same folder"
+        )
     if not val.is_file():
-        raise RequestError(f"{path} has no validation split beside it: there is no {val}")
+        raise RequestError(f"{path} has no validation split: there is no {val}")
     return Dataset(path, [read_tokens(path)], [read_tokens(val)], meta=None)
 
 

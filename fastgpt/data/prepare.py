@@ -1,4 +1,4 @@
-"""Makes datasets: text or ready tokens, from this machine or the network, into a folder of shards.
+"""Prepares datasets: writes text or ready-made tokens, from this machine or the network, as a folder of shards.
 
 From the command line:
 
@@ -195,14 +195,14 @@ def _write(corpus: Corpus, folder: Path) -> tuple[list[Shard], list[Shard]]:
     for split, shards in (("training", train), ("validation", val)):
         if sum(shard.tokens for shard in shards) < 2:
             raise RequestError(
-                f"{corpus.source} gives a {split} split of less than two tokens: "
-                "take more text or another --val_fraction"
+                f"the {split} split of {corpus.source} has less than two tokens: "
+                "use more text or another --val_fraction"
             )
     return train, val
 
 
 def _write_split(parts: Iterable[Tokens], folder: Path, split: str, vocab_size: int) -> Iterator[Path]:
-    buffer = np.empty(SHARD_TOKENS, dtype=np.uint16)  # memory that is not written to is not taken
+    buffer = np.empty(SHARD_TOKENS, dtype=np.uint16)  # a page takes memory only once it is written
     filled = count = 0
 
     def flush() -> Path:
@@ -226,11 +226,11 @@ def _write_split(parts: Iterable[Tokens], folder: Path, split: str, vocab_size: 
 
 
 def _move(folder: Path, target: Path, meta: DatasetMeta) -> None:
-    """Put the finished shards of ``folder`` in the place of whatever dataset ``target`` holds.
+    """Move the finished shards of ``folder`` to ``target``, in place of the dataset there.
 
-    A reader finds the old dataset, no dataset, or the new one, wherever this process may end: ``meta.json`` is removed
-    first and written last. Only if the shards are the same, it stays. A file that is replaced stays for those who have
-    mapped it.
+    ``meta.json`` is removed first and written last. So wherever this process ends, a reader finds the old dataset, no
+    dataset, or the new one. If the new dataset is the same, ``meta.json`` stays. A process that has mapped a file which
+    is replaced keeps its content.
     """
     target.mkdir(exist_ok=True)
     if not meta.is_in(target):

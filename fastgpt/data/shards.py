@@ -1,4 +1,4 @@
-"""Token shards on disk, and the folders of them that make a dataset.
+"""Token shards on disk, and datasets, which are folders of shards.
 
 A shard is llm.c's format: a header of 256 int32 (magic number, version, token count, zeros), then the tokens
 as uint16, all little-endian. A dataset is a folder:
@@ -31,11 +31,11 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 META_FILE = "meta.json"
 
-PREPARE = "python -m fastgpt.data prepare"  # the command that error messages tell one to type
+PREPARE = "python -m fastgpt.data prepare"  # the command in error messages
 
 
 def write_shard(path: str | Path, tokens: npt.NDArray[Any]) -> None:
-    """Write ``tokens`` (1-D, ids from 0 to 65535) as one shard: whole under its name, or not at all.
+    """Write ``tokens`` (1-D, ids from 0 to 65535) as one shard. An incomplete file never gets its name.
 
     ``ValueError`` for tokens of another shape or range.
     """
@@ -46,7 +46,7 @@ def write_shard(path: str | Path, tokens: npt.NDArray[Any]) -> None:
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     with written_whole(Path(path)) as partial, open(partial, "wb") as file:
-        file.write(header.data)  # not tofile, which does not tell that the disk is full
+        file.write(header.data)  # tofile does not report that the disk is full
         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
@@ -57,15 +57,17 @@ def read_shard(path: str | Path) -> Tokens:
     """
     size = _size(path)
     if size < HEADER_BYTES:
-        raise RequestError(f"{path} is no token shard: {size} bytes, less than the {HEADER_BYTES} of its header")
+        raise RequestError(
+            f"{path} is not a token shard: it has {size} bytes, less than the {HEADER_BYTES} of a header"
+        )
     magic, version, count = _first(path, 3)
     if magic != MAGIC:
-        raise RequestError(f"{path} is no token shard: it starts with {magic}, not the magic number {MAGIC}")
+        raise RequestError(f"{path} is not a token shard: it starts with {magic}, not the magic number {MAGIC}")
     if version != VERSION:
-        raise RequestError(f"{path} is a token shard of version {version}, and only version {VERSION} is known")
+        raise RequestError(f"{path} is a token shard of version {version}; only version {VERSION} is supported")
     if size != HEADER_BYTES + 2 * count:
         raise RequestError(
-            f"{path} is damaged: its header says {count} tokens, its {size} bytes "
+            f"{path} is damaged: its header says {count} tokens, but its {size} bytes "
             f"hold {(size - HEADER_BYTES) / 2:g}; prepare or copy it again"
         )
     return _map(path, HEADER_BYTES, count)
@@ -84,7 +86,7 @@ def read_tokens(path: str | Path) -> Tokens:
     if magic == MAGIC_UINT32:
         raise RequestError(f"{path} holds 32-bit tokens, as llm.c writes them for Llama 3; only 16-bit ones are read")
     if size % 2:
-        raise RequestError(f"{path} is no file of uint16 tokens: its {size} bytes are an odd number")
+        raise RequestError(f"{path} is not a file of uint16 tokens: its size of {size} bytes is odd")
     tokens = _map(path, 0, size // 2)
     # Vocabularies of 32-bit tokens have at most some 200,000 entries, so their upper halves are 0 to 3.
     if size % 4 == 0 and size >= 256 and tokens[1:4096:2].max() <= 3 < tokens[0:4096:2].max():
@@ -113,7 +115,7 @@ def _map(path: str | Path, offset: int, count: int) -> Tokens:
     if count == 0:  # an empty range cannot be mapped
         return np.empty(0, dtype=np.uint16)
     with _named_in_errors(path):
-        # A plain array on the map: slices of np.memmap itself take several times as long to make.
+        # A plain array, because it takes several times as long to slice an np.memmap.
         return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,)))
 
 
@@ -127,7 +129,7 @@ def _named_in_errors(path: str | Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What ``meta.json`` says of one shard: its file name, its length in tokens, the file's SHA-256."""
+    """The entry of one shard in ``meta.json``: file name, length in tokens, and SHA-256 of the file."""
 
     file: str
     tokens: int
@@ -136,12 +138,12 @@ class Shard:
     def __post_init__(self) -> None:
         if self.tokens < 0 or self.file in ("", ".", "..") or "/" in self.file or "\\" in self.file:
             raise ValueError(
-                f"a shard is a file of the folder with a number of tokens, not {self.file!r}, {self.tokens}"
+                f"a shard is the name of a file in the folder and a number of tokens, not {self.file!r}, {self.tokens}"
             )
 
     @classmethod
     def of(cls, path: Path) -> "Shard":
-        """The record of the shard at ``path``, from the file itself."""
+        """The entry of the shard at ``path``, from its content."""
         return cls(path.name, len(read_shard(path)), file_sha256(path))
 
 

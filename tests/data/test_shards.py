@@ -197,7 +197,7 @@ def test_a_training_file_needs_a_validation_file(tmp_path):
     TOKENS.tofile(tmp_path / "train.bin")
     TOKENS.tofile(tmp_path / "corpus.bin")
     assert "val.bin" in refusal(open_dataset, tmp_path / "train.bin")
-    assert "not named as a training split" in refusal(open_dataset, tmp_path / "corpus.bin")
+    assert "has no 'train' in it: pass a file such as train.bin" in refusal(open_dataset, tmp_path / "corpus.bin")
 
 
 def test_a_text_file_is_answered_with_how_to_prepare_it(tmp_path):
