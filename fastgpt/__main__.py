@@ -16,6 +16,7 @@ VERBS = {
     "data": ("fastgpt.data.__main__", "prepare a dataset"),
     "sample": ("fastgpt.sample", "generate text with a trained model"),
     "eval": ("fastgpt.eval", "compare models by loss, perplexity and bits a byte"),
+    "sweep": ("fastgpt.sweep", "train one run for each value of a flag, and compare them"),
     "export": ("fastgpt.export", "write a trained model for transformers or llama.cpp"),
     "doctor": ("fastgpt.doctor", "show what this machine has and what the kernels run on"),
 }

@@ -323,6 +323,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, help=help, dest=item.name, **options)
 
 
+def known_flag(flag: str) -> str:
+    """The name of a flag as typed, such as ``--max-iters``.
+
+    Raises:
+        RequestError: there is no such flag.
+    """
+    names = {alias: item.name for item in fields(TrainConfig) for alias in (item.name, *item.metadata["aliases"])}
+    typed = flag.removeprefix("--").replace("-", "_")
+    if typed not in names:
+        raise RequestError(f"unknown flag {flag}{did_you_mean('--' + typed, ['--' + name for name in names])}")
+    return names[typed]
+
+
 def resolve(
     given: dict[str, Any], presets: dict[str, dict[str, Any]], before: dict[str, Any] | None = None
 ) -> TrainConfig:
