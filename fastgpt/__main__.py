@@ -17,6 +17,7 @@ VERBS = {
     "sample": ("fastgpt.sample", "generate text with a trained model"),
     "eval": ("fastgpt.eval", "compare models by loss, perplexity and bits a byte"),
     "sweep": ("fastgpt.sweep", "train one run for each value of a flag, and compare them"),
+    "report": ("fastgpt.report", "write an HTML page about a run, or comparing several"),
     "export": ("fastgpt.export", "write a trained model for transformers or llama.cpp"),
     "doctor": ("fastgpt.doctor", "show what this machine has and what the kernels run on"),
 }

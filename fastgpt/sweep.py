@@ -28,7 +28,7 @@ from fastgpt.data.stream import show
 from fastgpt.errors import RequestError
 from fastgpt.model.config import GPT2_VOCABULARY
 from fastgpt.sample import encode_prompt
-from fastgpt.train import run_folder
+from fastgpt.train import report, run_folder
 from fastgpt.train.config import known_flag
 from fastgpt.train.log import read_metrics
 from fastgpt.train.models import open_model
@@ -78,8 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     json_files.write(folder / TABLE, {"varied": list(plans[0].values), "rows": rows})
     _print_table(rows)
     plot(plans, rows, folder / PLOT)
+    page = folder / run_folder.REPORT
+    report.write([one.run_dir for one in plans if one.name in {row["name"] for row in rows}], page)
     samples = write_samples(plans, options.prompt, options.max_new_tokens, folder / SAMPLES)
-    print(f"\ntable: {folder / TABLE}, plots: {folder / PLOT}" + (f", samples: {folder / SAMPLES}" if samples else ""))
+    print(f"\ntable: {folder / TABLE}, plots: {folder / PLOT}, report: {page}")
+    if samples:
+        print(f"samples: {folder / SAMPLES}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, perhaps ``tensorboard/``."""
+"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, ``report.html``, perhaps ``tensorboard/``."""
 
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -13,6 +13,7 @@ from fastgpt.train.config import TrainConfig
 from fastgpt.units import count_of, size
 
 CONFIG, METRICS, PLOT, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+REPORT = "report.html"
 LOCK = ".lock"
 TENSORBOARD = "tensorboard"
 
@@ -36,7 +37,11 @@ class RunConfig:
 
 def held(run_dir: Path) -> list[Path]:
     """The files and folders of an earlier run in ``run_dir``."""
-    return [run_dir / name for name in (CONFIG, METRICS, CHECKPOINTS, PLOT, TENSORBOARD) if (run_dir / name).exists()]
+    return [
+        run_dir / name
+        for name in (CONFIG, METRICS, CHECKPOINTS, PLOT, REPORT, TENSORBOARD)
+        if (run_dir / name).exists()
+    ]
 
 
 def is_run(run_dir: Path) -> bool:

@@ -27,7 +27,7 @@ from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.verify import ShardVerifier
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
-from fastgpt.train import checkpoint, introduction, provenance, resume, run_folder, trackers
+from fastgpt.train import checkpoint, introduction, provenance, report, resume, run_folder, trackers
 from fastgpt.train.checkpoint_writer import CheckpointWriter
 from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Finding, Monitor, standard_error
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
@@ -163,7 +163,7 @@ class Trainer:
                     )  # fmt: skip
                     self._conclude()
                     if status == 0:
-                        self._plot()
+                        self._plot()  # a signal's grace may be too short for pictures
         return status
 
     def _why_ended(self, status: int) -> str:
@@ -462,7 +462,7 @@ class Trainer:
         self._report([finding for finding in known if finding.code != NAMED_SIZE])
 
     def _conclude(self) -> None:
-        """The speed, and all findings once more."""
+        """Say the speed, and all findings once more."""
         if self._flops_per_second is not None:
             device, peak = hardware.device_name(self.device), hardware.peak_flops(self.device, self.dtype)
             self.log.say(f"speed: {mfu_sentence(self._flops_per_second, peak, device, self.dtype)}")
@@ -477,8 +477,10 @@ class Trainer:
         try:
             plot_losses(self.run_dir / run_folder.METRICS, plot, title)
             self.log.say(f"loss plot: {plot}")
+            report.write([self.run_dir], self.run_dir / run_folder.REPORT)
+            self.log.say(f"report: {self.run_dir / run_folder.REPORT}")
         except Exception as error:  # such as a library that does not fit ulimit -v; the run itself is complete
-            self.log.say(f"no loss plot: {error}")
+            self.log.say(f"no plot or no report: {error}")
 
     # ---- checkpoints ----
 

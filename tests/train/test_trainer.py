@@ -64,7 +64,8 @@ def stop_after(trainer, steps, number):
 def test_a_run_leaves_its_configuration_metrics_checkpoint_and_plot(trainer, tmp_path):
     run = tmp_path / "run"
     assert trainer().train() == 0
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "loss.png"}
+    left = {"config.json", "metrics.jsonl", "checkpoints", "loss.png", "report.html"}
+    assert {path.name for path in run.iterdir()} == left
     config = json.loads((run / "config.json").read_text())
     assert config["train"]["n_embd"] == config["model"]["n_embd"] == 16
     assert config["tokenizer"]["name"] == "char"
@@ -80,7 +81,7 @@ def test_a_plot_that_cannot_be_drawn_is_said_and_fails_no_run(trainer, monkeypat
 
     monkeypatch.setattr("fastgpt.train.trainer.plot_losses", missing)
     assert trainer().train() == 0
-    assert "no loss plot: libjpeg: failed to map segment" in capsys.readouterr().out
+    assert "no plot or no report: libjpeg: failed to map segment" in capsys.readouterr().out
 
 
 def test_nothing_is_written_outside_the_run(trainer, data_dir, tmp_path, monkeypatch):

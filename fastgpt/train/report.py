@@ -1,0 +1,395 @@
+"""One HTML page about a run, or comparing several, that needs nothing else."""
+
+import html
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgpt import json_files
+from fastgpt.errors import RequestError
+from fastgpt.files import written_whole
+from fastgpt.train import checkpoint, run_folder
+from fastgpt.train.log import read_metrics
+from fastgpt.train.run_folder import RunConfig
+from fastgpt.units import count, duration, size
+
+MOST_POINTS = 1500  # of a line in a plot
+COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#b8860b",
+    "#56b4e9",
+    "#7a5195",
+)  # told apart by colour-blind eyes
+INK, FAINT = "#010203", "#040506"  # stand for the page's colours, which differ in the dark
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run say.
+
+    Attributes:
+        name: of its folder.
+        config: as it was settled.
+        records: of ``metrics.jsonl`` by kind.
+        sha256: of the files of its newest checkpoint.
+    """
+
+    name: str
+    config: RunConfig
+    records: dict[str, list[dict[str, Any]]]
+    sha256: dict[str, str]
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """What the last process wrote about itself; empty for a run of a version that wrote nothing."""
+        return self.records["start"][-1] if self.records["start"] else {}
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Those with a finite loss."""
+        return [e for e in self.records["eval"] if e["val_loss"] is not None]
+
+    @property
+    def seconds(self) -> float | None:
+        """All its processes took, as far as they ended by themselves."""
+        return sum(end.get("seconds", 0.0) for end in self.records["end"]) if self.records["end"] else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens in an update."""
+        last = self.records["train"][-1] if self.records["train"] else {"tokens": 0, "step": 1}
+        return last["tokens"] / max(1, last["step"])
+
+    def hours_at(self, step: int) -> float:
+        """Hours of training up to a step, without evaluations."""
+        total, before = 0.0, 0
+        for update in self.records["train"]:
+            if update["step"] > step:
+                break
+            total += (update["step"] - before) * update["ms"]  # the mean since the last logged one
+            before = update["step"]
+        return total / 3.6e6
+
+
+def write(runs: Sequence[Path], out: Path) -> None:
+    """Write the page about some runs.
+
+    Raises:
+        RequestError: one of ``runs`` is not a run, or has logged nothing yet.
+        OSError: the page cannot be written.
+    """
+    text = page([read(path) for path in runs])
+    with written_whole(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read(path: Path) -> Run:
+    """What the files of a run say.
+
+    Raises:
+        RequestError: ``path`` is not a run, or nothing has been logged yet.
+    """
+    config = run_folder.read_config(path)
+    metrics = path / run_folder.METRICS
+    records = read_metrics(metrics) if metrics.exists() else {}
+    if not records.get("eval") and not records.get("train"):
+        raise RequestError(f"{path} has logged nothing yet")
+    sha256: dict[str, str] = {}
+    steps = checkpoint.steps(path)
+    if steps:
+        manifest = checkpoint.folder(path, steps[-1]) / checkpoint.MANIFEST
+        if manifest.is_file():
+            found = json_files.read(manifest).get("sha256", {})
+            sha256 = {f"{manifest.parent.name}/{name}": str(digest) for name, digest in found.items()}
+    return Run(path.resolve().name, config, records, sha256)
+
+
+# ---- the page ----
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page about some runs."""
+    title = runs[0].name if len(runs) == 1 else "Comparison of " + ", ".join(one.name for one in runs)
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="verdict">{_text(verdict(runs))}</p>',
+        _table_of(runs),
+        *_plots(runs),
+    ]
+    for one in runs:
+        parts += [f"<h2>{_text(one.name)}</h2>"] if len(runs) > 1 else []
+        parts += [_findings(one), _events(one), _provenance(one)]
+    data = [{"name": one.name, "train": one.config.train, "records": one.records} for one in runs]
+    embedded = json.dumps(data).replace("<", "\\u003c")  # no tag can begin in it
+    return _PAGE.format(title=_text(title), body="\n".join(parts), data=embedded)
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """What came of it, in a sentence."""
+    evaluated = [one for one in runs if one.evaluations]
+    if not evaluated:
+        return "Nothing has been evaluated yet."
+    best = min(evaluated, key=lambda one: one.evaluations[-1]["val_loss"])
+    last = best.evaluations[-1]
+    loss = _with_error(last["val_loss"], last.get("val_loss_error"))
+    steps, tokens = f"{last['step']:,}", _tokens(last["step"] * best.tokens_per_step)
+    took = f", {duration(best.seconds)}" if best.seconds is not None else ""
+    if len(runs) > 1:
+        return f"{best.name} has the lowest last validation loss: {loss} after {steps} steps, {tokens} tokens{took}."
+    device = f" on {best.start['device']}" if "device" in best.start else ""
+    perplexity = math.exp(min(last["val_loss"], 700.0))
+    ends = best.records["end"]
+    state = "It is complete." if _is_complete(best) else f"It {ends[-1]['reason']}." if ends else "It has not ended."
+    return (
+        f"Validation loss {loss} nats a token (perplexity {perplexity:,.2f}) after {steps} steps, {tokens} tokens"
+        f"{took}{device}. {state}"
+    )
+
+
+def _is_complete(one: Run) -> bool:
+    return any(end["step"] >= one.config.train.get("max_iters", 0) and end["status"] == 0 for end in one.records["end"])
+
+
+def _table_of(runs: Sequence[Run]) -> str:
+    def median(one: Run, name: str) -> float | None:
+        values = [u[name] for u in one.records["train"] if u.get(name) is not None]
+        return statistics.median(values[len(values) // 10 :]) if values else None
+
+    columns: dict[str, Callable[[Run], str]] = {
+        "run": lambda one: one.name,
+        "parameters": lambda one: count(one.config.model.n_params, 2),
+        "steps": lambda one: f"{one.records['train'][-1]['step']:,}" if one.records["train"] else "0",
+        "tokens": lambda one: _tokens(one.records["train"][-1]["tokens"]) if one.records["train"] else "0",
+        "train loss": lambda one: _with_error(one.evaluations[-1]["train_loss"], None) if one.evaluations else "-",
+        "validation loss": lambda one: (
+            _with_error(one.evaluations[-1]["val_loss"], one.evaluations[-1].get("val_loss_error"))
+            if one.evaluations
+            else "-"
+        ),
+        "best": lambda one: (
+            "{val_loss:.4f} at {step:,}".format(**min(one.evaluations, key=lambda e: e["val_loss"]))
+            if one.evaluations
+            else "-"
+        ),
+        "tokens/s": lambda one: _shown(median(one, "tokens_per_s"), ",.0f"),
+        "predicted": lambda one: _shown(one.start.get("predicted_tokens_per_s"), ",.0f"),
+        "MFU": lambda one: _shown(median(one, "mfu"), ".1%"),
+        "time": lambda one: duration(one.seconds) if one.seconds is not None else "-",
+        "peak memory": lambda one: (
+            size(max(peaks)) if (peaks := [e["peak_bytes"] for e in one.records["end"] if e.get("peak_bytes")]) else "-"
+        ),
+    }
+    if len(runs) == 1:
+        facts = "".join(
+            f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>'
+            for name, column in columns.items()
+            if (value := column(runs[0])) != "-" and name != "run"
+        )
+        return f'<table class="facts"><tbody>{facts}</tbody></table>'
+    rows = [[column(one) for column in columns.values()] for one in runs]
+    kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    names = list(columns)
+    head = "".join(f'<th scope="col">{_text(names[i])}</th>' for i in kept)
+    body = "".join("<tr>" + "".join(f"<td>{_text(row[i])}</td>" for i in kept) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _findings(one: Run) -> str:
+    found = one.records["finding"]
+    if not found:
+        return ""
+    items = "".join(f"<li>step {f['step']:,}: {_text(f['text'])}</li>" for f in found)
+    return f"<h3>Findings</h3><ol>{items}</ol>"
+
+
+def _events(one: Run) -> str:
+    events = [(start["time"], f"started at step {start['step']:,}") for start in one.records["start"]]
+    events += [
+        (end["time"], f"{end['reason']} at step {end['step']:,}, status {end['status']}") for end in one.records["end"]
+    ]
+    if not events:
+        return ""
+    items = "".join(f"<li><time>{_text(time)}</time> {_text(what)}</li>" for time, what in sorted(events))
+    return f"<h3>Events</h3><ul>{items}</ul>"
+
+
+def _provenance(one: Run) -> str:
+    start = dict(one.start)
+    for name in ("kind", "step", "time", "predicted_bytes", "predicted_tokens_per_s", "flops_per_token", "parameters"):
+        start.pop(name, None)
+    dataset = start.pop("dataset", None) or {}
+    rows = {**start, "dataset": dataset.get("path"), "dataset id": dataset.get("id")}
+    rows |= {f"sha256 of {name}": digest for name, digest in one.sha256.items()}
+    cells = "".join(
+        f'<tr><th scope="row">{_text(name)}</th><td><code>{_text(value)}</code></td></tr>'
+        for name, value in rows.items()
+        if value is not None
+    )
+    flags = "".join(
+        f'<tr><th scope="row">{_text(name)}</th><td><code>{_text(value)}</code></td></tr>'
+        for name, value in one.config.train.items()
+    )
+    return (
+        f'<h3>What ran</h3><div class="wide"><table class="facts"><tbody>{cells}</tbody></table></div>'
+        f'<details><summary>All flags</summary><table class="facts"><tbody>{flags}</tbody></table></details>'
+    )
+
+
+def _tokens(n: float) -> str:
+    return count(n, 1) if n >= 1e6 else f"{n:,.0f}"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+# ---- the plots ----
+
+
+def _plots(runs: Sequence[Run]) -> list[str]:
+    colors = dict(zip((id(one) for one in runs), itertools.cycle(COLORS), strict=False))
+
+    def losses(axes: Any, x_of: Callable[[Run], Callable[[int], float]]) -> None:
+        for one in runs:
+            x, color = x_of(one), colors[id(one)]
+            updates = _thinned([(x(u["step"]), u["loss"]) for u in one.records["train"] if u["loss"] is not None])
+            if len(runs) == 1 and updates:
+                axes.plot(*zip(*updates, strict=True), color=FAINT, lw=0.8, label="training, each batch")
+            points = [(x(e["step"]), e["val_loss"], e.get("val_loss_error") or 0.0) for e in one.evaluations]
+            if points:
+                xs, ys, errors = zip(*points, strict=True)
+                label = "validation" if len(runs) == 1 else one.name
+                axes.errorbar(xs, ys, yerr=errors, color=color, marker="o", ms=3.5, lw=1.4, capsize=2, label=label)
+            if len(runs) == 1:
+                for number, finding in enumerate(one.records["finding"], start=1):
+                    place = x(finding["step"])
+                    axes.axvline(place, color=FAINT, lw=0.8, ls=":")
+                    axes.annotate(str(number), (place, 1.0), xycoords=("data", "axes fraction"), color=INK, fontsize=8)
+        axes.set_ylabel("loss (nats a token)")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, labelcolor=INK)
+
+    def lines(axes: Any, name: str, predicted: str | None = None) -> None:
+        for one in runs:
+            points = _thinned([(u["step"], u[name]) for u in one.records["train"] if u.get(name) is not None])
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colors[id(one)], lw=1.0, label=one.name)
+            if predicted is not None and one.start.get(predicted):
+                axes.axhline(one.start[predicted], color=colors[id(one)], lw=1.0, ls="--")
+        if len(runs) > 1:
+            axes.legend(frameon=False, labelcolor=INK)
+        axes.set_xlabel("step")
+
+    def by_tokens(axes: Any) -> None:
+        losses(axes, lambda one: lambda step: step * one.tokens_per_step)
+        axes.set_xlabel("tokens")
+
+    def by_hours(axes: Any) -> None:
+        losses(axes, lambda one: one.hours_at)
+        axes.set_xlabel("hours of training, without evaluations")
+
+    numbers = "Numbers mark the findings below." if len(runs) == 1 and runs[0].records["finding"] else ""
+    return [
+        _figure("Loss over tokens", numbers, by_tokens),
+        _figure("Loss over time", "", by_hours),
+        _figure("Learning rate", "", lambda axes: lines(axes, "lr")),
+        _figure("Gradient norm, before clipping", "", lambda axes: lines(axes, "grad_norm")),
+        _figure(
+            "Tokens a second", "Dashed: predicted before the run." if any(
+                one.start.get("predicted_tokens_per_s") for one in runs
+            ) else "", lambda axes: lines(axes, "tokens_per_s", "predicted_tokens_per_s"),
+        ),
+    ]  # fmt: skip
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most ``MOST_POINTS`` of the points: of each stretch the lowest and the highest, so that no spike is lost."""
+    if len(points) <= MOST_POINTS:
+        return points
+    stretch = -(-len(points) * 2 // MOST_POINTS)
+    kept = []
+    for i in range(0, len(points), stretch):
+        part = points[i : i + stretch]
+        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return kept
+
+
+def _figure(title: str, caption: str, draw: Callable[[Any], None]) -> str:
+    """A plot as part of the page, in its colours and as wide as the screen."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    colored: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    # text stays text, and names of parts differ between the plots of a page
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9} | colored):
+        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+        axes = FigureCanvasSVG(figure).figure.subplots()
+        draw(axes)
+        axes.grid(color=FAINT, alpha=0.3, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", drawn))
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.S)
+    drawn = drawn.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{_text(title)}" ', 1)
+    said = f"<figcaption>{_text(title)}{'. ' + _text(caption) if caption else ''}</figcaption>"
+    return f"<figure>{said}{drawn}</figure>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ --ink: #1a1a1a; --faint: #8a8f98; --page: #ffffff; --line: #d8dbe0; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e8e8e8; --faint: #8a8f98; --page: #14161a; --line: #33373d; }}
+}}
+body {{ margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 1.5rem; overflow-wrap: anywhere; }}
+.verdict {{ font-size: 1.1rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child, .facts th, .facts td {{ text-align: left; }}
+.facts td {{ white-space: normal; overflow-wrap: anywhere; }}
+figure {{ display: inline-block; vertical-align: top; width: min(100%, 34rem); margin: 1rem .25rem; }}
+figure svg {{ width: 100%; height: auto; }}
+figcaption {{ font-weight: 600; }}
+summary {{ cursor: pointer; padding: .25rem 0; }}
+</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script type="application/json" id="data">{data}</script>
+</body>
+</html>
+"""

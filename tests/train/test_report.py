@@ -1,0 +1,141 @@
+"""The page about a run."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from fastgpt import report as command
+from fastgpt.errors import RequestError
+from fastgpt.train import report
+from tests.train.test_trainer import stop_after
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def run(trainer, tmp_path):
+    """A run that was stopped and resumed, and has a finding."""
+    one = trainer(max_iters=8, lr_decay_iters=800)
+    stop_after(one, 5, signal.SIGTERM)
+    one.train()
+    assert trainer(init_from="resume").train() == 0
+    return tmp_path / "run"
+
+
+class Tags(HTMLParser):
+    """Notes what is opened and closed, and every address."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.seen = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_run_writes_its_page_with_what_it_was_and_what_came_of_it(run):
+    text = (run / "report.html").read_text()
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    loss = [record for record in last if record["kind"] == "eval"][-1]
+    assert f"Validation loss {loss['val_loss']:.4f} ± {loss['val_loss_error']:.4f} nats a token" in text
+    assert "after 8 steps, 512 tokens" in text
+    assert "It is complete." in text
+    assert "stopped by SIGTERM at step 5, status 143" in text
+    assert "started at step 5" in text
+    assert "the learning rate is still at" in text
+    assert "sha256 of step-0000008/model.safetensors" in text
+    assert text.count("<svg ") == text.count('role="img"') == 5
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run):
+    text = (run / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert all(address.startswith("#") for address in tags.addresses)
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text).replace("http://www.w3.org", "")
+    assert tags.seen.count("script") == 1
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert [record["step"] for record in data[0]["records"]["train"]] == list(range(1, 9))
+
+
+def test_what_it_shows_is_escaped(run):
+    config = json.loads((run / "config.json").read_text())
+    config.pop("sha256_of_the_rest")
+    config["train"]["dataset"] = "</script><script>alert(1)</script><b>&"
+    (run / "config.json").write_text(json.dumps(config))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"kind": "finding", "step": 3, "code": "x", "text": "<img src=x onerror=alert(2)>"}) + "\n"
+        )
+    text = report.page([report.read(run)])
+    assert "<script>alert" not in text
+    assert "<img" not in text.replace("\\u003c", "")
+    assert "&lt;/script&gt;" in text
+    tags = Tags()
+    tags.feed(text)
+    assert (tags.open, tags.seen.count("script")) == ([], 1)
+
+
+def test_several_runs_are_compared(run, trainer, tmp_path, monkeypatch, capsys):
+    trainer(out_dir=tmp_path / "other", n_embd=32).train()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    command.main([str(run), str(tmp_path / "other")])
+    assert capsys.readouterr().out == "report.html\n"
+    text = (tmp_path / "report.html").read_text()
+    assert "has the lowest last validation loss" in text
+    assert text.count("<h2>") == 2
+    command.main([str(run), "--out", "pages/one.html"])
+    assert (tmp_path / "pages" / "one.html").read_text() == (run / "report.html").read_text()
+
+
+def test_no_spike_is_lost_in_a_long_run():
+    points = [(step, 1.0) for step in range(100_000)]
+    points[54_321] = (54_321, 9.0)
+    thinned = report._thinned(points)
+    assert len(thinned) <= report.MOST_POINTS
+    assert (54_321, 9.0) in thinned
+    assert thinned == sorted(thinned)
+
+
+def test_a_run_of_an_older_version_and_one_without_an_evaluation_have_a_page(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["kind"] == "train"))
+    text = report.page([report.read(run)])
+    assert "Nothing has been evaluated yet." in text
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["kind"] in ("train", "eval")))
+    assert "It has not ended." in report.page([report.read(run)])
+
+
+def test_what_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(RequestError, match="is not a run"):
+        command.main([str(tmp_path)])
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(RequestError, match="has logged nothing yet"):
+        command.main([str(run)])
+    shutil.rmtree(run / "checkpoints")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_browser_shows_it_without_an_error(run, tmp_path, width):
+    shot = tmp_path / "page.png"
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", f"file://{run / 'report.html'}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert shot.stat().st_size > 20_000
