@@ -22,9 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", metavar="FILE", help="where to write (RUN/report.html; report.html for several)")
     options = parser.parse_args(argv)
     runs = [Path(name) for name in options.runs]
-    out = (
-        Path(options.out) if options.out else runs[0] / run_folder.REPORT if len(runs) == 1 else Path(run_folder.REPORT)
-    )
+    default = runs[0] / run_folder.REPORT if len(runs) == 1 else run_folder.REPORT
+    out = Path(options.out or default)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         report.write(runs, out)

@@ -1,4 +1,4 @@
-"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``, ``report.html``, perhaps ``tensorboard/``."""
+"""A run is a folder: its configuration, its metrics, its checkpoints, and what is made of them."""
 
 import shutil
 from dataclasses import asdict, dataclass, field

@@ -132,10 +132,11 @@ def test_what_is_no_run_is_refused(run, tmp_path):
 @pytest.mark.parametrize("width", [390, 1400])
 def test_a_browser_shows_it_without_an_error(run, tmp_path, width):
     shot = tmp_path / "page.png"
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--enable-logging=stderr",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", f"file://{run / 'report.html'}"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000",
+        "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}",
+        f"file://{run / 'report.html'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     assert shot.stat().st_size > 20_000
