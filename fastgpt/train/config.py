@@ -31,6 +31,9 @@ _NOT_NEGATIVE = (
     "weight_decay", "grad_clip", "skip_spikes",
 )  # fmt: skip
 
+# No computer takes more: a larger number is a slip, and would only be found when it has filled the memory.
+_AT_MOST = {"batch_size": 2**24, "gradient_accumulation_steps": 2**32, "total_batch_size": 2**40}
+
 SAME_SIZE = 0.02  # relative difference of two numbers of parameters that counts as none
 
 
@@ -140,6 +143,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} must be at least 1, got {value}")
+        for name, most in _AT_MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise RequestError(f"--{name} must be at most {most:,}, got {value:,}")
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} must not be negative, got {getattr(self, name)}")
@@ -205,9 +212,9 @@ class TrainConfig:
         totals = " or ".join(f"{total}" for total in (below, below + micro_batch) if total)
         if rest:
             return f"--total_batch_size {totals} would be exact"
-        divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
-        smaller = max((n for n in divisors if n < batch_size), default=None)
-        larger = min((n for n in divisors if n > batch_size), default=None)
+        found = divisors(sequences)
+        smaller = max((n for n in found if n < batch_size), default=None)
+        larger = min((n for n in found if n > batch_size), default=None)
         sizes = " or ".join(f"{n}" for n in (smaller, larger) if n)
         return f"--batch_size {sizes} would be exact, or --total_batch_size {totals}"
 
@@ -226,6 +233,12 @@ class TrainConfig:
                     f"(n_layer={config.n_layer}, n_embd={config.n_embd}, vocabulary {config.vocab_size})"
                 )
         return config
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of ``n``, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def is_of_size(config: GPTConfig, n_params: float) -> bool:

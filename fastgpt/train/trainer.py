@@ -29,6 +29,7 @@ from fastgpt.errors import RequestError
 from fastgpt.model import GPT
 from fastgpt.train import checkpoint, introduction, provenance, report, resume, run_folder, trackers
 from fastgpt.train.checkpoint_writer import CheckpointWriter
+from fastgpt.train.config import divisors
 from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Finding, Monitor, standard_error
 from fastgpt.train.log import RunLog, mfu_sentence, plot_losses, read_metrics
 from fastgpt.train.memory import keep_freed_memory, ran_out
@@ -329,8 +330,8 @@ class Trainer:
         """Half the micro-batch or less, such that an update keeps its tokens; ``None`` if the user chose it."""
         sequences = self.config.tokens_per_step // self.config.block_size
         half = self.config.micro_batch_size // 2
-        divisors = (n for n in range(1, half + 1) if sequences % n == 0)
-        return max(divisors, default=None) if self.settled.resizable else None
+        found = [n for n in divisors(sequences) if n <= half]
+        return max(found, default=None) if self.settled.resizable else None
 
     def _shrink(self, smaller: int) -> None:
         """Continue with smaller micro-batches, and more of them in an update."""

@@ -4,7 +4,7 @@ import pytest
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import padded_vocab_size
-from fastgpt.train.config import TrainConfig
+from fastgpt.train.config import TrainConfig, divisors
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.resume import parse
 from fastgpt.units import parse_gigabytes
@@ -138,6 +138,17 @@ def test_a_config_file_with_a_wrong_line_is_refused_with_its_name(tmp_path):
         assert message in refusal(str(file))
     assert "unexpected argument 'quickstart'" in refusal("quickstart")
     assert "cannot be read" in refusal(str(tmp_path / "none.py"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 36, 97, 1024, 2**31 - 1])
+def test_divisors(n):
+    found = divisors(n)
+    assert found == sorted(set(found))
+    assert all(n % d == 0 for d in found)
+    if n < 2000:
+        assert found == [d for d in range(1, n + 1) if n % d == 0]
+    else:
+        assert found == [1, n]  # a prime
 
 
 def test_the_architecture_is_that_of_the_model_to_start_from():
@@ -315,6 +326,9 @@ def test_a_flag_is_never_guessed_from_its_beginning():
             ["--batch_size=4", "--total_batch_size=1024", "--gradient_accumulation_steps=3"],
             "--gradient_accumulation_steps 3 contradicts --total_batch_size 1024, which takes 2",
         ),
+        (["--batch_size=99999999999"], "--batch_size must be at most 16,777,216, got 99,999,999,999"),
+        (["--total_batch_size=999999999999999968"], "--total_batch_size must be at most 1,099,511,627,776"),
+        (["--total_batch_size=1099511627769"], "would be exact"),
         (["--max_iters=0"], "--max_iters must be at least 1"),
         (["--eval_interval=0"], "--eval_interval must be at least 1"),
         (["--eval_iters=0"], "--eval_iters must be at least 1"),
