@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = open_text(options.data, options.data_dir, options.split, options.max_tokens) if options.data else None
     rows = []
     for name in options.models:
-        opened = open_model(name, options.checkpoint)
+        opened = open_model(name, options.checkpoint, options.data_dir)
         opened.model.to(device, getattr(torch, options.dtype))
         rows.append(_evaluate(opened, text, options))
         del opened  # before the next one is there

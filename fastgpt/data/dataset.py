@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fastgpt.data import neighbours
+from fastgpt.data.neighbours import TokenFiles
 from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, read_shard, read_tokens
 from fastgpt.data.sources import SOURCES
 from fastgpt.data.tokenizers import Tokenizer, Tokens, tokenizer_from_meta
@@ -19,7 +21,8 @@ class Dataset:
     path: Path
     train: list[Tokens]
     val: list[Tokens]
-    meta: DatasetMeta | None  # None for bare files
+    meta: DatasetMeta | None  # None for files of other programs
+    found: TokenFiles | None = None  # these files, if they are laid out as another program does
 
     @cached_property
     def identity(self) -> str:
@@ -36,10 +39,14 @@ class Dataset:
             for tokens in (*self.train, *self.val):
                 digest.update(len(tokens).to_bytes(8, "little"))
                 digest.update(tokens[: 1 << 19].tobytes() + tokens[-(1 << 19) :].tobytes())
+            if self.found is not None:
+                digest.update(json.dumps(self.found.tokenizer.to_meta(), sort_keys=True).encode())
         return digest.hexdigest()
 
     def files(self, split: str) -> list[Path]:
         """The file of each shard of the split ``train`` or ``val``."""
+        if self.found is not None:
+            return getattr(self.found, split)
         if self.meta is None:
             return [self.path if split == "train" else _validation_file(self.path)]
         return [self.path / shard.file for shard in getattr(self.meta, split)]
@@ -47,19 +54,25 @@ class Dataset:
     @property
     def vocab_size(self) -> int | None:
         """The tokenizer's vocabulary size; ``None`` for bare files, which do not state it."""
+        if self.found is not None:
+            return self.found.tokenizer.vocab_size
         return self.meta.vocab_size if self.meta else None
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens; ``None`` for bare files, which do not state it."""
+        if self.found is not None:
+            return self.found.tokenizer
         return tokenizer_from_meta(self.meta.tokenizer) if self.meta else None
 
 
 def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dataset:
-    """Open a dataset by its name under ``data_dir``, the path of its folder, or the path of a training ``.bin`` file.
+    """Open a dataset by its name under ``data_dir``, the path of its folder, or the path of a training file.
 
-    nanoGPT (``…/train.bin``) and llm.c write such files. The validation split is the file in the same folder whose name
-    has ``val`` instead of ``train``. The vocabulary is unknown. nanoGPT's ``meta.pkl`` is not read, because unpickling
-    can run any code.
+    A folder may also be nanoGPT's (``train.bin``, ``val.bin`` and perhaps ``meta.pkl``, of which nothing is run), or
+    have the shards of llm.c and its relatives (``fineweb_train_000001.bin`` …, ``fineweb_val_000000.bin``; ``.npy`` is
+    read too). A training file is taken with all shards of its kind; or, if it has no number, as the whole training
+    split, whose validation split is the file whose name has ``val`` for ``train``, and whose vocabulary is unknown. A
+    name with ``_`` also means a folder with ``-``, as nanoGPT's ``shakespeare_char``.
 
     An opened dataset keeps its tokens even if it is replaced, because files that are mapped stay until they are closed.
 
@@ -67,17 +80,16 @@ def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dat
     is replaced while it is opened.
     """
     data_dir = Path(data_dir)
-    candidates = (data_dir / name_or_path, Path(name_or_path))
+    candidates = (data_dir / name_or_path, Path(name_or_path), data_dir / str(name_or_path).replace("_", "-"))
     for path in candidates:
         if (path / META_FILE).is_file():
             return _open_folder(path)
     for path in candidates:
         if path.is_file():
             return _open_file(path)
-        if (path / "train.bin").is_file():
-            raise RequestError(
-                f"{path} is not a prepared dataset; to train on nanoGPT's files in it, pass {path / 'train.bin'}"
-            )
+        found = neighbours.find(path) if path.is_dir() else None
+        if found is not None:
+            return _open_found(path, found)
         if any(path.glob("train_*.bin")):
             raise RequestError(f"{path} has no {META_FILE}, so its preparation did not finish: prepare it again")
     raise RequestError(_how_to_get(str(name_or_path), data_dir))
@@ -107,7 +119,14 @@ def _open_folder(path: Path) -> Dataset:
     return dataset
 
 
+def _open_found(path: Path, found: TokenFiles) -> Dataset:
+    return Dataset(path, list(map(read_tokens, found.train)), list(map(read_tokens, found.val)), None, found)
+
+
 def _open_file(path: Path) -> Dataset:
+    found = neighbours.shards_in(path.parent, like=path)
+    if found is not None and path in found.train:
+        return _open_found(path, found)
     if path.suffix != ".bin":
         raise RequestError(
             f"{path} holds no tokens; if it is text: {PREPARE} text {path} --name {path.stem}, "

@@ -74,11 +74,19 @@ def read_shard(path: str | Path) -> Tokens:
 
 
 def read_tokens(path: str | Path) -> Tokens:
-    """The tokens of a ``.bin`` file, a shard or nanoGPT's bare uint16, as a 1-D memory-mapped read-only view.
+    """The tokens of a file as a 1-D memory-mapped read-only view: a shard, nanoGPT's bare uint16, or NumPy's ``.npy``.
 
-    ``RequestError`` if the file is missing or cannot be either.
+    ``RequestError`` if the file is missing or cannot be any of them.
     """
     size = _size(path)
+    if Path(path).suffix == ".npy":
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise RequestError(f"{path} cannot be read: {error}") from error
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise RequestError(f"{path} has {tokens.ndim}-D {tokens.dtype}; only 1-D uint16 is read")
+        return np.asarray(tokens)
     # Bare GPT-2 tokens cannot start like a shard: the magic number's lower half is 55432.
     magic = _first(path, 1)[0] if size >= 4 else None
     if magic == MAGIC:

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastgpt.data.neighbours import META_PICKLE, read_meta_pickle
 from fastgpt.data.tokenizer_json import FILE, JsonTokenizer
 from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_meta
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.model import GPT, huggingface
-from fastgpt.model.config import GPT2_VOCABULARY
+from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig
 from fastgpt.train import checkpoint, run_folder
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NANOGPT = "ckpt.pt"
 CHECKPOINTS = "latest, best or a step"  # what --checkpoint takes
 # Another tokenizer of GPT-2's size would cut this differently.
 PROBE = "It's 1,234 naïve fastgpt tokenizations:\n\n\tdef f(x): return x**2  # Größe, число, 漢字, 🙂"
@@ -44,13 +46,14 @@ class OpenedModel:
         return self.tokenizer.vocab_size if self.tokenizer is not None else self.model.config.vocab_size
 
 
-def open_model(name: str, which: str = "latest") -> OpenedModel:
+def open_model(name: str, which: str = "latest", data_dir: str | Path = "data") -> OpenedModel:
     """Open a model.
 
     Args:
-        name: the folder of a run, a folder with ``config.json`` and ``model.safetensors``, or a name on the hub such
-            as ``gpt2``.
+        name: the folder of a run, a folder with ``config.json`` and ``model.safetensors``, nanoGPT's ``ckpt.pt`` or the
+            folder that it lies in, or a name on the hub such as ``gpt2``.
         which: of a run's checkpoints: ``latest``, ``best`` or a step.
+        data_dir: folder of datasets, where the characters of a nanoGPT model are.
 
     Raises:
         RequestError: there is no such model, or it is damaged or not one that fastgpt computes.
@@ -58,9 +61,12 @@ def open_model(name: str, which: str = "latest") -> OpenedModel:
     path = Path(name)
     if run_folder.is_run(path) and not huggingface.is_folder(path):
         return _open_run(name, path, which)
+    nanogpt = path / NANOGPT if path.is_dir() else path
+    if nanogpt.is_file() and nanogpt.suffix == ".pt":
+        return _open_nanogpt(name, nanogpt, data_dir)
     if path.is_dir():
         if not huggingface.is_folder(path):
-            raise RequestError(f"{path} is neither a run nor a model: its {huggingface.CONFIG} is missing")
+            raise RequestError(f"{path} is neither a run nor a model: it has no {huggingface.CONFIG} and no {NANOGPT}")
         return _open_folder(name, path, f"the folder {path}")
     if path.exists():
         raise RequestError(f"{path} is a file; give the folder of a run or of a model")
@@ -137,6 +143,33 @@ def _tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
             if np.array_equal(tokenizer.encode(PROBE), GPT2Tokenizer().encode(PROBE)):
                 return GPT2Tokenizer()  # which is faster, and shares the tokens of datasets
     return tokenizer
+
+
+def _open_nanogpt(name: str, file: Path, data_dir: str | Path) -> OpenedModel:
+    """The model of nanoGPT's ``ckpt.pt``, which is read as tensors and plain values: nothing in it is run."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        arguments, tensors = dict(content["model_args"]), dict(content["model"])
+        sizes = {key: arguments[key] for key in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
+        # torch.compile puts a prefix in front; the head is the token embedding, and the mask is no parameter
+        tensors = {key.removeprefix("_orig_mod."): t for key, t in tensors.items()}
+        tensors = {key: t.float() for key, t in tensors.items() if not key.endswith((".attn.bias", "lm_head.weight"))}
+        config = GPTConfig(vocab_size=len(tensors["transformer.wte.weight"]), **sizes)
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict(tensors, assign=True)
+    except Exception as error:  # pickle, zip files, torch and the table each raise their own
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"{file} cannot be read as nanoGPT's checkpoint: {why[:200]}") from error
+    dataset = Path(data_dir, str(content.get("config", {}).get("dataset", "")))
+    tokenizer: Tokenizer | None = None
+    if (dataset / META_PICKLE).is_file():
+        tokenizer = read_meta_pickle(dataset / META_PICKLE)
+    elif config.vocab_size >= GPT2_VOCABULARY:
+        tokenizer = GPT2Tokenizer()
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise RequestError(f"{dataset} has {tokenizer.vocab_size} tokens, and {file} knows {config.vocab_size}")
+    return OpenedModel(name, f"nanoGPT's {file}, step {content.get('iter_num', '?')}", model.eval(), tokenizer)
 
 
 def _download(name: str) -> Path:

@@ -188,11 +188,6 @@ def test_nanogpt_pickles_are_never_opened(tmp_path):
     assert open_dataset(tmp_path / "train.bin").vocab_size is None
 
 
-def test_a_nanogpt_folder_is_answered_with_the_file_to_name(tmp_path):
-    TOKENS.tofile(tmp_path / "train.bin")
-    assert f"pass {tmp_path / 'train.bin'}" in refusal(open_dataset, tmp_path)
-
-
 def test_a_training_file_needs_a_validation_file(tmp_path):
     TOKENS.tofile(tmp_path / "train.bin")
     TOKENS.tofile(tmp_path / "corpus.bin")

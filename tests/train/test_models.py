@@ -1,5 +1,6 @@
 """Opening a model, wherever it comes from."""
 
+import pickle
 import shutil
 import sys
 from types import ModuleType
@@ -94,6 +95,63 @@ def test_gpt2s_vocabulary_is_read_by_tiktoken_unless_the_tokenizer_is_another(tm
     (tmp_path / "m" / "tokenizer.json").write_text(other.to_str())
     assert isinstance(open_model(str(tmp_path / "m")).tokenizer, JsonTokenizer)
     assert len(GPT2Tokenizer().encode(PROBE)) > 30
+
+
+def nanogpt_checkpoint(path, gpt, prefix="_orig_mod.", **changes):
+    """As nanoGPT's train.py saves one."""
+    config = gpt.config
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    tensors = {prefix + name: p.detach().clone() for name, p in gpt.named_parameters()}
+    tensors[f"{prefix}lm_head.weight"] = tensors[f"{prefix}transformer.wte.weight"]
+    tensors[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, config.block_size, config.block_size)
+    content = {
+        "model": tensors, "optimizer": {"state": {}}, "model_args": {name: getattr(config, name) for name in names},
+        "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char"},
+    }  # fmt: skip
+    torch.save(content | changes, path)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoint_is_opened_with_its_characters(tmp_path, prefix, bias):
+    model = GPT(GPTConfig(8, 3, 2, 2, 8, bias=bias)).eval()
+    (tmp_path / "out").mkdir()
+    nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", model, prefix)
+    (tmp_path / "shakespeare_char").mkdir()
+    meta = {"itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}, "vocab_size": 3}
+    (tmp_path / "shakespeare_char" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    for path in (tmp_path / "out", tmp_path / "out" / "ckpt.pt"):
+        opened = open_model(str(path), data_dir=tmp_path)
+        assert opened.origin.endswith("ckpt.pt, step 7")
+        assert opened.tokenizer.vocabulary == "abc"
+        idx = torch.tensor([[0, 2, 1]])
+        assert torch.equal(opened.model(idx), model(idx))
+    assert open_model(str(path), data_dir=tmp_path / "elsewhere").tokenizer is None
+
+
+class Harm:
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, ("harm",)
+
+
+def test_nothing_in_nanogpts_checkpoint_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nanogpt_checkpoint("ckpt.pt", GPT(GPTConfig(8, 3, 1, 1, 8)), config=Harm())
+    with pytest.raises(RequestError, match="cannot be read as nanoGPT's checkpoint"):
+        open_model("ckpt.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("changes", [{"model_args": {}}, {"model": {}}, {"model_args": {"n_layer": 9}}])
+def test_another_file_is_not_nanogpts_checkpoint(tmp_path, changes):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", GPT(GPTConfig(8, 3, 1, 1, 8)), **changes)
+    with pytest.raises(RequestError, match="cannot be read as nanoGPT's checkpoint"):
+        open_model(str(tmp_path))
+    (tmp_path / "ckpt.pt").write_bytes(b"no zip file")
+    with pytest.raises(RequestError, match="cannot be read as nanoGPT's checkpoint"):
+        open_model(str(tmp_path))
 
 
 def test_a_name_comes_from_the_hub(tmp_path, monkeypatch):
