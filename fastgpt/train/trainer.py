@@ -433,12 +433,12 @@ class Trainer:
         ending = in_a_row >= self.config.max_skipped_updates
         # In fp16 gradients overflow now and then, because that is how the loss scale is found.
         overflows = ending or self.dtype != torch.float16
-        report = self.skipped.report(
+        found = self.skipped.report(
             metrics, overflows=overflows, sigmas=self.config.skip_spikes,
             micro_batches=self.config.gradient_accumulation_steps,
         )  # fmt: skip
-        if report is not None:
-            text, blocks = report
+        if found is not None:
+            text, blocks = found
             self.log.find(step=metrics.step, code="skipped", text=text, blocks=blocks)
         if ending:
             try:
