@@ -1,12 +1,14 @@
 """``python -m fastgpt.data``: make a dataset for ``python -m fastgpt.train --dataset NAME``."""
 
+import time
 from collections.abc import Sequence
 
+from fastgpt import output
 from fastgpt.cli import Parser, run
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import DatasetMeta
-from fastgpt.data.sources import SOURCES
-from fastgpt.data.tokenizers import TOKENIZERS
+from fastgpt.data.sources import BPE_VOCABULARY, SOURCES
+from fastgpt.data.tokenizers import TOKENIZERS, TRAINED
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -22,8 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     parser.add_argument("command", choices=["prepare"])
     parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("files", metavar="FILE", nargs="*", default=[], help="UTF-8 text, for the source text")
-    parser.add_argument("--tokenizer", metavar="|".join(TOKENIZERS), help="default: the source's own")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        default=[],
+        help="text, .jsonl, .parquet, a folder, or -, for the source text",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="|".join((*TOKENIZERS, TRAINED, "PATH")),
+        help="train: learn a byte-pair encoding; PATH: of a tokenizer.json (default: the source's own)",
+    )  # fmt: skip
+    parser.add_argument("--vocab_size", type=int, metavar="N", help=f"of --tokenizer train (default: {BPE_VOCABULARY})")
+    parser.add_argument("--text_field", default="text", metavar="NAME", help="of .jsonl and .parquet (default: text)")
     parser.add_argument("--name", help="name of the dataset (default: the source's, or the first file's)")
     parser.add_argument("--data_dir", default="data", help="folder of datasets (default: data)")
     parser.add_argument(
@@ -35,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
     args = parser.parse_args(argv)
 
+    start = time.perf_counter()
     path = prepare(
         args.source,
         args.files,
@@ -43,12 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         data_dir=args.data_dir,
         val_fraction=args.val_fraction,
         shards=args.shards,
+        text_field=args.text_field,
+        vocab_size=args.vocab_size,
         overwrite=args.overwrite,
     )
     meta = DatasetMeta.read(path)
     train, val = (sum(shard.tokens for shard in shards) for shards in (meta.train, meta.val))
     vocabulary = f"{meta.tokenizer['name']} vocabulary of {meta.vocab_size:,}"
+    rate = (train + val) / (time.perf_counter() - start)
     print(f"{path}: {train:,} training + {val:,} validation tokens, {vocabulary}")
+    output.note(f"prepared at {rate:,.0f} tokens/s")
     return 0
 
 

@@ -17,18 +17,17 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from fastgpt import output
-from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, check_ids, write_shard
+from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, ShardWriter, check_ids
 from fastgpt.data.sources import FINEWEB_SHARDS, SOURCES, Corpus
-from fastgpt.data.tokenizers import Tokens, build_tokenizer
+from fastgpt.data.tokenizers import MOST_IDS, TRAINED, Tokens, build_tokenizer
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.files import Lock
 
@@ -45,6 +44,8 @@ def prepare(
     data_dir: str | Path = "data",
     val_fraction: float | None = None,
     shards: int | None = None,
+    text_field: str = "text",
+    vocab_size: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Make the dataset ``data_dir/name`` and return that folder, which ``open_dataset`` opens.
@@ -54,30 +55,34 @@ def prepare(
 
     Args:
         source: one of ``SOURCES``.
-        files: UTF-8 text files, joined in this order; only for the source ``text``, which needs them.
-        tokenizer: ``char``, ``byte`` or ``gpt2``; ``None`` for the source's own.
+        files: only for the source ``text``, which needs them: UTF-8 text, JSON lines, Parquet, these as ``.gz`` or
+            ``.zst``, folders of such files, or ``-`` for standard input. They are taken in this order, as documents.
+        tokenizer: ``char``, ``byte``, ``gpt2``, the path of a ``tokenizer.json``, or ``train`` for a byte-pair encoding
+            that is learnt from the training split; ``None`` for the source's own.
         name: ``None`` for the source's name; for ``text`` the first file's, without its extension.
         data_dir: folder of datasets; nothing outside it is written.
         val_fraction: the part at the end that is validation, 0.1 by default. ``openwebtext`` draws that part of its
             documents, 0.0005 by default. ``fineweb10b`` has its own validation split.
         shards: number of training shards of ``fineweb10b``; all 103 by default.
+        text_field: the field of a JSON line, or the column of Parquet, that has the text.
+        vocab_size: of a tokenizer that is trained.
         overwrite: replace another dataset of that name.
 
     Raises:
         RequestError: the request is wrong, a file is not text, another dataset has that name, a library is not
             installed, a download fails, or the folder cannot be written.
     """
-    _check_request(source, files, tokenizer, val_fraction, shards)
-    name = name or (Path(files[0]).stem if files else source)
+    _check_request(source, files, tokenizer, val_fraction, shards, vocab_size)
+    name = name or (_name_of(files[0]) if files else source)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise RequestError(f"'{name}' cannot be a dataset's name (letters, digits, _ . + -): pass another as --name")
     target = Path(data_dir, name)
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file: pass another --name")
-    corpus = SOURCES[source].make_corpus(files, tokenizer, val_fraction, shards)
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with _locked(target) as (waited_for, has_locks):
+        with _spooled(files, Path(data_dir)) as files, _locked(target) as (waited_for, has_locks):
+            corpus = SOURCES[source].make_corpus(files, tokenizer, val_fraction, shards, text_field, vocab_size)
             if _is_made(corpus, target, overwrite):
                 if waited_for is not None:
                     output.note(f"{target} has been made by {waited_for}")
@@ -98,6 +103,7 @@ def _check_request(
     tokenizer: str | None,
     val_fraction: float | None,
     shards: int | None,
+    vocab_size: int | None,
 ) -> None:
     if source not in SOURCES:
         is_file = Path(source).is_file()
@@ -110,9 +116,15 @@ def _check_request(
             f"{source} takes no files, but {files[0]} was given; for your own text: {PREPARE} text {files[0]}"
         )
     if tokenizer is not None:
-        build_tokenizer(tokenizer, "")  # so that a wrong name is found before any work
+        if tokenizer != TRAINED and not Path(tokenizer).exists():
+            build_tokenizer(tokenizer, "")  # so that a wrong name is found before any work
         if SOURCES[source].text is None and tokenizer != SOURCES[source].tokenizer:
             raise RequestError(f"{source} uses the {SOURCES[source].tokenizer} tokenizer, not {tokenizer}")
+    if vocab_size is not None:
+        if tokenizer != TRAINED:
+            raise RequestError("--vocab_size is for --tokenizer train")
+        if not 257 <= vocab_size <= MOST_IDS:
+            raise RequestError(f"--vocab_size must be from 257 to {MOST_IDS}, got {vocab_size}")
     if val_fraction is not None:
         if SOURCES[source].shards is not None:
             raise RequestError(f"{source} has its own validation split: leave out --val_fraction")
@@ -123,6 +135,24 @@ def _check_request(
             raise RequestError(f"--shards is for fineweb10b, not {source}")
         if not 1 <= shards <= FINEWEB_SHARDS:
             raise RequestError(f"--shards must be from 1 to {FINEWEB_SHARDS}, got {shards}")
+
+
+def _name_of(file: str | Path) -> str:
+    """A dataset's name for a file: ``book`` for ``book.txt.gz``."""
+    return "stdin" if str(file) == "-" else Path(file).resolve().name.split(".")[0]
+
+
+@contextmanager
+def _spooled(files: Sequence[str | Path], data_dir: Path) -> Iterator[Sequence[str | Path]]:
+    """The files, with standard input as one of them, since it is read more than once."""
+    if "-" not in map(str, files):
+        yield files
+        return
+    with tempfile.TemporaryDirectory(prefix=".stdin-", dir=data_dir) as folder:
+        copy = Path(folder, "stdin")
+        with copy.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield [copy if str(name) == "-" else name for name in files]
 
 
 @contextmanager
@@ -202,27 +232,21 @@ def _write(corpus: Corpus, folder: Path) -> tuple[list[Shard], list[Shard]]:
 
 
 def _write_split(parts: Iterable[Tokens], folder: Path, split: str, vocab_size: int) -> Iterator[Path]:
-    buffer = np.empty(SHARD_TOKENS, dtype=np.uint16)  # a page takes memory only once it is written
-    filled = count = 0
-
-    def flush() -> Path:
-        path = folder / f"{split}_{count:06d}.bin"
-        check_ids(buffer[:filled], vocab_size, path.name)
-        write_shard(path, buffer[:filled])
-        return path
-
+    writer: ShardWriter | None = None
+    count = 0
     for part in parts:
+        check_ids(part, vocab_size, f"the {split} split")
         while len(part):
-            taken = part[: SHARD_TOKENS - filled]
-            buffer[filled : filled + len(taken)] = taken
-            filled += len(taken)
-            part = part[len(taken) :]
-            if filled == SHARD_TOKENS:
-                yield flush()
-                filled, count = 0, count + 1
+            writer = writer or ShardWriter(folder / f"{split}_{count:06d}.bin")
+            room = SHARD_TOKENS - writer.count
+            writer.write(part[:room])
+            part = part[room:]
+            if writer.count == SHARD_TOKENS:
+                yield writer.close()
+                writer, count = None, count + 1
                 output.note(f"{split}: {count} shards of {SHARD_TOKENS:,} tokens")
-    if filled:
-        yield flush()
+    if writer is not None:
+        yield writer.close()
 
 
 def _move(folder: Path, target: Path, meta: DatasetMeta) -> None:

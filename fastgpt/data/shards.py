@@ -43,11 +43,44 @@ def write_shard(path: str | Path, tokens: npt.NDArray[Any]) -> None:
         raise ValueError(f"tokens must be a 1-D array of integers, not {tokens.ndim}-D of {tokens.dtype}")
     if tokens.dtype != np.uint16 and tokens.size and not 0 <= tokens.min() <= tokens.max() <= 65535:
         raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, beyond 0 to 65535")
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
     with written_whole(Path(path)) as partial, open(partial, "wb") as file:
-        file.write(header.data)  # tofile does not report that the disk is full
+        file.write(_header(len(tokens)).data)  # tofile does not report that the disk is full
         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+
+
+def _header(count: int) -> npt.NDArray[np.int32]:
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header
+
+
+class ShardWriter:
+    """A shard that is written token by token; it is one only after :meth:`close`.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        path: of the file.
+        count: tokens so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self._file = path.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def write(self, tokens: Tokens) -> None:
+        """Append 1-D tokens."""
+        self._file.write(np.ascontiguousarray(tokens, dtype="<u2").data)  # tofile hides that the disk is full
+        self.count += len(tokens)
+
+    def close(self) -> Path:
+        """Write the header; returns the path."""
+        self._file.seek(0)
+        self._file.write(_header(self.count).data)
+        self._file.close()
+        return self.path
 
 
 def read_shard(path: str | Path) -> Tokens:

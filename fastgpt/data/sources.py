@@ -19,17 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.shards import PREPARE, Shard, check_ids, read_shard
-from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, Tokens, build_tokenizer
+from fastgpt.data.text import Text, of_files, of_string, part, scan
+from fastgpt.data.tokenizer_json import JsonTokenizer
+from fastgpt.data.tokenizers import TRAINED, GPT2Tokenizer, Tokenizer, Tokens, build_tokenizer, encoded
 from fastgpt.errors import RequestError
 
 VAL_FRACTION = 0.1  # of a text
-
-BYTE_ORDER_MARK = "\ufeff"
-# What files of other encodings may start with. UTF-32's mark begins with UTF-16's.
-_OTHER_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
-}  # fmt: skip
+BPE_VOCABULARY = 8192  # of a tokenizer that is trained, if not told otherwise
 
 # Enough for a run of minutes, and prepared in about a second. The library without its tests has hardly more.
 STDLIB_BYTES = 10_000_000
@@ -77,7 +73,7 @@ class Source:
         needs: what it needs apart from this machine, for the help; empty if nothing.
         tokenizer: the one that is used by default.
         vocab_size: with that tokenizer; ``None`` if it depends on the text.
-        text: takes the files, and returns the text and where it is from; ``None`` for a source that is not one text.
+        text: takes the files and the field of a row, and returns the text; ``None`` for a source that is not one.
         corpus: takes the validation fraction, and returns the corpus; for a source with a fixed tokenizer.
         shards: takes the number of training shards, and returns the corpus; for a source with ready-made shards.
     """
@@ -86,12 +82,18 @@ class Source:
     needs: str
     tokenizer: str
     vocab_size: int | None
-    text: Callable[[Sequence[str | Path]], tuple[str, str]] | None = None
+    text: Callable[[Sequence[str | Path], str], Text] | None = None
     corpus: Callable[[float | None], Corpus] | None = None
     shards: Callable[[int | None], Corpus] | None = None
 
     def make_corpus(
-        self, files: Sequence[str | Path], tokenizer: str | None, val_fraction: float | None, shards: int | None
+        self,
+        files: Sequence[str | Path],
+        tokenizer: str | None,
+        val_fraction: float | None,
+        shards: int | None,
+        text_field: str = "text",
+        vocab_size: int | None = None,
     ) -> Corpus:
         """The source's tokens. The arguments are those of :func:`fastgpt.data.prepare.prepare`."""
         if self.shards is not None:
@@ -99,51 +101,28 @@ class Source:
         if self.corpus is not None:
             return self.corpus(val_fraction)
         assert self.text is not None
-        text, origin = self.text(files)
+        text = self.text(files, text_field)
+        found = scan(text)
         val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
-        built = build_tokenizer(tokenizer or self.tokenizer, text)
-        cut = int(len(text) * (1 - val_fraction))
+        cut = int(found.n_characters * (1 - val_fraction))
+        name = tokenizer or self.tokenizer
+        if name == TRAINED:
+            pieces = (piece for piece in part(text.pieces(), 0, cut) if piece is not None)
+            built: Tokenizer = JsonTokenizer.train(pieces, vocab_size or BPE_VOCABULARY)
+        elif name.endswith(".json") or Path(name).is_dir():
+            built = JsonTokenizer.open(Path(name))
+        else:
+            built = build_tokenizer(name, "".join(found.characters))
+        origin = f"{text.origin} (SHA-256 {found.sha256[:16]})" if files else text.origin
         split = f"the last {val_fraction:g} of the text is validation"
-        return Corpus(origin, split, built, map(built.encode, [text[:cut]]), map(built.encode, [text[cut:]]))
+        train, val = (encoded(part(text.pieces(), *limits), built) for limits in ((0, cut), (cut, None)))
+        return Corpus(origin, split, built, train, val)
 
 
 # ---- text ----
 
 
-def _files_text(files: Sequence[str | Path]) -> tuple[str, str]:
-    text = "".join(_read_text(file) for file in files)
-    names = ", ".join(Path(file).name for file in files)
-    return text, f"{names} (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
-
-
-def _read_text(file: str | Path) -> str:
-    """The text of a UTF-8 file, without the byte-order mark that some editors put in front."""
-    try:
-        text = Path(file).read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
-    except OSError as error:
-        raise RequestError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        encoding = next((name for mark, name in _OTHER_MARKS.items() if error.object.startswith(mark)), None)
-        if encoding is not None:
-            raise _wrong_encoding(file, encoding) from error
-        raise RequestError(
-            f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
-    if "\0" in text:
-        # one of the two bytes of an ASCII character is 0
-        if len(text) % 2 == 0 and {"\0"} in (set(text[:200:2]), set(text[1:200:2])):
-            raise _wrong_encoding(file, "UTF-16")
-        raise RequestError(f"{file} is not text: character {text.index(chr(0))} is NUL")
-    if not text:
-        raise RequestError(f"{file} is empty")
-    return text
-
-
-def _wrong_encoding(file: str | Path, encoding: str) -> RequestError:
-    return RequestError(f"{file} is {encoding} text: save it as UTF-8 (iconv -f {encoding} -t UTF-8)")
-
-
-def _stdlib_text(files: Sequence[str | Path]) -> tuple[str, str]:
+def _stdlib_text(files: Sequence[str | Path], text_field: str) -> Text:
     """The library's Python files, always in the same order, up to ``STDLIB_BYTES``."""
     root = sysconfig.get_path("stdlib")
     content = bytearray()
@@ -155,7 +134,7 @@ def _stdlib_text(files: Sequence[str | Path]) -> tuple[str, str]:
         raise RequestError(f"this Python has no source files in {root}; use {PREPARE} text FILE")
     # the cut may lie inside a character
     text = content[:STDLIB_BYTES].decode("utf-8", errors="ignore")
-    return text, f"standard library of Python {sys.version.split()[0]}"
+    return of_string(text, f"standard library of Python {sys.version.split()[0]}")
 
 
 def _stdlib_files(root: str) -> Iterator[Path]:
@@ -164,7 +143,7 @@ def _stdlib_files(root: str) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
-def _shakespeare_text(files: Sequence[str | Path]) -> tuple[str, str]:
+def _shakespeare_text(files: Sequence[str | Path], text_field: str) -> Text:
     elsewhere = f"get that file in another way, then: {PREPARE} text FILE --name shakespeare-char"
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
@@ -173,7 +152,7 @@ def _shakespeare_text(files: Sequence[str | Path]) -> tuple[str, str]:
         raise RequestError(f"cannot download {SHAKESPEARE_URL} ({_line(error)}): {elsewhere}") from error
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:  # such as a network's login page
         raise RequestError(f"{SHAKESPEARE_URL} returned something other than that file: {elsewhere}")
-    return content.decode("utf-8"), SHAKESPEARE_URL
+    return of_string(content.decode("utf-8"), SHAKESPEARE_URL)
 
 
 # ---- tokens of Hugging Face's datasets ----
@@ -245,7 +224,7 @@ GPT2 = GPT2Tokenizer.vocab_size
 
 SOURCES: dict[str, Source] = {
     "stdlib": Source("Python's own library: on every machine, offline", "", "byte", 256, text=_stdlib_text),
-    "text": Source("your own text: text FILE…", "", "char", None, text=_files_text),
+    "text": Source("your own text: text FILE…", "", "char", None, text=of_files),
     "shakespeare-char": Source("nanoGPT's smallest dataset, 1 MB", "network", "char", 65, text=_shakespeare_text),
     "openwebtext": Source(
         "nanoGPT's GPT-2 dataset, 9 billion tokens", "network, 54 GB of cache and `pip install datasets`", "gpt2", GPT2,

@@ -8,7 +8,7 @@ import json
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.uint16]
 
 TOKENIZERS = ("char", "byte", "gpt2")
+TRAINED = "train"  # in the place of a tokenizer's name: a byte-pair encoding is learnt from the text
 MOST_IDS = 2**16  # tokens are uint16
+ENCODED_AT_ONCE = 1 << 22  # characters
 
 
 class Tokenizer(ABC):
@@ -148,6 +150,23 @@ class GPT2Tokenizer(Tokenizer):
             return [encode(texts[0])]
         with ThreadPoolExecutor(limits.threads().amount) as pool:  # tiktoken releases the GIL while it encodes
             return list(pool.map(encode, texts))
+
+
+def encoded(pieces: Iterable[str | None], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """The tokens of a text in pieces; between documents, ``None``, comes the end of text if the tokenizer has one."""
+    held = ""
+    for piece in pieces:
+        if piece is None:
+            yield tokenizer.encode(held)
+            yield np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint16)
+            held = ""
+            continue
+        held += piece
+        # Byte-pair encodings may merge across the end of a piece, except at a safe cut.
+        while len(held) >= ENCODED_AT_ONCE and (cuts := list(_SAFE_CUT.finditer(held, len(held) - 4096))):
+            yield tokenizer.encode(held[: cuts[-1].end()])
+            held = held[cuts[-1].end() :]
+    yield tokenizer.encode(held)
 
 
 def build_tokenizer(name: str, text: str) -> Tokenizer:

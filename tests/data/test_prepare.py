@@ -151,7 +151,8 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
     [
         (("text",), {}, "text needs at least one file"),
         (("text", ["missing.txt"]), {}, "missing.txt: No such file"),
-        (("text", ["."]), {"name": "x"}, "cannot read"),
+        (("text", ["book.txt"]), {"tokenizer": "byte", "vocab_size": 300}, "--vocab_size is for --tokenizer train"),
+        (("text", ["book.txt"]), {"tokenizer": "train", "vocab_size": 256}, "--vocab_size must be from 257 to 65536"),
         (("shakespear-char",), {}, "did you mean shakespeare-char"),
         (("book.txt",), {}, "prepare text book.txt"),
         (("stdlib", ["book.txt"]), {}, "stdlib takes no files"),
@@ -340,7 +341,7 @@ def test_an_interrupted_preparation_leaves_what_was_there(monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_shard", interrupt)
+    monkeypatch.setattr(module, "ShardWriter", interrupt)
     for name in ("d", "new"):
         with pytest.raises(KeyboardInterrupt):
             prepare("text", ["book.txt"], name=name, tokenizer="byte", overwrite=True)
@@ -365,7 +366,7 @@ def test_a_disk_that_is_full_is_answered_in_one_line(monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_shard", full)
+    monkeypatch.setattr(module, "ShardWriter", full)
     assert refusal("text", ["book.txt"]) == "cannot write to data: No space left on device"
 
 
@@ -389,11 +390,10 @@ import sys, time
 from fastgpt.cli import run
 from fastgpt.data import prepare
 from fastgpt.data.__main__ import main
-write_shard = prepare.write_shard
 def slow(*args):
     print("writing", flush=True)
     time.sleep(60)
-prepare.write_shard = slow
+prepare.ShardWriter = slow
 run(main)
 """
 PREPARE = ["prepare", "text", "book.txt", "--name=d"]
@@ -475,7 +475,7 @@ def test_a_dataset_that_another_process_has_made_meanwhile_is_not_made_again(mon
     path = prepare("text", ["book.txt"], name="d")
     holders = iter(["process 7 on here", "process 7 on here", None])
     monkeypatch.setattr(module.Lock, "acquire", lambda lock: next(holders))
-    monkeypatch.setattr(module, "write_shard", None)
+    monkeypatch.setattr(module, "ShardWriter", None)
     assert prepare("text", ["book.txt"], name="d") == path
     assert capsys.readouterr().err.splitlines() == [
         "waiting for process 7 on here, which is preparing data/d", "data/d has been made by process 7 on here",
