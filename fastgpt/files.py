@@ -1,10 +1,27 @@
-"""Files that are written whole or not at all, and their SHA-256."""
+"""Paths that can be had, files that are written whole or not at all, and their SHA-256."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fastgpt.errors import RequestError
+
+
+def reachable(path: Path) -> Path:
+    """``path``, which need not exist.
+
+    Raises:
+        RequestError: no file can be there, or it cannot be seen: too long a name, a loop of links, no permission.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    return path
 
 
 @contextmanager

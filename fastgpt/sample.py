@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 1), ("temperature", 0)):
         if not getattr(options, name) >= least:  # NaN too
             parser.error(f"--{name} must be at least {least}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
 
     hardware.use_threads()
     model, tokenizer = load(Path(options.run), hardware.find_device(options.device))

@@ -10,6 +10,7 @@ from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, read_sha
 from fastgpt.data.sources import SOURCES
 from fastgpt.data.tokenizers import Tokenizer, Tokens, tokenizer_from_meta
 from fastgpt.errors import RequestError, did_you_mean
+from fastgpt.files import reachable
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dat
     ``RequestError`` if there is no such dataset, with how to get it, or if one of its files is damaged.
     """
     data_dir = Path(data_dir)
-    candidates = (data_dir / name_or_path, Path(name_or_path))
+    candidates = (reachable(data_dir / name_or_path), reachable(Path(name_or_path)))
     for path in candidates:
         if (path / META_FILE).is_file():
             return _open_folder(path)

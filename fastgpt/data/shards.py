@@ -56,7 +56,7 @@ def read_shard(path: str | Path) -> Tokens:
     size = _size(path)
     if size < HEADER_BYTES:
         raise RequestError(f"{path} is no token shard: {size} bytes, less than the {HEADER_BYTES} of its header")
-    magic, version, count = (int(n) for n in np.fromfile(path, dtype="<i4", count=3))
+    magic, version, count = _first_words(path, 3)
     if magic != MAGIC:
         raise RequestError(f"{path} is no token shard: it starts with {magic}, not the magic number {MAGIC}")
     if version != VERSION:
@@ -76,7 +76,7 @@ def read_tokens(path: str | Path) -> Tokens:
     """
     size = _size(path)
     # Bare GPT-2 tokens cannot start like a shard: the magic number's lower half is 55432.
-    magic = np.fromfile(path, dtype="<i4", count=1)[0] if size >= 4 else None
+    magic = _first_words(path, 1)[0] if size >= 4 else None
     if magic == MAGIC:
         return read_shard(path)
     if magic == MAGIC_UINT32:
@@ -99,6 +99,13 @@ def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
 def _size(path: str | Path) -> int:
     try:
         return os.stat(path).st_size
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _first_words(path: str | Path, count: int) -> list[int]:
+    try:
+        return np.fromfile(path, dtype="<i4", count=count).tolist()
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error
 

@@ -49,9 +49,9 @@ def generate(
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """(B, V) logits to (B, 1) token ids."""
-    if temperature == 0.0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # a quotient by 0, or by less than fp32 has, is no logit
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0, so that none overflows to infinity
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)

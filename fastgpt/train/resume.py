@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from fastgpt import json_files
 from fastgpt.data.dataset import Dataset
 from fastgpt.errors import RequestError
+from fastgpt.files import reachable
 from fastgpt.model.config import GPTConfig
 from fastgpt.train import checkpoint, run_folder
 from fastgpt.train.config import TrainConfig, parse_flags, resolve
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
     start = given.get("init_from", TrainConfig.init_from)
     if start == "scratch":
         return resolve(given, presets)
-    run_dir = Path(given.get("out_dir") or f"runs/{given.get('preset', TrainConfig.preset)}")
+    run_dir = reachable(Path(given.get("out_dir") or f"runs/{given.get('preset', TrainConfig.preset)}"))
     if (run_dir / run_folder.CHECKPOINTS).is_dir():
         with run_folder.RunLock(run_dir):  # a process that is saving there now has no name to give back
             checkpoint.recover(run_dir)  # before auto takes the folder for one without a checkpoint

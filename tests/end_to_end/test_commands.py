@@ -194,6 +194,8 @@ def test_sampling_a_damaged_run_is_refused(capsys, trained):
         ("--num_samples=0", "--num_samples must be at least 1"),
         ("--top_k=0", "--top_k must be at least 1"),
         ("--temperature=-1", "--temperature must be at least 0"),
+        ("--seed=-1", "--seed must be from 0 to 2**63 - 1, got -1"),
+        (f"--seed={2**64}", "--seed must be from 0 to 2**63 - 1"),
         ("--device=tpu", "not 'tpu'"),
         ("--device=cuda:99", "CUDA devices here"),
         ("--prompt=", "--prompt is empty"),

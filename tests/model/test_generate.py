@@ -94,6 +94,12 @@ def test_top_1_is_temperature_0(model, prompt):
     assert not torch.equal(written(model, prompt, 20, temperature=5.0, top_k=2), greedy)
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-39, 1e-45, 1e-320])
+def test_a_temperature_near_0_is_temperature_0(model, prompt, temperature):
+    greedy = written(model, prompt, 20, temperature=0.0)
+    assert torch.equal(written(model, prompt, 20, temperature=temperature), greedy)
+
+
 def test_only_the_likeliest_k_tokens_are_drawn(model, prompt):
     with torch.no_grad():
         likeliest = set(model(prompt[:1]).topk(3).indices[0].tolist())
