@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all gpu gpu-rehearsal gpu-proof asan soak corruption mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu gpu-rehearsal gpu-proof asan soak corruption fuzz mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ asan: $(VENV)/.installed  ## test the C++ kernels under AddressSanitizer and Und
 	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_SANITIZE=1 FASTGPT_REQUIRE_BUILD=1 \
 		$(BIN)/python setup.py -q build --build-lib $(ASAN)/lib --build-temp $(ASAN)/temp
 	$(ASAN_RUN) $(BIN)/pytest -o pythonpath= -n auto tests/bench/test_asan.py tests/kernels -k "asan or cpp and not compile"
+
+fuzz: $(VENV)/.installed  ## call kernels and read files with random arguments and contents, ten minutes each
+	$(BIN)/python -m bench.robustness.fuzz
 
 mfu:  ## time whole training steps against torch.compile, on a GPU, with this python3 (ARGS=… for flags)
 	$(PYTHON) -m bench.mfu $(ARGS)
