@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all gpu gpu-rehearsal gpu-proof soak corruption mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu gpu-rehearsal gpu-proof asan soak corruption fuzz mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,22 @@ corruption: $(VENV)/.installed  ## damage the files of a small run 2,000 times, 
 
 gpu-proof: $(VENV)/.installed  ## check the GPU's kernels for illegal accesses and races, without a GPU
 	$(BIN)/python -m bench.gpu_proof
+
+# Python and PyTorch leave memory to the end of the process, which is no leak. Memory is handed out full of NaN, as the
+# tests want it. A report ends a test's process; pytest leaves standard error alone, so that it can be read.
+ASAN = build/asan
+ASAN_RUN = LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=$(abspath $(ASAN))/lib:$(CURDIR) \
+	PYTEST_ADDOPTS=--capture=sys FASTGPT_SANITIZE=1 OMP_NUM_THREADS=1
+
+asan: $(VENV)/.installed  ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in fifteen minutes
+	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_SANITIZE=1 FASTGPT_REQUIRE_BUILD=1 \
+		$(BIN)/python setup.py -q build --build-lib $(ASAN)/lib --build-temp $(ASAN)/temp
+	$(ASAN_RUN) $(BIN)/pytest -o pythonpath= -n auto tests/bench/test_asan.py tests/kernels -k "asan or cpp and not compile"
+
+fuzz: $(VENV)/.installed  ## call kernels and read files with random arguments and contents, ten minutes each
+	$(BIN)/python -m bench.robustness.fuzz
 
 mfu:  ## time whole training steps against torch.compile, on a GPU, with this python3 (ARGS=… for flags)
 	$(PYTHON) -m bench.mfu $(ARGS)

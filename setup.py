@@ -2,7 +2,8 @@
 
 fastgpt/kernels/cpp.py loads the one that the CPU at hand can run. A build that fails (no compiler, say) is
 not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why. With
-``FASTGPT_REQUIRE_BUILD=1`` it is.
+``FASTGPT_REQUIRE_BUILD=1`` it is. With ``FASTGPT_SANITIZE=1`` the libraries report accesses out of bounds and undefined
+behaviour, and end the process; ``make asan`` builds them so, in a place of their own.
 """
 
 import os
@@ -24,6 +25,12 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
 
 TARGET_TORCH = "0x020b000000000000"  # the oldest torch supported, 2.11, as torch/headeronly/version.h writes it
 
+SANITIZERS, OPTIMISATION = [], ["-O3", "-g0"]
+if os.environ.get("FASTGPT_SANITIZE"):
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    # Traces are whole. Python's own flags may have -fwrapv, with which no overflow is undefined.
+    OPTIMISATION = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv"]
+
 # Error messages name the source they come from; with its folder cut off, a build is the same bits in any place.
 UNPLACED = [f"-fmacro-prefix-map={folder}{os.sep}=" for folder in (Path.cwd(), *include_paths())]
 
@@ -34,8 +41,8 @@ def extension(name: str, flags: list[str]) -> CppExtension:
         sorted(str(path) for path in Path("csrc").glob("*.cpp")),
         depends=["setup.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))],  # setup.py holds the flags
         extra_compile_args=[
-            "-O3",
-            "-g0",
+            *OPTIMISATION,
+            *SANITIZERS,
             "-std=c++17",
             "-fvisibility=hidden",
             "-ffp-contract=fast",  # a * b + c as one FMA
@@ -45,6 +52,7 @@ def extension(name: str, flags: list[str]) -> CppExtension:
             *UNPLACED,
             *flags,
         ],
+        extra_link_args=SANITIZERS,
         py_limited_api=True,
     )
 

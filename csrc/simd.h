@@ -224,7 +224,7 @@ struct Rounded {
 FASTGPT_INLINE Rounded round(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2**23: in a sum with it no bits of fraction remain
   const Vec shifted = x + magic;  // its lowest bits are the integer, so a shift by 23 makes an exponent of it
-  return {shifted - magic, as_float((as_int(shifted) << 23) + 0x3f800000)};
+  return {shifted - magic, as_float((IntVec)(((UintVec)shifted << 23) + 0x3f800000u))};
 }
 
 // e**x for x <= 0 (or slightly above), within 2 ulp; 0 below -87.33, where the result would be subnormal; NaN for NaN.

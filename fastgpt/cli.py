@@ -65,6 +65,11 @@ def parse_bool(text: str) -> bool:
     return value
 
 
+def printable(text: str) -> str:
+    """``text`` in one line that does nothing to a terminal: line breaks and the like are written as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run an entry point, and exit the process with the status that stands for its outcome."""
     output.make_safe()
@@ -74,7 +79,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] 
             status = main(argv) or 0
             sys.stdout.flush()
     except RequestError as error:
-        output.note(f"error: {error}")
+        output.note(f"error: {printable(str(error))}")
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT

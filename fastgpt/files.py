@@ -1,4 +1,4 @@
-"""Files that are complete or do not exist, their SHA-256, and lock files."""
+"""Paths that can be reached, files that are complete or do not exist, their SHA-256, and lock files."""
 
 import hashlib
 import os
@@ -7,10 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastgpt.errors import RequestError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+def reachable(path: Path) -> Path:
+    """``path``, which need not exist.
+
+    Raises:
+        RequestError: no file can be there, or it cannot be seen: too long a name, a loop of links, no permission.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    return path
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def build(kind: type[T], content: Any, where: str, *, complete: bool = False) ->
         raise RequestError(f"{where}: expected a table, got {_shown(content)}")
     own = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for name in content.keys() - own.keys():
-        raise RequestError(f"{where}: unknown entry '{name}'{did_you_mean(name, list(own))}")
+        raise RequestError(f"{where}: unknown entry {_shown(name)}{did_you_mean(name, list(own))}")
     for name, field in own.items():
         optional = field.default is not MISSING or field.default_factory is not MISSING
         if name not in content and (complete or not optional):

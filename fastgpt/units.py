@@ -90,7 +90,7 @@ def parse_count(flag: str, text: str) -> float:
         count = float(number.rstrip("KMB")) * factor
     except ValueError:
         count = 0.0
-    if not count > 0:
+    if not 0 < count < math.inf:
         raise RequestError(f"--{flag} takes a count such as 124M, not '{text}'")
     return count
 
@@ -102,6 +102,6 @@ def parse_gigabytes(flag: str, text: str) -> float:
         RequestError: the text cannot be parsed. The message names the flag.
     """
     number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", text.strip(), re.IGNORECASE)
-    if number is None or float(number[1]) == 0:
+    if number is None or not 0 < float(number[1]) < math.inf:
         raise RequestError(f"--{flag} takes an amount such as 12GB, not '{text}'")
     return float(number[1])

@@ -111,6 +111,11 @@ def test_a_wrong_request_exits_with_2_and_one_line(capsys):
     assert capsys.readouterr() == ("", "error: no such thing; try another\n")
 
 
+def test_the_line_stays_one_and_does_nothing_to_a_terminal_whatever_it_quotes(capsys):
+    assert status_of(raising(RequestError("no file 'a\nb\r\x1b[2Jé\udcff'"))) == 2
+    assert capsys.readouterr().err == "error: no file 'a\\nb\\r\\x1b[2Jé\\udcff'\n"
+
+
 def test_an_interrupt_exits_with_130(capsys):
     assert status_of(raising(KeyboardInterrupt())) == 128 + signal.SIGINT == 130
     assert capsys.readouterr().err == ""

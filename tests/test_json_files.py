@@ -122,6 +122,7 @@ def test_a_dataclass_is_built_with_all_that_it_holds():
         ({"table": {"a": "b"}}, "table: a: expected an integer of 64 bits, got 'b'"),
         ({"table": []}, r"table: expected a table, got \[\]"),
         ({"cuont": 1}, r"unknown entry 'cuont'; did you mean count\?"),
+        ({"a\nb": 1}, r"unknown entry 'a\\nb'"),
     ],
 )
 def test_a_wrong_entry_is_named(change, message):

@@ -12,6 +12,7 @@ from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, read_sha
 from fastgpt.data.sources import SOURCES
 from fastgpt.data.tokenizers import Tokenizer, Tokens, tokenizer_from_meta
 from fastgpt.errors import RequestError, did_you_mean
+from fastgpt.files import reachable
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def open_dataset(name_or_path: str | Path, data_dir: str | Path = "data") -> Dat
     is replaced while it is opened.
     """
     data_dir = Path(data_dir)
-    candidates = (data_dir / name_or_path, Path(name_or_path), data_dir / str(name_or_path).replace("_", "-"))
+    names = (data_dir / name_or_path, Path(name_or_path), data_dir / str(name_or_path).replace("_", "-"))
+    candidates = tuple(map(reachable, names))
     for path in candidates:
         if (path / META_FILE).is_file():
             return _open_folder(path)

@@ -29,7 +29,7 @@ from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, ShardWri
 from fastgpt.data.sources import FINEWEB_SHARDS, SOURCES, Corpus
 from fastgpt.data.tokenizers import MOST_IDS, TRAINED, Tokens, build_tokenizer
 from fastgpt.errors import RequestError, did_you_mean
-from fastgpt.files import Lock
+from fastgpt.files import Lock, reachable
 
 SHARD_TOKENS = 100_000_000  # 200 MB, as llm.c cuts its data
 SECONDS_BETWEEN_LOOKS = 0.2  # whether another process is done
@@ -76,7 +76,7 @@ def prepare(
     name = name or (_name_of(files[0]) if files else source)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise RequestError(f"'{name}' cannot be a dataset's name (letters, digits, _ . + -): pass another as --name")
-    target = Path(data_dir, name)
+    target = reachable(Path(data_dir, name))
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file: pass another --name")
     try:
@@ -106,7 +106,7 @@ def _check_request(
     vocab_size: int | None,
 ) -> None:
     if source not in SOURCES:
-        is_file = Path(source).is_file()
+        is_file = os.path.isfile(source)  # also of what is too long for a path
         hint = f"; for a text file: {PREPARE} text {source}" if is_file else did_you_mean(source, SOURCES)
         raise RequestError(f"no source '{source}' (there are {', '.join(SOURCES)}){hint}")
     if source == "text" and not files:

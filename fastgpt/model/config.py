@@ -4,14 +4,17 @@ from dataclasses import dataclass
 
 from fastgpt.kernels.heads import MAX_HEAD_SIZE
 
+# Of anything that a GPT has: no computer holds a matrix of this width, and a number beyond it is a slip of the hand.
+LARGEST_SIZE = 2**24
+
 
 @dataclass(frozen=True)
 class GPTConfig:
     """GPT-2's architecture. The defaults are GPT-2 124M with its vocabulary padded for the GEMMs.
 
     Raises:
-        ValueError: a size is not positive, ``n_head`` does not divide ``n_embd``, or ``dropout`` is no
-            probability.
+        ValueError: a size is not from 1 to ``LARGEST_SIZE``, ``n_head`` does not divide ``n_embd``, or ``dropout`` is
+            no probability.
     """
 
     block_size: int = 1024
@@ -24,10 +27,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            size = getattr(self, name)
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+            if size > LARGEST_SIZE:
+                raise ValueError(f"{name} must be at most {LARGEST_SIZE:,}, got {size:,}")
         if self.n_embd % self.n_head:
-            nearest = max(d for d in range(1, self.n_head + 1) if self.n_embd % d == 0)
+            nearest = max(d for d in range(1, min(self.n_head, self.n_embd) + 1) if self.n_embd % d == 0)
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"n_head={nearest} or n_embd={round(self.n_embd / self.n_head) * self.n_head or self.n_head} would do"

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fastgpt import output
+from fastgpt.errors import RequestError
 from fastgpt.train.trackers import Tracker
 from fastgpt.units import SHORT_DTYPES, dtype_name, duration
 
@@ -46,7 +47,10 @@ class RunLog:
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "RunLog":
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise RequestError(f"cannot write {self._path}: {error.strerror}") from error
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
             self._unwritten = b"\n"  # a killed run left half a line, which no new one may continue
@@ -159,10 +163,17 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     Where a step was logged twice, before and after a resume, the later record counts. Every process that trained has a
     ``start``, and if it was not killed an ``end``. Lines that are damaged, such as
     half of one that a killed run left, are skipped; ``damaged`` has an entry for each.
+
+    Raises:
+        RequestError: the file cannot be read.
     """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
     records: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in _REQUIRED}
     damaged = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         record = _parsed(line)
         if record is not None:
             same = record["step"], record.get("code", ""), record.get("time", "")

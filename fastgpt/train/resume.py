@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from fastgpt import json_files
 from fastgpt.data.dataset import Dataset
 from fastgpt.errors import RequestError
+from fastgpt.files import reachable
 from fastgpt.model.config import GPTConfig
 from fastgpt.train import checkpoint, run_folder
 from fastgpt.train.config import TrainConfig, parse_flags, resolve
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str] | None, presets: dict[str, dict[str, Any]]) -> Tra
         _check_initial_model(start, given)
         return resolve(given, presets)
     preset = given.get("preset", TrainConfig.preset)
-    run_dir = Path(given.get("out_dir") or presets.get(preset, {}).get("out_dir") or f"runs/{preset}")
+    run_dir = reachable(Path(given.get("out_dir") or presets.get(preset, {}).get("out_dir") or f"runs/{preset}"))
     if (run_dir / run_folder.CHECKPOINTS).is_dir():
         with run_folder.RunLock(run_dir):  # a process that is saving there now has no name to give back
             checkpoint.recover(run_dir)  # before auto takes the folder for one without a checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgpt import json_files
 from fastgpt.errors import RequestError
-from fastgpt.files import Lock
+from fastgpt.files import Lock, reachable
 from fastgpt.model.config import GPTConfig
 from fastgpt.train.config import TrainConfig
 from fastgpt.units import count_of, size
@@ -55,7 +55,7 @@ def check(config: TrainConfig) -> Path:
     Raises:
         RequestError: it holds a run and ``--overwrite`` is not given, or it is a file.
     """
-    run_dir = Path(config.out_dir)
+    run_dir = reachable(Path(config.out_dir))
     if run_dir.exists() and not run_dir.is_dir():
         raise RequestError(f"--out_dir {run_dir} is a file, not a folder")
     if held(run_dir) and not config.overwrite:
@@ -157,7 +157,7 @@ def read_config(run_dir: Path) -> RunConfig:
     Raises:
         RequestError: ``run_dir`` is not a run, or the file is damaged.
     """
-    path = run_dir / CONFIG
+    path = reachable(run_dir / CONFIG)
     if not path.is_file():
         raise RequestError(f"{run_dir} is not a run: it has no {CONFIG}")
     return json_files.build(RunConfig, json_files.read(path), str(path))

@@ -20,13 +20,14 @@ from fastgpt.errors import RequestError
 from fastgpt.kernels import dispatch
 from fastgpt.limits import Bound
 from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig, padded_vocab_size
-from fastgpt.train import resume, run_folder, trackers
+from fastgpt.train import checkpoint, resume, run_folder, trackers
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.diagnose import Facts, wanted_tokens_per_step
 from fastgpt.train.models import open_model
 from fastgpt.train.predict import micro_batch, roofline
 from fastgpt.train.predict.roofline import Prediction
 from fastgpt.train.predict.trace import Setup
+from fastgpt.units import count, size
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def settle(config: TrainConfig) -> Settled:
         config, initial = _start_from(config, dataset)
         vocab_size = len(initial["transformer.wte.weight"])
     gpt_config = config.gpt_config(vocab_size)
-    memory, _ = hardware.memory(device)
+    memory, total = hardware.memory(device)
+    _check_size(gpt_config, config.state_bits, total)
     settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
     changes = resume.differences(run_dir, settled) if resuming and run_folder.is_run(run_dir) else []
     open_values = {"batch_size": None, "recompute": "auto"}
@@ -182,6 +184,20 @@ def _check_compilers(config: TrainConfig, device: torch.device, backend: str) ->
         missing = compilers.missing_for_triton()
         if missing is not None:
             raise RequestError(f"{missing}; --backend reference works without, slower")
+
+
+def _check_size(gpt_config: GPTConfig, state_bits: int, memory: Bound) -> None:
+    """Refuse a model whose weights, gradients and moments alone, all fp32 or with 8-bit moments, are too large.
+
+    No micro-batch makes them smaller, and to create such a model would take long, and the memory of other programs.
+    """
+    least = checkpoint.n_bytes(gpt_config.n_params, state_bits) + 4 * gpt_config.n_params
+    if least > memory.amount:
+        raise RequestError(
+            f"a model of {count(gpt_config.n_params)} parameters takes {size(least)} for weights, gradients and "
+            f"moments, more than the {size(memory.amount)} of this machine ({memory.source}): make it smaller, or "
+            "pass --state_bits 8"
+        )
 
 
 def _open_or_prepare(config: TrainConfig) -> Dataset:

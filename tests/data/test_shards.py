@@ -238,6 +238,19 @@ def test_a_damaged_meta_is_refused_with_its_path(tmp_path, content):
     assert str(tmp_path / "d" / "meta.json") in refusal(open_dataset, "d", tmp_path)
 
 
+def test_a_folder_in_the_place_of_a_file_of_tokens_is_refused(tmp_path):
+    make_dataset(tmp_path / "d")
+    (tmp_path / "d" / "val_000000.bin").unlink()
+    (tmp_path / "d" / "val_000000.bin").mkdir()
+    assert "val_000000.bin: Is a directory" in refusal(open_dataset, "d", tmp_path)
+
+
+@pytest.mark.parametrize("name", [300 * "x", 3000 * "x/"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    assert "File name too long" in refusal(open_dataset, name, tmp_path)
+    assert "File name too long" in refusal(open_dataset, "d", tmp_path / name)
+
+
 def test_meta_json_holds_what_the_format_promises(tmp_path):
     meta = make_dataset(tmp_path / "d")
     content = json.loads((tmp_path / "d" / shards.META_FILE).read_text())

@@ -88,6 +88,12 @@ def test_a_size_below_one_is_refused_by_name(name):
         GPTConfig(**{name: 0})
 
 
+@pytest.mark.parametrize("name", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"])
+def test_a_size_of_a_slip_of_the_hand_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} must be at most 16,777,216, got 1,000,000,000"):
+        GPTConfig(**{name: 10**9})
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
 def test_a_dropout_that_is_no_probability_is_refused(dropout):
     with pytest.raises(ValueError, match="dropout"):

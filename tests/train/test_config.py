@@ -7,7 +7,7 @@ from fastgpt.model.config import padded_vocab_size
 from fastgpt.train.config import TrainConfig, divisors
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.resume import parse
-from fastgpt.units import parse_gigabytes
+from fastgpt.units import parse_count, parse_gigabytes
 
 _NAMES = """
     device compile dtype eval_interval eval_iters log_interval block_size batch_size gradient_accumulation_steps
@@ -415,3 +415,11 @@ def test_nanogpts_two_flags_mean_what_they_mean_there_whatever_the_preset():
 @pytest.mark.parametrize(("text", "expected"), [("12GB", 12.0), ("11.5", 11.5), ("8 gib", 8.0)])
 def test_memory_is_given_as_cards_are_sold(text, expected):
     assert parse_gigabytes("vram", text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "", "x", "1e400", 400 * "9"])
+def test_an_amount_that_no_float_holds_is_refused_like_any_that_is_none(text):
+    with pytest.raises(RequestError, match=f"--vram takes an amount such as 12GB, not '{text}'"):
+        parse_gigabytes("vram", text)
+    with pytest.raises(RequestError, match=f"--tokens takes a count such as 124M, not '{text}'"):
+        parse_count("tokens", text)

@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from fastgpt.errors import RequestError
 from fastgpt.train.log import RunLog, plot_losses, read_metrics
 from fastgpt.units import duration
 
@@ -103,6 +104,14 @@ def test_damaged_lines_are_skipped_and_counted_and_no_line_continues_one(metrics
     assert [record["step"] for record in records["train"]] == [1, 3]
     assert records["eval"] == records["finding"] == []
     assert records["damaged"] == ([] if damage == "zeros" else [{"line": 2}])
+
+
+def test_a_file_of_metrics_that_cannot_be_read_or_written_is_a_wrong_request(metrics):
+    metrics.mkdir()
+    with pytest.raises(RequestError, match=r"metrics\.jsonl cannot be read: Is a directory"):
+        read_metrics(metrics)
+    with pytest.raises(RequestError, match=r"cannot write .*metrics\.jsonl: Is a directory"), log_to(metrics):
+        pass
 
 
 def test_metrics_that_a_full_disk_refuses_are_written_once_there_is_room(metrics, monkeypatch):

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fastgpt import json_files
+from fastgpt import hardware, json_files
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import read_shard, write_shard
 from fastgpt.errors import RequestError
 from fastgpt.kernels import use_backend
+from fastgpt.limits import Bound
 from fastgpt.train import checkpoint, resume, spikes
 from fastgpt.train.diagnose import DATA
 from fastgpt.train.log import RunLog, read_metrics
@@ -327,6 +328,19 @@ def test_a_model_that_memory_does_not_hold_is_refused_in_a_line(monkeypatch, dat
     monkeypatch.setattr(command, "Trainer", full)
     with pytest.raises(RequestError, match=r"out of memory while the model was created \(.* GiB, .*\): a smaller"):
         command.main(["--dataset=words", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run", "--device=cpu"])
+
+
+def test_a_model_that_the_memory_cannot_hold_is_refused_before_it_is_made(trainer, monkeypatch):
+    def with_memory(n_bytes, **flags):
+        monkeypatch.setattr(hardware, "memory", lambda device: (Bound(n_bytes, "a box"),) * 2)
+        trainer(**flags)
+
+    parameters = trainer().settled.gpt_config.n_params
+    with_memory(16 * parameters)
+    with_memory(11 * parameters, state_bits=8)
+    for n_bytes, state_bits in ((16 * parameters - 1, 32), (10 * parameters, 8)):
+        with pytest.raises(RequestError, match=r"for weights, gradients and moments, .* MiB of this machine \(a box\)"):
+            with_memory(n_bytes, state_bits=state_bits)
 
 
 def test_an_automatic_micro_batch_makes_the_update_exact(trainer, tmp_path):
