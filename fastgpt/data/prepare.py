@@ -79,22 +79,28 @@ def prepare(
     target = reachable(Path(data_dir, name))
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file: pass another --name")
+    with _spooled(files) as readable:
+        corpus = SOURCES[source].make_corpus(readable, tokenizer, val_fraction, shards, text_field, vocab_size)
+        _make(corpus, target, overwrite)
+    return target
+
+
+def _make(corpus: Corpus, target: Path, overwrite: bool) -> None:
+    """Write a dataset, unless another process has just made it."""
     try:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with _spooled(files, Path(data_dir)) as files, _locked(target) as (waited_for, has_locks):
-            corpus = SOURCES[source].make_corpus(files, tokenizer, val_fraction, shards, text_field, vocab_size)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target) as (waited_for, has_locks):
             if _is_made(corpus, target, overwrite):
                 if waited_for is not None:
                     output.note(f"{target} has been made by {waited_for}")
-                    return target
+                    return
                 output.note(f"{target} already holds this dataset; it is made again")
             with _staging(target, has_locks) as folder:
                 train, val = corpus.ready(folder) if corpus.ready is not None else _write(corpus, folder)
                 tokenizer_meta, vocab_size = corpus.tokenizer.to_meta(), corpus.tokenizer.vocab_size
                 _move(folder, target, DatasetMeta(corpus.source, corpus.split, tokenizer_meta, vocab_size, train, val))
     except OSError as error:
-        raise RequestError(f"cannot write to {data_dir}: {error.strerror or error}") from error
-    return target
+        raise RequestError(f"cannot write to {target.parent}: {error.strerror or error}") from error
 
 
 def _check_request(
@@ -143,12 +149,12 @@ def _name_of(file: str | Path) -> str:
 
 
 @contextmanager
-def _spooled(files: Sequence[str | Path], data_dir: Path) -> Iterator[Sequence[str | Path]]:
+def _spooled(files: Sequence[str | Path]) -> Iterator[Sequence[str | Path]]:
     """The files, with standard input as one of them, since it is read more than once."""
     if "-" not in map(str, files):
         yield files
         return
-    with tempfile.TemporaryDirectory(prefix=".stdin-", dir=data_dir) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "stdin")
         with copy.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)

@@ -267,6 +267,7 @@ def test_a_run_whose_model_cannot_be_sampled_is_done_all_the_same(capsys, words,
         raise RequestError("the model's logits are not finite")
 
     monkeypatch.setattr(stream, "generate", diverged)
+    capsys.readouterr()
     assert train_main(["--dataset", words, "--out_dir=run", *MODEL, *LENGTH]) == 0
     assert capsys.readouterr().err == "no sample: the model's logits are not finite\n"
 
