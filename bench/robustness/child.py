@@ -61,6 +61,8 @@ class Child:
         status = 70  # of a child that cannot even begin
         try:
             os.setpgid(0, 0)
+            for number in (signal.SIGHUP, signal.SIGINT):  # which a background job of a shell ignores
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             for descriptor in (1, 2):
                 os.dup2(self._output.fileno(), descriptor)
             try:

@@ -27,6 +27,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -112,8 +113,10 @@ def resume(folder: Path) -> Ended:
 
 
 def sample(folder: Path) -> Ended:
-    """Sample from the run in ``folder``."""
-    return finish("sample", str(folder / "run"), "--max_new_tokens=20", "--prompt=1")
+    """Sample from the run in ``folder``; the output is without the line that has the speed."""
+    ended = finish("sample", str(folder / "run"), "--max_new_tokens=20", "--prompt=1")
+    lines = ended.output.splitlines(keepends=True)
+    return replace(ended, output="".join(line for line in lines if not line.endswith(" tokens/s\n")))
 
 
 def weights(folder: Path) -> str:
@@ -181,7 +184,9 @@ def whole_run(base: Path, folder: Path) -> tuple[str, str, str]:
         ended = finish("train", *flags, f"--max_iters={last}", f"--init_from={start}")
         assert ended.status == 0, ended.output
         samples.append(sample(base).output)
-    for path in (base / "text.txt", base / "run" / "loss.png"):  # nothing reads them
+    checkpoints = base / "run" / "checkpoints"
+    unread = (base / "text.txt", *(base / "run" / name for name in ("loss.png", "report.html")))
+    for path in (*unread, checkpoints / "latest", checkpoints / "best"):
         path.unlink(missing_ok=True)
     assert checkpoint.steps(base / "run") == [10, 20]
     shutil.copytree(base, folder)

@@ -38,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dataset": "openwebtext",
         "out_dir": "out",
         "gradient_accumulation_steps": 5 * 8,
+        "learning_rate": 6e-4,
+        "max_iters": 600_000,
     },
     # Offline, on the text of Python's own library; about a minute on two cores.
     "quickstart": {

@@ -119,7 +119,11 @@ def test_ctrl_c_that_ends_the_reader_too_leaves_a_checkpoint(command, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU])
 def test_signals_that_end_a_run_leave_a_checkpoint(command, tmp_path, number):
-    process = command(*ENDLESS, stdout=subprocess.DEVNULL)
+    hears = signal.signal(number, signal.SIG_DFL)  # if these tests run under nohup; the process inherits it
+    try:
+        process = command(*ENDLESS, stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(number, hears)
     started(process, tmp_path / "run")
     process.send_signal(number)
     assert process.wait(60) == 128 + number

@@ -25,7 +25,7 @@ N_UPDATES = 3800
 SMALL = [
     "--dataset=stdlib", "--device=cpu", "--dtype=float32", "--n_layer=1", "--n_head=2", "--block_size=64",
     "--batch_size=16", "--gradient_accumulation_steps=1", "--learning_rate=3e-3", "--min_lr=3e-4",
-    "--eval_interval=950", "--eval_iters=20", "--log_interval=10", "--warmup_iters=100",
+    "--eval_interval=950", "--eval_iters=60", "--log_interval=10", "--warmup_iters=100",
 ]  # fmt: skip
 
 

@@ -870,7 +870,13 @@ def test_a_run_ends_only_when_its_last_checkpoint_is_on_the_disk(trainer, tmp_pa
 
 
 def test_a_run_that_is_interrupted_at_once_keeps_its_lock_while_it_still_writes(trainer, tmp_path, monkeypatch):
-    slow_disk(monkeypatch, 0.3)
+    write, seen = checkpoint.save_file, threading.Event()
+
+    def waiting(content, path, **options):
+        assert seen.wait(60)
+        write(content, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", waiting)
     one = trainer(checkpoint_interval=2)
     update = one._update
 
@@ -885,6 +891,7 @@ def test_a_run_that_is_interrupted_at_once_keeps_its_lock_while_it_still_writes(
     assert not one.writer.idle
     with pytest.raises(RequestError, match="is in use by process"):
         trainer(init_from="auto")
+    seen.set()
     one.writer.wait()
     one.lock.until_exit = False
     one.lock.__exit__()

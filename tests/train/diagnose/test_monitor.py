@@ -92,7 +92,8 @@ def only(findings, code):
 # ---- clean runs ----
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# nanoGPT's own defaults are 295 billion tokens, of which the diagnosis rightly says that they are many.
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "nanogpt"])
 @pytest.mark.parametrize("n_sm", [None, 46, 132])
 def test_no_preset_as_it_is_has_a_finding_before_it_starts(preset, n_sm):
     assert preflight.check(facts(preset, known={"n_sm": n_sm, "predicted_seconds": 0.005 if n_sm else None})) == []
