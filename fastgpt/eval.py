@@ -28,6 +28,7 @@ from fastgpt.data.tokenizers import Tokenizer, Tokens
 from fastgpt.errors import RequestError
 from fastgpt.evaluation import tasks
 from fastgpt.evaluation.loss import Loss, text_loss
+from fastgpt.files import reachable
 from fastgpt.train.models import CHECKPOINTS, OpenedModel, open_model
 from fastgpt.units import count
 
@@ -128,7 +129,7 @@ def open_text(data: str, data_dir: str | Path, split: str, max_tokens: int | Non
     Raises:
         RequestError: there is no such text.
     """
-    path = Path(data)
+    path = reachable(Path(data))
     if path.is_file() and path.suffix != ".bin":
         if max_tokens is not None:
             raise RequestError(f"--max_tokens counts a dataset's tokens, and {path} is a text; --windows takes a part")

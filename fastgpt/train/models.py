@@ -13,6 +13,7 @@ from fastgpt.data.neighbours import META_PICKLE, read_meta_pickle
 from fastgpt.data.tokenizer_json import FILE, JsonTokenizer
 from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_meta
 from fastgpt.errors import RequestError, did_you_mean
+from fastgpt.files import reachable
 from fastgpt.model import GPT, huggingface
 from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig
 from fastgpt.train import checkpoint, run_folder
@@ -58,7 +59,7 @@ def open_model(name: str, which: str = "latest", data_dir: str | Path = "data") 
     Raises:
         RequestError: there is no such model, or it is damaged or not one that fastgpt computes.
     """
-    path = Path(name)
+    path = reachable(Path(name))
     if run_folder.is_run(path) and not huggingface.is_folder(path):
         return _open_run(name, path, which)
     nanogpt = path / NANOGPT if path.is_dir() else path
@@ -84,7 +85,7 @@ def check_name(name: str, others: tuple[str, ...] = ()) -> None:
     Raises:
         RequestError: there can be no such model.
     """
-    if not (Path(name).exists() or name in HUB_NAMES or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+    if not (reachable(Path(name)).exists() or name in HUB_NAMES or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
         near = did_you_mean(name, (*HUB_NAMES, *others))
         raise RequestError(f"there is no {name}: give the folder of a run, of a model, or a name such as gpt2{near}")
 
