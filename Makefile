@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all gpu gpu-rehearsal gpu-proof asan soak corruption fuzz mfu bench bench-cpu wheel lint format clean help
+.PHONY: train test test-all gpu gpu-rehearsal gpu-proof asan amx soak corruption fuzz mfu bench bench-cpu wheel lint format clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,15 @@ asan: $(VENV)/.installed  ## test the C++ kernels under AddressSanitizer and Und
 	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_SANITIZE=1 FASTGPT_REQUIRE_BUILD=1 \
 		$(BIN)/python setup.py -q build --build-lib $(ASAN)/lib --build-temp $(ASAN)/temp
 	$(ASAN_RUN) $(BIN)/pytest -o pythonpath= -n auto tests/bench/test_asan.py tests/kernels -k "asan or cpp and not compile"
+
+# In a library of its own, for CPUs with AVX512_BF16; the tests of the C++ kernels in fp32 and bf16 are those that it runs.
+AMX = build/amx
+
+amx: $(VENV)/.installed  ## test the C++ kernels for AMX on a CPU without it, in ten minutes
+	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_EMULATE_AMX=1 FASTGPT_REQUIRE_BUILD=1 \
+		$(BIN)/python setup.py -q build --build-lib $(AMX)/lib --build-temp $(AMX)/temp
+	FASTGPT_EMULATE_AMX=1 PYTHONPATH=$(abspath $(AMX))/lib:$(CURDIR) OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -o pythonpath= -n auto tests/kernels -k "amx or cpp and not compile"
 
 fuzz: $(VENV)/.installed  ## call kernels and read files with random arguments and contents, ten minutes each
 	$(BIN)/python -m bench.robustness.fuzz

@@ -3,7 +3,8 @@
 fastgpt/kernels/cpp.py loads the one that the CPU at hand can run. A build that fails (no compiler, say) is
 not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why. With
 ``FASTGPT_REQUIRE_BUILD=1`` it is. With ``FASTGPT_SANITIZE=1`` the libraries report accesses out of bounds and undefined
-behaviour, and end the process; ``make asan`` builds them so, in a place of their own.
+behaviour, and end the process; ``make asan`` builds them so, in a place of their own. With ``FASTGPT_EMULATE_AMX=1``
+the library for AVX512_BF16 computes AMX's tiles itself; ``make amx`` builds it so.
 """
 
 import os
@@ -31,6 +32,8 @@ if os.environ.get("FASTGPT_SANITIZE"):
     # Traces are whole. Python's own flags may have -fwrapv, with which no overflow is undefined.
     OPTIMISATION = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv"]
 
+EMULATED = ["-DFASTGPT_EMULATE_AMX"] if os.environ.get("FASTGPT_EMULATE_AMX") else []
+
 # Error messages name the source they come from; with its folder cut off, a build is the same bits in any place.
 UNPLACED = [f"-fmacro-prefix-map={folder}{os.sep}=" for folder in (Path.cwd(), *include_paths())]
 
@@ -43,6 +46,7 @@ def extension(name: str, flags: list[str]) -> CppExtension:
         extra_compile_args=[
             *OPTIMISATION,
             *SANITIZERS,
+            *EMULATED,
             "-std=c++17",
             "-fvisibility=hidden",
             "-ffp-contract=fast",  # a * b + c as one FMA

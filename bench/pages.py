@@ -180,7 +180,9 @@ LEGEND = {
     "peak memory": "*peak memory* is what a kernel's call allocates; in training steps, it includes the weights.",
     "error": "*error* is the largest error, divided by the largest true value.",
 }
-TITLES = {"steps": "Training steps", "kernels": "Kernels", "integrations": "GPT-2 of transformers"}
+TITLES = {
+    "steps": "Training steps", "kernels": "Kernels", "integrations": "GPT-2 of transformers", "generation": "Text",
+}  # fmt: skip
 
 
 def page(record: Record) -> str:

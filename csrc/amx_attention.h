@@ -185,7 +185,8 @@ FASTGPT_AMX inline void weigh(
   static constexpr uint16_t kWeave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i weave = _mm512_loadu_si512(kWeave);
-  const IntVec queries = lane_index() + static_cast<int32_t>(query);
+  // the positions of the queries among the keys
+  const IntVec positions = lane_index() + static_cast<int32_t>(query + p.offset());
   for (int64_t i = 0; i < kLanesOfPanel; i += 2) {
     Vec w[2][2], ds[2][2];  // by row and by half
     for (int64_t row = 0; row < 2; ++row)
@@ -197,7 +198,7 @@ FASTGPT_AMX inline void weigh(
           if (this_key >= p.n_key)
             weight = Vec{};
           else if (p.causal)
-            weight = queries + static_cast<int32_t>(column) >= this_key ? weight : Vec{};
+            weight = positions + static_cast<int32_t>(column) >= this_key ? weight : Vec{};
         }
         const Vec z = keep ? load(keep + (i + row) * kLanesOfPanel + column) : broadcast(1.0f);
         w[row][half] = weight * z;
@@ -228,12 +229,15 @@ FASTGPT_AMX inline void backward_block(
   std::fill_n(own.dvalues.sums(), key_panels * steps * kSumsOfPanels, 0.0f);
 
   // From here on all counts are in panels, those of keys from `key` on.
-  const int64_t offset = panels(key), queries_at_a_time = panels(kQueriesOfBlock);
-  const auto first_query = [&](int64_t key_panel) { return p.causal ? offset + key_panel : 0; };
+  const int64_t queries_at_a_time = panels(kQueriesOfBlock);
+  const auto first_query = [&](int64_t key_panel) {
+    return p.first_query(key + key_panel * kLanesOfPanel) / kLanesOfPanel;
+  };
   for (int64_t start = first_query(0); start < query_panels; start += queries_at_a_time) {
     const int64_t stop = std::min(start + queries_at_a_time, query_panels);
     for (int64_t query = start; query < stop; ++query) {
-      const int64_t seen = p.causal ? std::min(key_panels, query - offset + 1) : key_panels;
+      const int64_t first_row = query * kLanesOfPanel, last_row = first_row + kLanesOfPanel - 1;
+      const int64_t seen = std::min(key_panels, panels(p.visible(last_row) - key));
       if (p.dropout)
         for (int64_t i = 0; i < kLanesOfPanel; ++i) {
           alignas(64) float row[kKeysOfBlock];
@@ -247,7 +251,7 @@ FASTGPT_AMX inline void backward_block(
         };
         multiply(own.keys, own.queries, scores);
         multiply(own.values, own.douts, dweights);
-        const bool masked = (p.causal && query == offset + j) || (j + 1) * kLanesOfPanel > n_keys;
+        const bool masked = key + (j + 1) * kLanesOfPanel > p.visible(first_row);
         const int64_t step = (j * queries_at_a_time + query - start) * kPairBytes;
         weigh(
             p, key + j * kLanesOfPanel, query * kLanesOfPanel, masked, scores, dweights,

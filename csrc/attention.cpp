@@ -8,9 +8,10 @@
 namespace fastgpt {
 namespace {
 
-// AMX for bf16 where the CPU has it, vectors otherwise. lse: (n_heads, n_query).
+// AMX for bf16 where the CPU has it, vectors otherwise, and for few queries. lse: (n_heads, n_query).
 template <class T>
 void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* lse) {
+  if (p.n_query < vectors::kFewQueries) return vectors::forward_few(p, x, out, lse);
 #if defined(FASTGPT_AMX)
   if constexpr (std::is_same_v<T, BFloat16>)
     if (has_amx()) return amx::forward(p, x, out, lse);
@@ -40,7 +41,7 @@ Tensor empty_heads(const Tensor& like, int64_t T) {
   return empty_strided({B, H, T, D}, {T * H * D, D, H * D, 1}, like.scalar_type());
 }
 
-// q: (B, H, T, D). k, v: (B, H, S, D); S = T if causal. Any strides. seed: () int64, present if dropout_p > 0.
+// q: (B, H, T, D). k, v: (B, H, S, D); S >= T if causal. Any strides. seed: () int64, present if dropout_p > 0.
 // Returns out (B, H, T, D), laid out as (B, T, H, D), and lse (B, H, T) fp32.
 std::tuple<Tensor, Tensor> attention(
     const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, bool causal, double scale, double dropout_p,

@@ -80,12 +80,16 @@ struct Problem {
   int64_t n_query, n_key;  // T, S
   int64_t head_dim;        // D
   int64_t padded_dim;      // D rounded up to whole vectors
-  bool causal;
+  bool causal;             // the queries are the last of the keys' positions, so n_key >= n_query
   float scale;
   Dropout dropout;
 
+  // Under the causal mask: the position of the first query among the keys.
+  int64_t offset() const { return n_key - n_query; }
   // The query in this row attends to the keys [0, visible(row)).
-  int64_t visible(int64_t row) const { return causal ? std::min(row + 1, n_key) : n_key; }
+  int64_t visible(int64_t row) const { return causal ? std::min(row + offset() + 1, n_key) : n_key; }
+  // The first query that attends to this key.
+  int64_t first_query(int64_t key) const { return causal ? std::max<int64_t>(0, key - offset()) : 0; }
 };
 
 // What the online softmax subtracts from scores with the maximum `top`. It is 0 while all are -infinity, because

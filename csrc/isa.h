@@ -11,6 +11,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define FASTGPT_AMX __attribute__((target("amx-tile,amx-bf16")))
+#ifdef FASTGPT_EMULATE_AMX
+#include "amx_emulated.h"
+#endif
 #endif
 
 namespace fastgpt {
@@ -18,7 +21,9 @@ namespace fastgpt {
 // ONEDNN_MAX_CPU_ISA limits PyTorch's products of bf16 to an instruction set, and fastgpt's with them. Linux grants the
 // registers of tiles on request only (since 5.16), once for all threads of the process.
 inline bool has_amx() {
-#if defined(FASTGPT_AMX)
+#if defined(FASTGPT_AMX) && defined(FASTGPT_EMULATE_AMX)
+  return true;
+#elif defined(FASTGPT_AMX)
   static const bool has = [] {
     const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
     if (limit && strcasecmp(limit, "ALL") != 0 && strcasecmp(limit, "DEFAULT") != 0 && !strcasestr(limit, "AMX"))

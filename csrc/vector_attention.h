@@ -140,6 +140,68 @@ void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* ls
   });
 }
 
+// ---- few queries ----
+//
+// As when a text is generated: one query and many keys. Here a key is read once for each query, so that packing the
+// keys would cost more than it saves: they are read where they lie.
+
+constexpr int64_t kFewQueries = 8;  // from here on blocks are faster
+
+template <class T>
+void forward_row(
+    const Problem& p, int64_t head, int64_t row, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<T> out,
+    float* lse, float* query, float* weights, float* keep) {
+  const int64_t n = p.visible(row);
+  pack(q, row, 1, p, p.scale, query);
+  float top = -INFINITY;
+  for (int64_t key = 0; key < n; ++key) {
+    Vec products{};
+    for_each_vector(
+        p.head_dim, [&](int64_t d, int64_t lanes) { products += load(query + d) * load(k[key] + d, lanes); });
+    weights[key] = sum(products);
+    top = std::max(top, weights[key]);
+  }
+  const float subtracted = finite_or_zero(top);
+  Vec totals{};
+  for_each_vector(n, [&](int64_t j, int64_t lanes) {
+    const Vec weight = keep_first(exp_nonpositive(load(weights + j) - subtracted), lanes);
+    totals += weight;
+    store(weights + j, weight);
+  });
+  const float total = sum(totals);
+  lse[row] = top + std::log(total);
+  if (p.dropout) {
+    p.dropout.factors(head, row, 0, round_up(n, kLanes), keep);
+    for_each_vector(n, [&](int64_t j, int64_t) { store(weights + j, load(weights + j) * load(keep + j)); });
+  }
+  for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, p.head_dim - d);
+    Vec even{}, odd{};  // two sums, because each addition waits for the one before
+    int64_t key = 0;
+    for (; key + 2 <= n; key += 2) {
+      even += weights[key] * load(v[key] + d, lanes);
+      odd += weights[key + 1] * load(v[key + 1] + d, lanes);
+    }
+    if (key < n) even += weights[key] * load(v[key] + d, lanes);
+    store(out[row] + d, (even + odd) * (1.0f / total), lanes);
+  }
+}
+
+template <class T>
+void forward_few(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* lse) {
+  torch::stable::parallel_for(0, p.n_heads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t n = round_up(p.n_key, kLanes);
+    const Scratch query = scratch(p.padded_dim), weights = scratch(n), keep = scratch(p.dropout ? n : 0);
+    for (int64_t head = begin; head < end; ++head)
+      for (int64_t row = 0; row < p.n_query; ++row)
+        forward_row(
+            p, head, row, x.q[head], x.k[head], x.v[head], out[head], lse + head * p.n_query, query.get(),
+            weights.get(), keep.get());
+  });
+}
+
+// ---- backward ----
+
 // Backward of one head. With P the weights, Z the dropout factors and delta = rowsum(dout * out):
 //   dV = (P Z)^T dO,   dS = P (Z (dO V^T) - delta),   dQ = scale dS K,   dK = scale dS^T Q.
 // The queries are packed with the scale in them, so dK needs no other; dQ gets its scale at the end.
@@ -174,7 +236,7 @@ void backward_head(
     std::fill_n(dkeys.get(), n_keys * D, 0.0f);
     std::fill_n(dvalues.get(), n_keys * D, 0.0f);
 
-    for (int64_t first = p.causal ? key : 0; first < p.n_query; first += kQueryBlock) {
+    for (int64_t first = p.first_query(key); first < p.n_query; first += kQueryBlock) {
       const int64_t n = std::min(kQueryBlock, p.n_query - first);
       const int64_t in_use = std::min(n_keys, p.visible(first + n - 1) - key), columns = round_up(in_use, kLanes);
       gemm(

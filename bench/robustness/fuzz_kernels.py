@@ -284,7 +284,7 @@ def an_attention(draw: Draw) -> dict[str, Any]:
     heads = () if draw.of(mostly(False, [True])) else (draw.of(FEW),)
     B, T, D = draw.of(FEW), draw.size(), draw.of(HEAD_SIZES)
     options = attention_options(draw)
-    S = T if options["causal"] is True else draw.size()
+    S = T + draw.of(FEW) * draw.of(FEW) if options["causal"] is True else draw.size()
     q, k, v = (draw.floats(B, *heads, n, D) for n in (T, S, S))
     return {"q": q, "k": k, "v": v, **options}
 

@@ -106,7 +106,9 @@ def attention(
             are 3-D, ``(B, T, D)``, there is one head.
         k: ``(B, H, S, D)``, dtype and device of ``q``.
         v: shape of ``k``.
-        causal: position t attends to positions up to t only; needs S = T.
+        causal: the queries are the last T of the S positions, and each attends to the positions up to its own: query t
+            to the keys up to t + S - T. Needs S >= T. (SDPA's ``is_causal`` counts from the first key. For S = T they
+            are the same.)
         scale: default ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention weight; pass 0.0 in evaluation.
         deterministic: the same inputs give bitwise equal gradients. ``False`` lets an NVIDIA GPU accumulate the
@@ -135,8 +137,8 @@ def attention(
     checks.shape("k", k, (B, H, k.shape[2], D))
     checks.shape("v", v, tuple(k.shape))
     checks.boolean("causal", causal)
-    if causal and k.shape[2] != T:
-        raise ValueError(f"k: causal attention needs as many keys as queries, got {k.shape[2]} and {T}")
+    if causal and k.shape[2] < T:
+        raise ValueError(f"k: causal attention needs at least as many keys as queries, got {k.shape[2]} and {T}")
     checks.probability("dropout_p", dropout_p)
     checks.boolean("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

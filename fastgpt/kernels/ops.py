@@ -218,7 +218,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     """out = softmax(q k^T * scale) v, with dropout of the weights; lse is the logsumexp of each row of scores.
 
-    q: (B, H, T, D). k, v: (B, H, S, D); S = T with causal. seed: () int64, or None without dropout.
+    q: (B, H, T, D). k, v: (B, H, S, D); with causal S >= T, and query t sees the keys up to t + S - T.
+    seed: () int64, or None without dropout.
     out: (B, H, T, D), laid out in memory as (B, T, H, D). lse: (B, H, T) fp32.
     """
     return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)

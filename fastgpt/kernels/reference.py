@@ -130,7 +130,8 @@ def _weights(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tensor, 
     """Softmax weights (B, H, T, S), and logsumexp of the scores (B, H, T)."""
     scores = (_wide(q) @ _wide(k).transpose(-2, -1)) * scale
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        T, S = scores.shape[-2:]  # query t is the position S - T + t among the keys
+        hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
         scores = scores.masked_fill(hidden, -math.inf)
     return scores.softmax(-1), scores.logsumexp(-1)
 

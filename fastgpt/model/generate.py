@@ -45,14 +45,15 @@ def generate(
     """
     block_size = model.config.block_size
     context = prompt[:, -block_size:]
-    cache = KVCache(model.config, prompt.shape[0], model.transformer.wte.weight)
+    length = min(block_size, context.shape[1] + max_new_tokens)
+    cache = KVCache(model.config, prompt.shape[0], model.transformer.wte.weight, length)
     unread = context
     for _ in range(max_new_tokens):
         if cache.length + unread.shape[1] > block_size:
             context = unread = context[:, -(block_size // 2 or 1) :]
             cache.length = 0
         logits = model(unread, cache=cache)[:, :vocab_size].float()
-        if not logits.isfinite().all():
+        if not logits.sum().isfinite():  # one pass over the vocabulary; isfinite takes several
             raise RequestError("the model's logits are not finite: its training has diverged, so it cannot be sampled")
         if repetition_penalty != 1.0:
             logits = _penalised(logits, context, repetition_penalty)

@@ -45,12 +45,14 @@ class KVCache:
         config: of the model.
         batch_size: sequences that are generated at the same time, B.
         like: a tensor on the device and of the dtype to use.
+        length: the most positions there will be; ``block_size`` by default.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor, length: int | None = None) -> None:
         D = config.n_embd // config.n_head
         # for each layer keys and values; allocated once, for the longest sequence
-        self.store = like.new_empty((config.n_layer, 2, batch_size, config.n_head, config.block_size, D))
+        shape = (config.n_layer, 2, batch_size, config.n_head, length or config.block_size, D)
+        self.store = like.new_empty(shape)
         self.length = 0  # positions filled so far
 
     def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
@@ -61,7 +63,7 @@ class KVCache:
         self.store[layer, 0, :, :, self.length : end] = k
         self.store[layer, 1, :, :, self.length : end] = v
         keys, values = self.store[layer, :, :, :, :end]
-        y = kernels.attention(q, keys, values, causal=T > 1)  # a single query may see every key
+        y = kernels.attention(q, keys, values)  # causal: the queries are the last T positions
         return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
@@ -172,18 +174,15 @@ class GPT(nn.Module):
         Args:
             idx: ``(B, T)`` int64 token ids, T at most ``block_size`` (less what ``cache`` holds).
             targets: ``(B, T)`` int64, -1 for positions without a loss.
-            cache: keys and values of the tokens before ``idx``; those of ``idx`` are appended. T must be 1 if it
-                is not empty.
+            cache: keys and values of the tokens before ``idx``; those of ``idx`` are appended.
             gradient_scale: 0-dim fp32, a factor of the gradients, but not of the loss.
 
         Returns:
             0-dim fp32 loss in nats, or logits ``(B, vocab_size)``.
 
         Raises:
-            ValueError: the sequence is longer than ``block_size``, or T is not 1 with a filled cache.
+            ValueError: the sequence is longer than ``block_size``.
         """
-        if cache is not None and cache.length and idx.shape[1] != 1:
-            raise ValueError(f"idx: with a filled cache expected one token, got {idx.shape[1]}")
         length = idx.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise ValueError(f"idx: {length} positions, but block_size is {self.config.block_size}")

@@ -16,11 +16,10 @@ from fastgpt.errors import RequestError
 from fastgpt.model import GPT
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.resume import parse
+from fastgpt.train.samples import prompt_of
 from fastgpt.train.settle import settle
 from fastgpt.train.trainer import Trainer
 from fastgpt.units import gib
-
-PROMPT_TOKENS = 16  # of the validation split, for the sample at the end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
         status = trainer.train()
         if status == 0 and settled.tokenizer is not None:
-            prompt = settled.dataset.val[0][:PROMPT_TOKENS].tolist()
-            _show_sample(trainer.model, settled.tokenizer, prompt, config.seed)
+            _show_sample(trainer.model, settled.tokenizer, prompt_of(settled.dataset), config.seed)
     return status
 
 

@@ -92,7 +92,7 @@ class RunLog:
         )
 
     def note(self, kind: str, **values: Any) -> None:
-        """Write down what is not shown: the ``start`` or the ``end`` of a process, with its step and time."""
+        """Write down what is not shown: the ``start`` or ``end`` of a process, or a ``sample`` of the model's text."""
         self._write(_line(kind, values))
 
     def find(self, **values: Any) -> None:
@@ -158,7 +158,8 @@ def _line(kind: str, values: dict[str, Any]) -> bytes:
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of ``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``, ``start``, ``end``.
+    """The records of ``metrics.jsonl`` by kind: ``train``, ``eval``, ``finding``, ``start``, ``end``,
+    ``sample``.
 
     Where a step was logged twice, before and after a resume, the later record counts. Every process that trained has a
     ``start``, and if it was not killed an ``end``. Lines that are damaged, such as
@@ -191,6 +192,7 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "finding": {"step": (int,), "code": (str,), "text": (str,)},
     "start": {"step": (int,), "time": (str,)},
     "end": {"step": (int,), "time": (str,), "status": (int,), "reason": (str,)},
+    "sample": {"step": (int,), "prompt": (str,), "text": (str,)},
 }
 
 

@@ -21,6 +21,7 @@ from fastgpt.train.run_folder import RunConfig
 from fastgpt.units import count, duration, size
 
 MOST_POINTS = 1500  # of a line in a plot
+MOST_SAMPLES = 8  # of a run's text
 COLORS = (
     "#0072b2",
     "#d55e00",
@@ -128,7 +129,7 @@ def page(runs: Sequence[Run]) -> str:
     ]
     for one in runs:
         parts += [f"<h2>{_text(one.name)}</h2>"] if len(runs) > 1 else []
-        parts += [_findings(one), _events(one), _provenance(one)]
+        parts += [_findings(one), _samples(one), _events(one), _provenance(one)]
     data = [{"name": one.name, "train": one.config.train, "records": one.records} for one in runs]
     embedded = json.dumps(data).replace("<", "\\u003c")  # no tag can begin in it
     return _PAGE.format(title=_text(title), body="\n".join(parts), data=embedded)
@@ -210,6 +211,20 @@ def _findings(one: Run) -> str:
         return ""
     items = "".join(f"<li>step {f['step']:,}: {_text(f['text'])}</li>" for f in found)
     return f"<h3>Findings</h3><ol>{items}</ol>"
+
+
+def _samples(one: Run) -> str:
+    """What the model wrote at its first evaluation, at its last, and at some between."""
+    found = one.records["sample"]
+    if not found:
+        return ""
+    places = sorted({round(i * (len(found) - 1) / (MOST_SAMPLES - 1)) for i in range(MOST_SAMPLES)})
+    items = "".join(
+        f"<details{' open' if place == places[-1] else ''}><summary>step {found[place]['step']:,}</summary>"
+        f'<pre><span class="prompt">{_text(found[place]["prompt"])}</span>{_text(found[place]["text"])}</pre></details>'
+        for place in places
+    )
+    return f"<h3>Samples</h3>{items}"
 
 
 def _events(one: Run) -> str:
@@ -383,6 +398,8 @@ figure {{ display: inline-block; vertical-align: top; width: min(100%, 34rem); m
 figure svg {{ width: 100%; height: auto; }}
 figcaption {{ font-weight: 600; }}
 summary {{ cursor: pointer; padding: .25rem 0; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0 1rem; }}
+.prompt {{ color: var(--faint); }}
 </style>
 </head>
 <body>

@@ -27,7 +27,7 @@ from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.verify import ShardVerifier
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
-from fastgpt.train import checkpoint, introduction, provenance, report, resume, run_folder, trackers
+from fastgpt.train import checkpoint, introduction, provenance, report, resume, run_folder, samples, trackers
 from fastgpt.train.checkpoint_writer import CheckpointWriter
 from fastgpt.train.config import divisors
 from fastgpt.train.diagnose import CHECKPOINTS, DATA, EVALUATION, NAMED_SIZE, Finding, Monitor, standard_error
@@ -391,6 +391,18 @@ class Trainer:
             val_loss_error=standard_error(val) if len(val) > 1 else None,
         )
         self._report(self.monitor.evaluation(self.step, train, val))
+        self._sample()
+
+    def _sample(self) -> None:
+        """Write down what the model writes at this step, for the report."""
+        tokenizer, start = self.settled.tokenizer, time.perf_counter()
+        if tokenizer is None:
+            return
+        prompt = samples.prompt_of(self.settled.dataset)
+        text = samples.sample(self.model, tokenizer, prompt, self.config.seed, self.stop.check)
+        if text is not None:
+            self.log.note("sample", step=self.step, prompt=tokenizer.decode(prompt), text=text)
+        self.monitor.time_spent(EVALUATION, time.perf_counter() - start)
 
     # ---- logging ----
 

@@ -22,9 +22,14 @@ causality = pytest.mark.parametrize("causal", [True, False], ids=["causal", "ful
 def plain(q, k, v, causal=True, scale=None):
     scores = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, -math.inf)
+        scores = scores.masked_fill(~visible(q, k), -math.inf)
     return scores.softmax(-1) @ v
+
+
+def visible(q, k):
+    """(T, S) booleans: the queries are the last T of the S positions, and each sees the positions up to its own."""
+    T, S = q.shape[-2], k.shape[-2]
+    return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
 
 
 def functions(deterministic=True, **options):
@@ -78,6 +83,52 @@ def test_attention_is_as_accurate_as_pytorch(device, dtype, rule, shape, causal)
 def test_attention_takes_fewer_or_more_keys_than_queries(device, dtype, rule, T, S):
     inputs = operands(2, 2, T, 17, S, dtype=dtype, device=device)
     rule.accuracy(*functions(causal=False), inputs, second_peer=sdpa(causal=False))
+
+
+# queries, keys: one query, as many keys as make blocks begin at, before and after a block's edge, and far apart
+LATER_QUERIES = [
+    (1, 1),
+    (1, 64),
+    (1, 130),
+    (2, 63),
+    (7, 7),
+    (7, 130),
+    (8, 130),
+    (63, 64),
+    (65, 130),
+    (97, 128),
+    (130, 131),
+    (33, 300),
+    (200, 233),
+]
+
+
+@pytest.mark.parametrize(("T", "S"), LATER_QUERIES)
+@pytest.mark.parametrize("deterministic", [True, False], ids=["two passes", "one pass"])
+def test_causal_queries_are_the_last_of_the_positions(device, dtype, rule, T, S, deterministic):
+    inputs = operands(2, 2, T, 17, S, dtype=dtype, device=device)
+    peer = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q, k))  # noqa: E731
+    rule.accuracy(*functions(deterministic), inputs, second_peer=peer)
+
+
+def test_the_last_queries_alone_give_the_last_rows(device, dtype):
+    """As a prompt that is read in pieces, or a text that grows by a token."""
+    q, k, v = operands(1, 2, 130, 16, dtype=dtype, device=device)
+    whole = attention(q, k, v)
+    for T in (1, 30, 64, 129):
+        last = attention(q[:, :, -T:], k, v)
+        torch.testing.assert_close(last, whole[:, :, -T:], rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+
+
+def test_dropout_of_later_queries_is_that_of_their_rows(device):
+    q, k, _ = operands(1, 2, 33, 70, 70, device=device)
+    torch.manual_seed(7)
+    seed = torch.randint(2**62, ())
+    factors = dropout_factors(seed, 0.4, 1, 2, 33, 70).to(device)
+    torch.manual_seed(7)
+    used = attention(q, k, torch.eye(70, device=device).expand(1, 2, 70, 70), dropout_p=0.4)
+    weights = attention(q, k, torch.eye(70, device=device).expand(1, 2, 70, 70))
+    torch.testing.assert_close(used, weights * factors)
 
 
 @causality

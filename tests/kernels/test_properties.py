@@ -186,7 +186,9 @@ def formula(causal: bool, scale: float | None, factors: Tensor | None = None) ->
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+            later = q.shape[-2] - k.shape[-2] + torch.arange(k.shape[-2], device=k.device)  # than the first query
+            hidden = later > torch.arange(q.shape[-2], device=q.device)[:, None]
+            scores = scores.masked_fill(hidden, -math.inf)
         weights = scores.softmax(-1)
         return (weights if factors is None else weights * factors.to(weights.dtype)) @ v
 
@@ -195,13 +197,21 @@ def formula(causal: bool, scale: float | None, factors: Tensor | None = None) ->
 
 def sdpa(causal: bool, scale: float | None) -> Callable[..., Tensor]:
     """PyTorch's own, which like ours recomputes the weights in the backward."""
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T, S = q.shape[-2], k.shape[-2]
+        if causal and S != T:  # PyTorch's flag counts from the first key
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+    return peer
 
 
 def an_attention(draw: Draw) -> Call:
     causal, scale, dropout_p = draw.flag(), draw.one_of([None, 0.3]), draw.one_of([0.0, 0.0, 0.1, 0.5, 0.9])
     (B, H), T, D = draw.one_of(HEADS), draw.one_of(LENGTHS), draw.one_of(HEAD_SIZES)
-    S = T if causal else draw.one_of(LENGTHS)
+    S = draw.one_of([n for n in LENGTHS if n >= T or not causal])
     options, deterministic = {"causal": causal, "scale": scale}, draw.flag()
     tensors = [draw.tensor(B, H, n, D, distinct=ATTENTIONS) for n in (T, S, S)]
     if not dropout_p:

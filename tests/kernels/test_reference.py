@@ -39,6 +39,14 @@ def test_float64_attention_is_exact_to_float64(causal):
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
 
 
+@pytest.mark.parametrize(("T", "S"), [(1, 5), (3, 5), (5, 5)])
+def test_a_causal_query_sees_the_keys_up_to_its_own_position(T, S):
+    q, k = doubles((1, 1, T, 4), (1, 1, S, 4))
+    weights, _ = reference.attention(q, k, torch.eye(S, dtype=torch.float64)[None, None], True, 0.3, 0.0, None)
+    for t in range(T):
+        assert (weights[0, 0, t] > 0).tolist() == [s <= t + S - T for s in range(S)]
+
+
 def test_float64_attention_backward_is_exact_to_float64():
     q, k, v, dout = (t.requires_grad_() for t in doubles(*[(2, 3, 17, 8)] * 4))
     truth = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), (q, k, v), dout)

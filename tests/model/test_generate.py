@@ -59,6 +59,16 @@ def test_the_cache_gives_the_logits_of_reading_everything_again(model, prompt):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pieces", [(4, 7), (1, 3, 2, 5), (10, 1)])
+def test_a_prompt_may_be_read_in_pieces(model, pieces):
+    tokens = torch.randint(64, (3, sum(pieces)), generator=seeded(1))
+    cache = KVCache(CONFIG, 3, model.transformer.wte.weight)
+    for piece in tokens.split(pieces, dim=1):
+        logits = model(piece, cache=cache)
+    torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_the_cache_has_no_room_beyond_the_context(model):
     cache = KVCache(CONFIG, 1, model.transformer.wte.weight)
     model(torch.zeros(1, 16, dtype=torch.int64), cache=cache)

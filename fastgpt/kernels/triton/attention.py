@@ -24,7 +24,8 @@ q, k and v, and the gradients, are read and written wherever they lie: a packed 
 
 In the kernels below every (B, H, T, D) tensor has D contiguous and three strides in elements: NAME_batch, NAME_head
 and NAME_stride, from one position to the next. ``threshold`` and ``keep`` are dropout's: a weight is kept if its random
-word reaches the threshold, and then multiplied by keep = 1 / (1 - p). BLOCK_D is D padded to a power of two. The grid
+word reaches the threshold, and then multiplied by keep = 1 / (1 - p). ``offset`` is S - T, the position of the first
+query among the keys under the causal mask. BLOCK_D is D padded to a power of two. The grid
 has one axis, B * H * blocks, with the blocks of one head side by side, so that they share its keys in L2.
 
 Dao, "FlashAttention-2", 2023.
@@ -131,22 +132,22 @@ def _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def _visible(start_m, start_n, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _visible(start_m, start_n, n_key, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N) booleans: whether the query attends to the key."""
     columns = start_n + tl.arange(0, BLOCK_N)
-    if CAUSAL:  # as many queries as keys, so the diagonal ends before the keys do
-        visible = (start_m + tl.arange(0, BLOCK_M))[:, None] >= columns[None, :]
+    if CAUSAL:  # the last query is at the last key, so the diagonal ends before the keys do
+        visible = (start_m + offset + tl.arange(0, BLOCK_M))[:, None] >= columns[None, :]
     else:
         visible = (columns < n_key)[None, :]
     return visible
 
 
 @triton.jit
-def _key_bounds(start_m, n_key, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _key_bounds(start_m, n_key, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Two bounds: keys before the first need no mask, keys between them do, and no query of the block sees the rest."""
-    if CAUSAL:  # query start_m sees start_m + 1 keys; whole blocks of these are seen by every query of the block
-        unmasked = (start_m + 1) // BLOCK_N * BLOCK_N
-        end = tl.minimum(start_m + BLOCK_M, n_key)
+    if CAUSAL:  # every query of the block sees the blocks of keys before that of query start_m's own position
+        unmasked = (start_m + offset) // BLOCK_N * BLOCK_N
+        end = tl.minimum(start_m + offset + BLOCK_M, n_key)
     else:
         unmasked = n_key // BLOCK_N * BLOCK_N
         end = n_key
@@ -170,7 +171,8 @@ def _exp(x, FP32: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, top, total, q, k, v, k_stride, v_stride, begin, end, start_m, n_key, head, seed, threshold, scale, keep,
+    acc, top, total, q, k, v, k_stride, v_stride, begin, end, start_m, n_key, offset, head, seed, threshold, scale,
+    keep,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +185,7 @@ def _attend(
         keys = _tile(k, start_n, k_stride, n_key, MASKED, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         if MASKED:
-            visible = _visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+            visible = _visible(start_m, start_n, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N)
             scores = tl.where(visible, scores * scale, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
         else:  # scale >= 0 (_forward sees to that), so the scaled maximum is the maximum of the scaled
@@ -231,13 +233,14 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+    offset = n_key - n_query
+    unmasked, end = _key_bounds(start_m, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N)
     for i in tl.static_range(2):  # the keys that need no mask and those that do; MASKED_FIRST says in which order
         begin = unmasked if (i == 0) == MASKED_FIRST else 0
         until = end if (i == 0) == MASKED_FIRST else unmasked
         acc, top, total = _attend(
-            acc, top, total, queries, k, v, k_stride, v_stride, begin, until, start_m, n_key, head, seed_value,
-            threshold, scale_in_base, keep,
+            acc, top, total, queries, k, v, k_stride, v_stride, begin, until, start_m, n_key, offset, head,
+            seed_value, threshold, scale_in_base, keep,
             (i == 0) == MASKED_FIRST, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     # rows beyond T have queries of zero, hence scores of zero: no division by 0, and the mask drops their results
@@ -249,8 +252,8 @@ def _forward_kernel(
 
 @triton.jit
 def _accumulate_dq(
-    acc, q, dout, lse, delta, k, v, k_stride, v_stride, begin, end, start_m, n_key, head, seed, threshold,
-    scale, keep,
+    acc, q, dout, lse, delta, k, v, k_stride, v_stride, begin, end, start_m, n_key, offset, head, seed,
+    threshold, scale, keep,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -264,7 +267,7 @@ def _accumulate_dq(
         scores = tl.dot(q, keys.T, input_precision=PRECISION)
         weights = _exp(tl.fma(scores, scale, -lse[:, None]), FP32)  # normalised: lse holds maximum and sum
         if MASKED:
-            weights = tl.where(_visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N), weights, 0.0)
+            weights = tl.where(_visible(start_m, start_n, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N), weights, 0.0)
         dweights = tl.dot(dout, values.T, input_precision=PRECISION)
         if DROPOUT:
             kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N)
@@ -312,13 +315,14 @@ def _dq_kernel(
     row_lse = _to_base(tl.load(lse + rows, mask=rows < n_query, other=float("inf")), FP32)
     scale_in_base = _to_base(scale, FP32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    unmasked, end = _key_bounds(start_m, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+    offset = n_key - n_query
+    unmasked, end = _key_bounds(start_m, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N)
     for i in tl.static_range(2):
         begin = unmasked if (i == 0) == MASKED_FIRST else 0
         until = end if (i == 0) == MASKED_FIRST else unmasked
         acc = _accumulate_dq(
-            acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, begin, until, start_m, n_key, head,
-            seed_value, threshold, scale_in_base, keep,
+            acc, queries, grad, row_lse, row_delta, k, v, k_stride, v_stride, begin, until, start_m, n_key, offset,
+            head, seed_value, threshold, scale_in_base, keep,
             (i == 0) == MASKED_FIRST, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     # the scale once here, in base e, rather than for each block of keys
@@ -339,6 +343,7 @@ def _accumulate_dk_dv(
 
     k, v: (BLOCK_N, BLOCK_D), tiles. q, dout, lse, delta: pointers to a head's first row. dq: to its sums, or None.
     """
+    offset = n_key - n_query
     for start_m in range(begin, end, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
         queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
@@ -347,7 +352,7 @@ def _accumulate_dk_dv(
         scores = tl.dot(k, queries.T, input_precision=PRECISION)
         weights = _exp(tl.fma(scores, scale, -row_lse[None, :]), FP32)
         if MASKED:
-            visible = _visible(start_m, start_n, n_key, CAUSAL, BLOCK_M, BLOCK_N)
+            visible = _visible(start_m, start_n, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N)
             weights = tl.where(visible.T, weights, 0.0)
         grad = _tile(dout, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
         dweights = tl.dot(v, grad.T, input_precision=PRECISION)
@@ -397,9 +402,10 @@ def _dk_dv_of_block(
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dvalues = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     begin, unmasked = 0, 0
-    if CAUSAL:  # queries before start_n see none of these keys; from start_n + BLOCK_N - 1 on they see all
-        begin = start_n // BLOCK_M * BLOCK_M
-        unmasked = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M, n_query)
+    if CAUSAL:  # queries before first see none of these keys; from first + BLOCK_N - 1 on they see all
+        first = start_n - (n_key - n_query)
+        begin = tl.maximum(first, 0) // BLOCK_M * BLOCK_M
+        unmasked = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M, n_query)
     elif ADD_DQ:  # a key beyond the end is 0, but its weight may be infinite, and 0 * infinity would be added to dq
         unmasked = tl.where(start_n + BLOCK_N > n_key, n_query, 0)
     if CAUSAL or ADD_DQ:
