@@ -50,9 +50,9 @@ LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) ln(2)
 
 @triton.jit
 def _block_and_head(n_rows, n_head, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """What this program works on: its first row, its head counted over the batch, its batch entry, its head there.
+    """What this program works on: its first row, its head among all B * H, its batch entry, its head within the entry.
 
-    Batch entry and head come in int64, because their products with strides can exceed 2**31 elements.
+    The last two are int64, because their products with strides can exceed 2**31 elements.
     """
     n_blocks = tl.cdiv(n_rows, BLOCK)
     block = tl.program_id(0) % n_blocks
@@ -161,7 +161,7 @@ def _to_base(x, FP32: tl.constexpr):
 
 @triton.jit
 def _exp(x, FP32: tl.constexpr):
-    """The exponential in that base: one instruction in base 2, two in base e.
+    """The exponential in the base of ``_to_base``: one instruction in base 2, two in base e.
 
     In base e a score is not rounded to base 2 before the maximum is subtracted. fp32 results would show that rounding.
     """
@@ -174,7 +174,7 @@ def _attend(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from ``begin`` to ``end`` into the online softmax, and return its three states.
+    """Take the keys from ``begin`` to ``end`` into the online softmax. Return its new state: acc, top and total.
 
     acc: (BLOCK_M, BLOCK_D) fp32, the weighted sum of values. top, total: (BLOCK_M,) fp32, running maximum and sum.
     q: (BLOCK_M, BLOCK_D), a tile of queries. k, v: pointers to a head's first key and value. scale: in the base.
@@ -206,7 +206,7 @@ def _attend(
     return acc, top, total
 
 
-# A threshold that 16 divides would otherwise be compiled for: another kernel for some values of p.
+# Otherwise Triton would compile a second kernel, for those p whose threshold is a multiple of 16.
 @kernel(do_not_specialize=["threshold"])
 def _forward_kernel(
     q,  # (B, H, T, D)

@@ -15,7 +15,7 @@ from fastgpt.kernels.triton.launch import configuration, device_of, kernel, laun
 
 @triton.jit
 def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
-    """Write ``total`` to ``sums``, rounded to its dtype; or add it."""
+    """Write ``total`` to ``sums``, rounded to its dtype. With ADD, add it instead."""
     if ADD:
         total += tl.load(sums + columns, mask=in_columns, other=0.0)
     tl.store(sums + columns, total.to(sums.dtype.element_ty), mask=in_columns)
@@ -25,8 +25,8 @@ def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
 def _sum_kernel(
     shares,  # (K, n_shares, C) fp32, contiguous
     sums_0,  # (C,), the sum of shares[0]: written, or added to with ADD_0 (then fp32)
-    sums_1,  # likewise of shares[1]; not touched if K is less
-    sums_2,
+    sums_1,  # likewise of shares[1]; not touched if K < 2
+    sums_2,  # likewise of shares[2]; not touched if K < 3
     n_shares, n_columns, ADD_0: tl.constexpr, ADD_1: tl.constexpr, ADD_2: tl.constexpr,
     BLOCK_SHARES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip

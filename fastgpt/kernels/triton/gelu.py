@@ -30,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
 
 @triton.jit
 def _exponential(x):
-    """exp(-2u), of which (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
+    """exp(-2u), because (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
     return tl.exp2(x * (-TWO_SQRT_2_OVER_PI * LOG2E) * (x * x * CUBIC + 1.0))
 
 
