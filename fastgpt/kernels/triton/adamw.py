@@ -309,12 +309,13 @@ def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def number_table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """The numbers as int64 on the device: addresses, or anything else that a kernel looks up by a tensor's number."""
     return _numbers(numbers, device)
 
 
 @lru_cache(maxsize=64)
-def _chunk_tables(
+def chunk_tables(
     sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables ``sizes``, ``tensors`` and ``offsets`` of tensors with so many elements, in chunks of ``chunk``."""
@@ -326,11 +327,15 @@ def _chunk_tables(
     return _numbers(sizes, device), tensors.int(), offsets
 
 
-def _cached(make: Any, *args: Any) -> Any:
-    """``make(*args, stream)`` for the current stream, from the cache if possible; the last of ``args`` is the device.
+def cached(make: Any, *args: Any) -> Any:
+    """Return ``make(*args, stream)`` for the current stream, from its cache if possible.
 
     A CUDA graph gets tables of its own, filled at every replay. A cached table could be dropped from the cache while
     the graph still reads it, and one filled during a capture holds nothing until the graph is replayed.
+
+    Args:
+        make: an ``lru_cache`` that makes tables.
+        args: what it makes them of; the last one is the device.
     """
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(args[-1]).cuda_stream if args[-1].type == "cuda" else 0
@@ -350,7 +355,7 @@ def _tables(
     aligned = all(number % 16 == 0 for number in pointers + sizes)
     if not aligned and unaligned_chunk is not None:
         chunk = unaligned_chunk
-    tables = (_cached(_table, pointers, device), *_cached(_chunk_tables, sizes, chunk, device))
+    tables = (cached(number_table, pointers, device), *cached(chunk_tables, sizes, chunk, device))
     return tables, {"ALIGNED": aligned, "CHUNK": chunk}
 
 
@@ -429,7 +434,7 @@ def adamw_8bit_(
         launch(
             _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
             *_or_any(coefficients, grad_scale, found_inf), key,
-            _cached(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
+            cached(number_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,

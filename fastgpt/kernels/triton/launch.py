@@ -88,7 +88,7 @@ def device_of(tensor: Tensor) -> Device:
 
 
 @cache
-def _shipped() -> dict[int, dict[str, Any]]:
+def shipped() -> dict[int, dict[str, Any]]:
     """The contents of ``configs/`` by compute capability; 0 stands for any."""
     files = {path.stem: json.loads(path.read_text()) for path in CONFIGS.glob("*.json")}
     return {0 if stem == "any" else int(stem.removeprefix("sm_")): table for stem, table in files.items()}
@@ -103,7 +103,7 @@ def architecture(device: Device) -> int:
     """
     fitting = [
         capability
-        for capability, table in _shipped().items()
+        for capability, table in shipped().items()
         if 0 < capability <= device.capability and table["shared_memory"] <= device.shared_memory
     ]
     if not fitting:
@@ -125,7 +125,7 @@ def has_configuration(device: Device, kernel: str, key: str) -> bool:
 
 
 def _configurations(device: Device, kernel: str) -> dict[str, dict[str, int]]:
-    return _shipped()[architecture(device)].get(kernel) or _shipped()[0][kernel]
+    return shipped()[architecture(device)].get(kernel) or shipped()[0][kernel]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, *args: Any, **options: Any) -> None:
