@@ -6,7 +6,7 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // least elements of a task: fewer cost less than handing them to a thread
+constexpr int64_t kGrain = 8192;  // minimum elements of a task: fewer cost less than handing them to a thread
 constexpr float kTwoSqrt2OverPi = 1.59576912160573071f;  // 2 sqrt(2/pi), the factor of 2u
 constexpr float kCubic = 0.044715f;                      // the approximation's coefficient, from the paper
 

@@ -5,7 +5,7 @@
 namespace fastgpt {
 namespace {
 
-// Least elements of a task: fewer cost less than handing them to a thread. 32 KiB of fp32, a first-level cache.
+// Minimum elements of a task: fewer cost less than handing them to a thread. 32 KiB of fp32, a first-level cache.
 constexpr int64_t kElementsPerTask = 8192;
 
 // Rows whose weight gradients one task sums. A constant, so that the order of summation, and with it every bit of the

@@ -71,7 +71,7 @@ void dispatch(ScalarType dtype, Body&& body) {
   STD_TORCH_CHECK(false, "fastgpt's C++ kernels take float32 and bfloat16");
 }
 
-// The address of a main_grad, n contiguous fp32, or null if there is none. Raises an error that starts with `name` if
+// The address of a main_grad, n contiguous fp32, or null if there is none. Raises an error that says `name` if
 // the tensor is anything else.
 inline float* main_grad_of(const std::optional<Tensor>& t, int64_t n, const char* name) {
   if (!t) return nullptr;
