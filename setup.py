@@ -1,10 +1,10 @@
 """Builds csrc/ into one library per instruction set; everything else is in pyproject.toml.
 
-fastgpt/kernels/cpp.py loads the one that the CPU at hand can run. A build that fails (no compiler, say) is
-not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why. With
-``FASTGPT_REQUIRE_BUILD=1`` it is. With ``FASTGPT_SANITIZE=1`` the libraries report accesses out of bounds and undefined
-behaviour, and end the process; ``make asan`` builds them so, in a place of their own. With ``FASTGPT_EMULATE_AMX=1``
-the library for AVX512_BF16 computes AMX's tiles itself; ``make amx`` builds it so.
+fastgpt/kernels/cpp.py loads the library that suits the CPU. A build that fails, for want of a compiler for example, is
+not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why. ``FASTGPT_REQUIRE_BUILD=1``
+makes it fatal. With ``FASTGPT_SANITIZE=1`` the libraries report accesses out of bounds and undefined behaviour, and end
+the process. ``make asan`` builds such libraries in a folder of their own. With ``FASTGPT_EMULATE_AMX=1`` the library for
+AVX512_BF16 computes AMX's tiles in AVX-512; ``make amx`` builds it.
 """
 
 import os
@@ -29,12 +29,13 @@ TARGET_TORCH = "0x020b000000000000"  # the oldest torch supported, 2.11, as torc
 SANITIZERS, OPTIMISATION = [], ["-O3", "-g0"]
 if os.environ.get("FASTGPT_SANITIZE"):
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    # Traces are whole. Python's own flags may have -fwrapv, with which no overflow is undefined.
+    # The frame pointer makes stack traces complete. Python's own flags may contain -fwrapv, which makes the overflow of
+    # an integer defined behaviour, so that it would not be reported.
     OPTIMISATION = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv"]
 
 EMULATED = ["-DFASTGPT_EMULATE_AMX"] if os.environ.get("FASTGPT_EMULATE_AMX") else []
 
-# Error messages name the source they come from; with its folder cut off, a build is the same bits in any place.
+# Error messages contain the paths of sources. Without the folder, a build has the same bits in any folder.
 UNPLACED = [f"-fmacro-prefix-map={folder}{os.sep}=" for folder in (Path.cwd(), *include_paths())]
 
 
@@ -51,7 +52,7 @@ def extension(name: str, flags: list[str]) -> CppExtension:
             "-fvisibility=hidden",
             "-ffp-contract=fast",  # a * b + c as one FMA
             "-fno-math-errno",
-            "-Wno-psabi",  # the ABI of vector arguments, all of them inlined
+            "-Wno-psabi",  # warns about the ABI of functions that take vectors; all of ours are inlined
             f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
             *UNPLACED,
             *flags,
@@ -62,13 +63,13 @@ def extension(name: str, flags: list[str]) -> CppExtension:
 
 
 class OptionalBuild(BuildExtension):
-    """Builds every library or none; where it cannot, the installation goes through without the C++ kernels."""
+    """Builds all libraries or none. If the build fails, the installation goes on without the C++ kernels."""
 
     def run(self) -> None:
-        destinations = self._libraries()  # beside the sources, if that is where they belong
+        destinations = self._libraries()  # beside the sources for --inplace; build_ext then builds elsewhere first
         try:
             super().run()
-        except BaseException as error:  # Ctrl-C too: one library of two would pass for a whole build
+        except BaseException as error:  # Ctrl-C too: some of the libraries would pass for a whole build
             for library in destinations + self._libraries():
                 library.unlink(missing_ok=True)
             if os.environ.get("FASTGPT_REQUIRE_BUILD") or not isinstance(error, Exception):
@@ -85,13 +86,13 @@ class OptionalBuild(BuildExtension):
 
     def build_extension(self, ext: CppExtension) -> None:
         shared = self.build_temp
-        self.build_temp = os.path.join(shared, ext.name)  # the same sources, other flags: other object files
+        self.build_temp = os.path.join(shared, ext.name)  # each library compiles the same sources with other flags
         super().build_extension(ext)
         self.build_temp = shared
 
 
 class FreshPackage(build_py):
-    """Leaves out what an earlier build put under build/ and the sources have no more."""
+    """Empties the package's folder under build/ first: it may hold files of an earlier build whose sources are gone."""
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib, "fastgpt"), ignore_errors=True)
@@ -99,7 +100,7 @@ class FreshPackage(build_py):
 
 
 class HonestWheel(bdist_wheel):
-    """Tags the wheel by what was built: without libraries it suits every platform, and is no abi3."""
+    """Tags the wheel by what was built: a wheel without libraries is pure Python and suits every platform."""
 
     def run(self) -> None:
         if not self.skip_build:

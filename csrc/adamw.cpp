@@ -1,6 +1,6 @@
 // AdamW over a list of tensors, which may be one flat buffer, in one pass: gradient scale, decoupled weight
 // decay, moments, update, and optionally a low-precision copy of the new parameter and a zeroed gradient. Moments
-// may have 8 bits, and what is bf16 may be rounded stochastically; moments_8bit.py explains the codes.
+// may have 8 bits (moments_8bit.py explains the codes), and bf16 values may be rounded stochastically.
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 #include <algorithm>
 
@@ -10,19 +10,20 @@
 namespace fastgpt {
 namespace {
 
-// Elements a task handles: small enough to share out a list of small tensors, and a constant, so that
-// the norm is summed in the same order for any number of threads.
+// Elements of a task. Small enough that a list of small tensors occupies all threads. A constant, so that the norm is
+// summed in the same order for any number of threads.
 constexpr int64_t kChunk = 1 << 15;
 
-// Elements that share a scale, and that an update holds in the cache: a scale depends on all its moments.
+// Elements that share a scale of 8-bit moments. An update keeps them in the cache, because the scale depends on all of
+// them.
 constexpr int64_t kBlock = 256;
 static_assert(kChunk % kBlock == 0 && kBlock % (4 * kLanes) == 0);
 
-// How far ahead memory is prefetched, in elements: across the ends of pages, where the hardware's own prefetching
-// stops.
+// How far ahead memory is prefetched, in elements. Unlike the hardware's prefetching, this does not stop at the end of
+// a page.
 constexpr int64_t kAhead = 256;
 
-// Copies larger than this, in elements, are written past the caches, which could not keep them until the next forward.
+// Copies of more elements than this bypass the caches, which could not keep them until the next forward pass.
 constexpr int64_t kKept = 4 << 20;
 
 // Elements [begin, end) of one tensor of a list.
@@ -39,6 +40,7 @@ std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
   return chunks;
 }
 
+// x: n elements, contiguous.
 template <class T>
 double sum_of_squares(const T* x, int64_t n) {
   double total = 0.0;
@@ -76,7 +78,7 @@ Tensor grad_norm(const std::vector<Tensor>& grads) {
 
 // ---- random numbers ----
 
-// Philox's words for a block of elements, one each; fastgpt/kernels/philox.py says what their halves are for.
+// A random word for each element of a block; fastgpt/kernels/philox.py says what its two halves are used for.
 struct Words {
   alignas(64) uint32_t words[kBlock];
 
@@ -90,17 +92,18 @@ struct Words {
 template <class T>
 constexpr bool is_bf16 = std::is_same_v<T, BFloat16>;
 
-// Rounds to an fp32 that bf16 can hold, up or down by random numbers in [0, 2**16): the carry out of the lower half
-// rounds up. A NaN is made quiet instead, because the carry could run through all its bits.
+// Rounds to an fp32 that bf16 can hold. `random`, in [0, 2**16), is added to the bits of x, and the carry out of their
+// lower half rounds up. A NaN is made quiet instead, because the carry could change all its bits.
 FASTGPT_INLINE Vec round_stochastically(Vec x, IntVec random) {
   return x == x ? (Vec)(((UintVec)x + (UintVec)random) & 0xffff0000u) : (Vec)((UintVec)x | 0x00400000u);
 }
 
-// ---- moments: a block is opened, each of its vectors loaded and stored once, and closed ----
+// ---- moments ----
+//
+// A block is opened, each of its vectors is loaded and stored once, and the block is closed. random(i) returns numbers
+// in [0, 2**16) for the vector at i.
 
-// random(i) gives numbers in [0, 2**16) for the vector at i.
-
-// A moment of element type T, rounded stochastically if it is bf16 and that is required.
+// A moment of element type T. With `stochastic` a bf16 moment is rounded stochastically.
 template <class T>
 class PlainMoment {
  public:
@@ -124,14 +127,15 @@ class PlainMoment {
   bool stochastic_;
 };
 
-constexpr int kCodeShift = 20;  // of the 23 bits of fraction of an fp32, three remain
+constexpr int kCodeShift = 20;  // a code keeps three of fp32's 23 fraction bits
 
-// Biased exponents. Below the least the smallest of 255 codes would not be a normal fp32; above the largest is
-// infinity.
+// The smallest and the largest biased exponent of a scale. Below 33 the least of 255 codes would not be a normal fp32;
+// 255 is infinity's.
 constexpr int32_t kLeastScale = 33, kLargestScale = 254;
 
-// A moment of 8-bit codes; moments_8bit.py explains the arithmetic. kLargest, the largest code without a sign, is 127
-// for exp_avg, which has its sign in the highest bit, and 255 for exp_avg_sq, which has none.
+// A moment of 8-bit codes; moments_8bit.py explains the arithmetic. kLargest is the largest code without its sign: 127
+// for exp_avg, whose highest bit is the sign, and 255 for exp_avg_sq, which has no sign. scales: one fp32 for each
+// block.
 template <int32_t kLargest>
 class CodedMoment {
  public:
@@ -198,7 +202,7 @@ class CodedMoment {
 
 // ---- the update ----
 
-// Each is computed in double and rounded once: 1 - beta2 computed in fp32 would be off by 1e-4 of itself.
+// Each is computed in fp64 and rounded once. Computed in fp32, 1 - beta2 would have a relative error of 1e-4.
 struct Coefficients {
   float grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_correction2, eps;
 };
@@ -276,7 +280,8 @@ void update(
   }
 }
 
-// All chunks of all tensors. moments_of(T{}, i) returns both moments of tensor i, an array of elements of type T.
+// Updates all chunks of all tensors. moments_of(T{}, i) returns both moments of tensor i, whose parameter has elements
+// of type T.
 template <class MomentsOf>
 void update_all(
     const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& copies,
@@ -297,7 +302,7 @@ void update_all(
         });
       });
     }
-    fence();
+    fence();  // after stream()
   });
 }
 
@@ -309,7 +314,8 @@ auto plain_moments(const std::vector<Tensor>& exp_avgs, const std::vector<Tensor
   };
 }
 
-// Whether found_inf says that this step is to be skipped; with zero_grad the gradients have then been set to zero.
+// Returns whether found_inf is set, so that this step is skipped. If it is, and zero_grad too, sets the gradients to
+// zero.
 bool is_skipped(const std::optional<Tensor>& found_inf, const std::vector<Tensor>& grads, bool zero_grad) {
   if (!found_inf || *data<float>(*found_inf) == 0.0f) return false;
   if (zero_grad)

@@ -1,14 +1,14 @@
-// AMX: tiles of 16 rows by 64 bytes; products of bf16 tiles are summed in fp32. This file has the layout of operands in
-// tiles, and the product of two packed operands.
+// AMX has tiles of 16 rows by 64 bytes, and sums products of bf16 tiles in fp32. This file has the layout of operands
+// in tiles, and the product of two packed operands.
 //
 // Operands of fp32 are split into three numbers of bf16 each, a = a0 + a1 + a2, which is exact (8 bits of each, 24 in
 // all). Six of the nine products are added; the other three are below 2**-26 of the product, less than fp32's own
 // rounding. Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 // computations", 2019. On a core with AMX six such products take a third of the time of one in AVX-512.
 //
-// Operands are packed first, into panels of 32 rows of A or columns of B ("lanes"). A panel is a sequence of steps of
-// 32 along the depth, and a step has two tiles for each part of the split. The packed copy is zero beyond an operand's
-// edge, and memory beyond the edge is never read.
+// Operands are packed first. A lane is a row of A or a column of B, and its elements lie along the depth (K). A panel
+// has 32 lanes. It is a sequence of steps, each 32 deep, and a step has two tiles of 16 lanes for each part of the
+// split. The packed copy is zero beyond an operand's edge, and memory beyond the edge is never read.
 #pragma once
 
 #include "isa.h"
@@ -42,7 +42,7 @@ constexpr int64_t kTileLanes = 16, kLanesOfPanel = 32;
 constexpr int64_t kStep = 32;  // of depth: 16 pairs of bf16
 constexpr int64_t kTileBytes = 1024, kPairBytes = 2 * kTileBytes;
 
-// Numbers of bf16 that an element is split into.
+// How many bf16 numbers an element is split into.
 template <class T>
 constexpr int kParts = std::is_same_v<T, BFloat16> ? 1 : 3;
 
@@ -80,9 +80,9 @@ FASTGPT_AMX FASTGPT_INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Splits fp32 into three bf16, each in the upper half of a word. A number beyond 2**64 sets `large`: where a product of
-// two such overflows, the products of the parts can be infinities of either sign, and their sum a NaN. Such blocks are
-// multiplied without the split (multiply_plainly).
+// Splits fp32 into three bf16, each in the upper half of a word. A magnitude of 2**64 or more, infinity included, sets
+// `large`. If the product of two such numbers overflows, the products of their parts can be infinities of both signs,
+// whose sum is NaN. Such blocks are multiplied without the split (multiply_plainly).
 FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& large) {
   const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
   const auto nearest = [&](__m512 v) {
@@ -95,8 +95,8 @@ FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& large
   if (__builtin_expect(beyond != 0, 0)) {
     const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
     finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    parts[0] =
-        _mm512_mask_and_epi32(parts[0], beyond, _mm512_castps_si512(x), upper);  // cut: rounding could give infinity
+    // truncated: rounding could give infinity
+    parts[0] = _mm512_mask_and_epi32(parts[0], beyond, _mm512_castps_si512(x), upper);
     parts[0] = _mm512_mask_set1_epi32(parts[0], nan, 0x7fc00000);
     large |= (beyond & ~nan) != 0;
   }
@@ -105,7 +105,7 @@ FASTGPT_AMX FASTGPT_INLINE void split(__m512 x, __m512i (&parts)[3], bool& large
   parts[2] = nearest(_mm512_sub_ps(rest, _mm512_castsi512_ps(parts[1])));
 }
 
-// Pairs the upper halves of the words of two vectors.
+// Joins the upper halves of two vectors' words to one word each.
 FASTGPT_AMX FASTGPT_INLINE __m512i pair(__m512i lower, __m512i upper) {
   return _mm512_or_si512(_mm512_srli_epi32(lower, 16), upper);
 }
@@ -147,9 +147,8 @@ FASTGPT_AMX FASTGPT_INLINE void read_depths(
   }
 }
 
-// Packs `lanes` by `depth` of `from`, whose rows are the lanes, walking in the order in which they lie in memory. A row
-// of A's tiles is a lane (kRowsAreLanes), a row of B's tiles a pair of depths. Returns whether a large number was
-// split.
+// Packs `from`, (lanes, depth), in the order in which it lies in memory. A row of A's tiles is a lane (kRowsAreLanes),
+// a row of B's tiles is a pair of depths. Returns whether a large number was split.
 template <bool kRowsAreLanes, class T>
 FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char* out) {
   const bool lanes_lie_together = from.row == 1 && from.column != 1;
@@ -201,8 +200,8 @@ FASTGPT_AMX bool pack(const Matrix<T>& from, int64_t lanes, int64_t depth, char*
 // 32 x 32 sums in fp32: four tiles of 16 x 16 that follow each other in memory, two rows of two.
 constexpr int64_t kSumsOfTile = kTileLanes * kTileLanes, kSumsOfPanels = 4 * kSumsOfTile;
 
-// Adds to tiles 0 to 3 a pair of A's tiles, in 4 and 5, times a pair of B's, in 6 and 7. A's are used again and again
-// while B's pass through, so B's are loaded with a hint that leaves the first-level cache to A.
+// Multiplies a pair of A's tiles (4 and 5) by a pair of B's tiles (6 and 7), and adds the products to tiles 0 to 3. A's
+// tiles are used again while B's pass through, so B's are loaded with a hint that leaves the first-level cache to A.
 template <bool kLoadA, bool kLoadB>
 FASTGPT_AMX FASTGPT_INLINE void multiply_pair(const char* a, const char* b) {
   if constexpr (kLoadA) _tile_loadd(4, a, 64);
@@ -215,7 +214,8 @@ FASTGPT_AMX FASTGPT_INLINE void multiply_pair(const char* a, const char* b) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// sums (32 x 32, as four tiles) = or += a panel of A times a panel of B over so many steps.
+// Multiplies a panel of A by a panel of B over `steps` steps. Writes the product to `sums`, 32 x 32 as four tiles, or
+// adds it if `accumulate` is set.
 template <class T>
 FASTGPT_AMX void multiply_panels(const char* a, const char* b, int64_t steps, bool accumulate, float* sums) {
   if (accumulate) {

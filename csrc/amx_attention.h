@@ -13,7 +13,7 @@
 namespace fastgpt {
 namespace amx {
 
-// Queries, keys and the elements of a head come in panels of 32: the number of panels that hold n.
+// How many panels of 32 hold n queries, keys or elements of a head.
 constexpr int64_t panels(int64_t n) { return (n + kLanesOfPanel - 1) / kLanesOfPanel; }
 constexpr int64_t packed_bytes(int64_t lanes, int64_t depth) { return panels(lanes) * panels(depth) * kPairBytes; }
 static_assert(kStep == kLanesOfPanel);  // a panel of weights is a step of the next product
@@ -33,10 +33,12 @@ class Buffer {
 };
 inline Buffer buffer_of_sums(int64_t n) { return Buffer(n * static_cast<int64_t>(sizeof(float))); }
 
-// The rows from `first` on as a matrix. And where row i of a panel lies in its 32 x 32 sums and in its pair of tiles:
-// 16 elements there, and the other 16 in the next tile.
+// The rows from `first` on as a matrix.
 inline Matrix<BFloat16> matrix(Rows<const BFloat16> rows, int64_t first) { return {rows[first], rows.stride, 1}; }
+
+// Where row i of a panel starts in its 32 x 32 sums, in elements: 16 lie there, the other 16 in the next tile.
 constexpr int64_t row_of_sums(int64_t i) { return i / kTileLanes * 2 * kSumsOfTile + i % kTileLanes * 16; }
+// Where row i of a panel starts in its pair of tiles, in bytes: all 32 bf16 lie there.
 constexpr int64_t row_of_tiles(int64_t i) { return i / kTileLanes * kTileBytes + i % kTileLanes * 64; }
 
 // Stores 32 fp32 as a row of bf16 of a tile.
@@ -46,10 +48,10 @@ FASTGPT_AMX FASTGPT_INLINE void store_row(char* to, Vec left, Vec right) {
 
 // ---- forward ----
 
-constexpr int64_t kKeysAtATime = 256;  // of 32 queries: 32 KiB of scores
+constexpr int64_t kKeysAtATime = 256;  // with 32 queries 32 KiB of fp32 scores
 
-// Forward of the panel of 32 query rows that starts at `first`. `keys` and `values` hold the packed head: B of Q K^T
-// and of P V. lse: (n_query). The online softmax is that of vector_attention.h.
+// Forward of the panel of 32 query rows that starts at `first`. `keys` and `values` are the packed head, the B operands
+// of Q K^T and of P V. lse: (n_query). The online softmax is the one of vector_attention.h.
 FASTGPT_AMX inline void forward_panel(
     const Problem& p, int64_t head, Rows<const BFloat16> q, int64_t first, const char* keys, const char* values,
     Rows<BFloat16> out, float* lse) {
@@ -116,6 +118,8 @@ FASTGPT_AMX inline void forward_panel(
   }
 }
 
+// Tasks are panels of queries. A thread packs a head's keys and values once for all its consecutive tasks of that head.
+// lse: (n_heads, n_query).
 FASTGPT_AMX inline void forward(const Problem& p, const Inputs<const BFloat16>& x, Heads<BFloat16> out, float* lse) {
   const int64_t panels_of_head = panels(p.n_query);
   torch::stable::parallel_for(0, p.n_heads * panels_of_head, 1, [&](int64_t begin, int64_t end) FASTGPT_AMX {
@@ -290,6 +294,7 @@ FASTGPT_AMX inline void backward_block(
     }
 }
 
+// Backward of one head. x: q, k and v. gradient: dq, dk and dv. lse: (n_query).
 FASTGPT_AMX inline void backward_head(
     const Problem& p, int64_t head, Rows<const BFloat16> dout, const Rows<const BFloat16> (&x)[3],
     Rows<const BFloat16> out, const float* lse, const Rows<BFloat16> (&gradient)[3], Backward& own) {
@@ -322,6 +327,7 @@ FASTGPT_AMX inline void backward_head(
     }
 }
 
+// Tasks are whole heads: one thread sums a head's dQ over all keys, in a fixed order. lse: (n_heads, n_query).
 FASTGPT_AMX inline void backward(
     const Problem& p, Heads<const BFloat16> dout, const Inputs<const BFloat16>& x, Heads<const BFloat16> out,
     const float* lse, const Inputs<BFloat16>& gradient) {

@@ -8,10 +8,10 @@
 namespace fastgpt {
 namespace amx {
 
-// Adds the sum of each packed lane of A to `sums`, (lanes): a product of pairs of bf16 with pairs of ones.
+// Adds the sum of each packed lane of A to `sums`, (lanes), as a product of its pairs of bf16 with pairs of ones.
 template <class T>
 FASTGPT_AMX void add_row_sums(const char* packed, int64_t lanes, int64_t depth, float* sums) {
-  const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
+  const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);  // 1.0 in bf16
   const int64_t tiles = (depth + kStep - 1) / kStep * kParts<T>;
   for (int64_t first = 0; first < lanes; first += kLanesOfPanel, packed += tiles * kPairBytes)
     for (int64_t i = 0; i < std::min(kLanesOfPanel, lanes - first); ++i) {
@@ -22,7 +22,7 @@ FASTGPT_AMX void add_row_sums(const char* packed, int64_t lanes, int64_t depth, 
     }
 }
 
-// The 32 x 32 sums from the operands themselves, for those with a large number: `rows` by `columns` over `depth`.
+// Computes 32 x 32 sums from the unpacked operands, a (rows, depth) and b (depth, columns), if one has a large number.
 template <class T>
 void multiply_plainly(
     const Matrix<T>& a, const Matrix<T>& b, int64_t rows, int64_t columns, int64_t depth, float* sums) {
@@ -90,21 +90,22 @@ struct Target {
   }
 };
 
-// A block of B is packed and stays in the second-level cache: 384 pairs of tiles, 768 KiB. Reads were measured to slow
-// down beyond 1 MiB of its 2 (Xeon with AMX, in a virtual machine). Panels of A are packed one after the other, and a
-// stretch of one, 32 KiB, stays in the first-level cache of 48 while B passes through. So A and C are walked row by
-// row, as prefetching requires. Writing C past the caches made the product alone a fifth faster and a training step
-// slower, because the next reader of C then had to fetch it from memory.
+// A packed block of B stays in the second-level cache: 384 pairs of tiles, 768 KiB. Reads of more than 1 MiB of this
+// cache's 2 MiB were measured to be slower (Xeon with AMX, in a virtual machine). Panels of A are packed one after the
+// other. A stretch of a panel, 32 KiB, stays in the first-level cache of 48 KiB while B passes through. So A and C are
+// walked row by row, as prefetching requires. Writing C past the caches made the product alone a fifth faster but a
+// training step slower, because the next reader of C then had to fetch it from memory.
 template <class T>
 constexpr int64_t kStretch = kParts<T> == 1 ? 16 : 4;  // steps of a panel of A that stay in the first-level cache
 template <class T>
 constexpr int64_t kDeepest = kStep * (kParts<T> == 1 ? 32 : 8);  // depth of a block of B
 constexpr int64_t kMostPairs = 384, kMostPanels = 24;            // of a block of B, in pairs of tiles and in panels
 
-// Panels of A that are packed at a time if A's lanes lie side by side in memory: one panel of 32 lanes is narrower than
-// a row there, and several use whole cache lines.
+// How many panels of A are packed at a time if A's lanes lie side by side in memory. There a panel is only 32 elements
+// of each row; several panels use whole cache lines.
 constexpr int64_t kGroup = 4;
 
+// A thread's packed operands, and the sums of a panel of A times all panels of a block of B.
 struct Scratch {
   alignas(64) char a[kGroup * kDeepest<BFloat16> / kStep * kPairBytes];
   alignas(64) char b[kMostPairs * kPairBytes];
@@ -112,7 +113,8 @@ struct Scratch {
   static_assert(kDeepest<float> * kParts<float> <= kDeepest<BFloat16>);
 };
 
-// The product of a, (M, depth), and b, (depth, N), which must fit a block: it is packed as a whole.
+// The product of a, (M, depth), and b, (depth, N). b must fit in a block, because it is packed whole. row_sums: (M) or
+// null, added to.
 template <class T, class Out>
 FASTGPT_AMX void multiply_block(
     const Matrix<T>& a, const Matrix<T>& b, int64_t M, int64_t N, int64_t depth, const Target<Out>& target,
@@ -126,7 +128,7 @@ FASTGPT_AMX void multiply_block(
     const bool large = pack<true>(a.at(first, 0), in_group, depth, scratch.a) || large_b;
     if (row_sums) add_row_sums<T>(scratch.a, in_group, depth, row_sums + first);
     for (int64_t i = 0; i < in_group; i += kLanesOfPanel)
-      for (int64_t step = 0; step == 0 || step < steps; step += stretch)  // once if there is no depth: C is the bias
+      for (int64_t step = 0; step == 0 || step < steps; step += stretch)  // once if depth is 0: C is the bias
         for (int64_t j = 0; j < N; j += kLanesOfPanel) {
           const int64_t rows = std::min(kLanesOfPanel, in_group - i), columns = std::min(kLanesOfPanel, N - j);
           const Target<Out> here = target.at(first + i, j);
@@ -150,7 +152,7 @@ template <class T, class Out>
 FASTGPT_AMX void multiply(const Product<T, Out>& p) {
   thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
   const Tiles tiles;
-  const int64_t K = std::max<int64_t>(1, p.K);  // without depth there is a stretch too: C is then the bias, or zero
+  const int64_t K = std::max<int64_t>(1, p.K);  // K = 0 takes a stretch too: C is then the bias, or zero
   const int64_t deep = even_stretch(K, kDeepest<T>, kStep);
   const int64_t most = std::min(kMostPanels, kMostPairs / (deep / kStep * kParts<T>)) * kLanesOfPanel;
   const int64_t wide = even_stretch(p.N, most, kLanesOfPanel);

@@ -1,6 +1,6 @@
 // Scaled dot-product attention, forward and backward, in blocks that stay in cache: the T x T matrix of
-// weights never exists. The forward keeps a running maximum and sum per row (online softmax) and saves the
-// logsumexp; the backward recomputes the weights from it.
+// weights is never in memory. The forward keeps a running maximum and sum of each row (online softmax) and saves
+// the logsumexp. The backward recomputes the weights from it.
 // Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
 #include "amx_attention.h"
 #include "vector_attention.h"
@@ -30,6 +30,7 @@ void backward(
   vectors::backward(p, dout, x, out, lse, gradient);
 }
 
+// `t` itself if its last dimension is contiguous, otherwise a copy.
 Tensor with_contiguous_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.stride(last) == 1 ? t : torch::stable::contiguous(t);

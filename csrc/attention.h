@@ -9,7 +9,7 @@
 
 namespace fastgpt {
 
-// The rows of one head of one batch entry: each has D contiguous elements, and they lie `stride` elements apart.
+// The rows of one head of one batch entry: D contiguous elements each, `stride` elements from one row to the next.
 template <class T>
 struct Rows {
   T* base;
@@ -63,8 +63,8 @@ struct Dropout {
   }
   explicit operator bool() const { return threshold != 0; }
 
-  // out: the factors, 0 or 1 / (1 - p), of `columns` columns of a row; first_column is a multiple of 4, because one
-  // call of Philox gives the words of four columns.
+  // Writes the factors, 0 or 1 / (1 - p), of `columns` columns of a row to `out`. first_column must be a multiple of 4,
+  // because one Philox counter gives the words of four columns.
   void factors(int64_t head, int64_t row, int64_t first_column, int64_t columns, float* out) const {
     uint32_t words[4 * kLanes];
     for (int64_t column = 0; column < columns; column += 4 * kLanes) {

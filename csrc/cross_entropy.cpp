@@ -26,8 +26,8 @@ float sum_of_exp(const T* logits, float shift, int64_t V) {
   return sum(total);
 }
 
-// The loss of a row from its maximum, the logarithm of its sum and the target's logit. top - at_target is exact where
-// the loss is small; lse - at_target would be left with the rounding of lse.
+// The loss of a row from its maximum, the logarithm of its sum and the target's logit. Where the loss is small,
+// top - at_target is exact; lse - at_target would keep the rounding error of lse.
 template <class T>
 float loss_of(float top, float log_sum, T at_target) {
   return (top - static_cast<float>(at_target)) + log_sum;
@@ -36,7 +36,7 @@ float loss_of(float top, float log_sum, T at_target) {
 // Gradient of `scale` times the loss: scale (softmax(logits) - onehot(target)), V elements. grad may be logits.
 template <class T>
 void gradient_row(const T* logits, int64_t target, float lse, float scale, int64_t V, T* grad) {
-  // read before the loop, which may overwrite it; softmax - 1 in fp32, before it is rounded
+  // The logit is read before the loop, which may overwrite it. 1 is subtracted before the result is rounded to T.
   const float at_target = std::exp(static_cast<float>(logits[target]) - lse) - 1.0f;
   for_each_vector(
       V, [&](int64_t i, int64_t n) { store(grad + i, exp_nonpositive(load(logits + i, n) - lse) * scale, n); });
@@ -49,7 +49,7 @@ void check_targets(const Tensor& targets, int64_t ignore_index, int64_t V) {
   for (int64_t row = 0; row < targets.size(0); ++row) {
     const int64_t target = data<int64_t>(targets)[row];
     if (target != ignore_index && (target < 0 || target >= V))
-      throw std::runtime_error(  // STD_TORCH_CHECK would begin with this file's name
+      throw std::runtime_error(  // STD_TORCH_CHECK's message would begin with this file's name
           "targets: " + std::to_string(target) + " is outside the " + std::to_string(V) + " classes");
   }
 }

@@ -1,13 +1,13 @@
 // The gradient of an embedding: row i of dy is added to row index[i] of a matrix.
 //
-// A thread has some columns to itself and goes through all rows, in their order. So no two threads write to one place,
-// and every sum is taken in the same order for any number of threads.
+// Each thread owns some columns and goes through all rows in order. So no two threads write to the same place, and
+// every sum is taken in the same order for any number of threads.
 #include "tensor.h"
 
 namespace fastgpt {
 namespace {
 
-// A thread's columns are a multiple of these: 256 bytes of fp32, whole cache lines, so that two threads share none.
+// Threads own multiples of 64 columns: 256 bytes of fp32 are whole cache lines, so that no two threads share one.
 constexpr int64_t kColumns = 64;
 
 // main_grad: (V, C) fp32, contiguous, added to. dy: (N, C), any strides. index: (N) int64 in [0, V).

@@ -6,12 +6,12 @@
 namespace fastgpt {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements that a task has at least: fewer cost less than handing them to a thread
+constexpr int64_t kGrain = 8192;  // minimum elements of a task: fewer cost less than handing them to a thread
 constexpr float kTwoSqrt2OverPi = 1.59576912160573071f;  // 2 sqrt(2/pi), the factor of 2u
 constexpr float kCubic = 0.044715f;                      // the approximation's coefficient, from the paper
 
-// A constant for each width, so that sums are taken in the same order for any number of threads. At most 64, so that a
-// sum over many rows is taken in two steps and its rounding errors stay small.
+// A constant for each number of columns, so that sums are taken in the same order for any number of threads. At most
+// 64, so that a sum over many rows is taken in two steps and its rounding errors stay small.
 int64_t rows_per_task(int64_t columns) {
   return std::clamp<int64_t>(8 * kGrain / std::max<int64_t>(1, columns), 1, 64);
 }
@@ -37,6 +37,7 @@ struct Tanh {
   }
 };
 
+// x, y: n elements, contiguous.
 template <class T, class Kind>
 void forward(const T* x, T* y, int64_t n) {
   torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
@@ -46,7 +47,7 @@ void forward(const T* x, T* y, int64_t n) {
   });
 }
 
-// x, dy, dx: n elements, contiguous; dx may be dy. The value goes to y, unless it is null.
+// x, dy, dx, y: n elements, contiguous; dx may be dy. Writes GELU's value to y unless y is null.
 template <class T, class Kind>
 void backward(const T* dy, const T* x, T* dx, T* y, int64_t n) {
   torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
@@ -59,6 +60,7 @@ void backward(const T* dy, const T* x, T* dx, T* y, int64_t n) {
   });
 }
 
+// x, y: (rows, columns), contiguous. bias: (columns).
 template <class T, class Kind>
 void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t columns) {
   torch::stable::parallel_for(0, rows, rows_per_task(columns), [=](int64_t begin, int64_t end) {
@@ -70,8 +72,8 @@ void forward_with_bias(const T* x, const T* bias, T* y, int64_t rows, int64_t co
 }
 
 // x, dy, dx, y: (rows, columns), contiguous; dx may be dy, and y null. bias: (columns). Its gradient is written to
-// dbias (columns), or added to main_grad (columns) fp32. Tasks take a fixed number of rows. Each sums into a share of
-// its own, and the shares are added in order: the result does not depend on the number of threads.
+// dbias (columns), or added to main_grad (columns) fp32. A task takes a fixed number of rows and sums into a share of
+// its own. The shares are added in order, so the result does not depend on the number of threads.
 template <class T, class Kind>
 void backward_with_bias(
     const T* dy, const T* x, const T* bias, T* dx, T* dbias, float* main_grad, T* y, int64_t rows, int64_t columns) {

@@ -15,16 +15,16 @@ constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 
 struct Gemm {
   int64_t M, N, K;
-  const float* a;
-  int64_t a_row, a_column;
-  const float* b;
+  const float* a;           // (M, K)
+  int64_t a_row, a_column;  // A's strides, in elements
+  const float* b;           // (K, N)
   int64_t ldb;
-  float* c;
+  float* c;  // (M, N)
   int64_t ldc;
-  bool accumulate;
+  bool accumulate;  // add to C instead of overwriting it
 };
 
-// The tile of kRows by kVectors * kLanes at (m, n).
+// Computes the tile of kRows by kVectors * kLanes at (m, n).
 template <int kRows, int kVectors>
 FASTGPT_INLINE void gemm_tile(const Gemm& g, int64_t m, int64_t n) {
   Vec tile[kRows][kVectors];
@@ -43,12 +43,12 @@ FASTGPT_INLINE void gemm_tile(const Gemm& g, int64_t m, int64_t n) {
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
-      float* at = c + r * g.ldc + v * kLanes;  // C is added last: errors grow with this K only
+      float* at = c + r * g.ldc + v * kLanes;  // C is added last, so rounding errors grow with this K only
       store(at, g.accumulate ? load(at) + tile[r][v] : tile[r][v]);
     }
 }
 
-// kRows rows from m on; the last columns in narrower tiles.
+// Computes kRows rows from m on. The last columns take narrower tiles.
 template <int kRows>
 FASTGPT_INLINE void gemm_rows(const Gemm& g, int64_t m) {
   int64_t n = 0;

@@ -1,8 +1,8 @@
-// AMX: whether this CPU has its tiles for bf16, and may use them.
+// Whether this process can use AMX's bf16 tiles.
 #pragma once
 
-// Needs a compiler with AMX's intrinsics (GCC 11, Clang 12), and Linux, which grants the registers. Every CPU with AMX
-// has AVX512_BF16, so only the library for AVX512_BF16 holds this code.
+// AMX needs a compiler with its intrinsics (GCC 11, Clang 12), and Linux, which grants the tile registers. Every CPU
+// with AMX has AVX512_BF16, so only the library for AVX512_BF16 contains this code.
 #if defined(__AVX512BF16__) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
 #include <cpuid.h>
 #include <cstdlib>
@@ -18,8 +18,9 @@
 
 namespace fastgpt {
 
-// ONEDNN_MAX_CPU_ISA limits PyTorch's products of bf16 to an instruction set, and fastgpt's with them. Linux grants the
-// registers of tiles on request only (since 5.16), once for all threads of the process.
+// Whether the CPU has AMX's bf16 tiles and Linux grants them. Since 5.16 Linux grants the tile registers only on
+// request, once for all threads of the process. ONEDNN_MAX_CPU_ISA limits the instruction set of PyTorch's bf16
+// products; fastgpt obeys it too.
 inline bool has_amx() {
 #if defined(FASTGPT_AMX) && defined(FASTGPT_EMULATE_AMX)
   return true;

@@ -5,11 +5,11 @@
 namespace fastgpt {
 namespace {
 
-// Elements below which a task would cost less than handing it to a thread: 32 KiB of fp32, a first-level cache.
+// Minimum elements of a task: fewer cost less than handing them to a thread. 32 KiB of fp32, a first-level cache.
 constexpr int64_t kElementsPerTask = 8192;
 
-// Rows whose weight gradients are summed by one task. A constant, so that the order of summation, and with it every bit
-// of the result, is the same for any number of threads. Short sums also keep rounding errors small.
+// Rows whose weight gradients one task sums. A constant, so that the order of summation, and with it every bit of the
+// result, is the same for any number of threads. Short sums also keep rounding errors small.
 constexpr int64_t kRowsPerPartial = 64;
 
 int64_t row_grain(int64_t n_columns) { return 1 + kElementsPerTask / n_columns; }
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(
 }
 
 // x, residual: (..., C), any strides. weight, bias: (C). Returns y and the sum (..., C), and mean and rstd (...) fp32.
-// The norm is of the sum as it is rounded to the dtype of x.
+// The sum is rounded to the dtype of x before it is normalised.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     const Tensor& x_in, const Tensor& residual_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
     double eps) {

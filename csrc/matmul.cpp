@@ -1,10 +1,10 @@
-// C = A B + bias, or C += A B. The rows of A can be summed in the same pass: where A is the transposed gradient of a
-// linear layer's result, these sums are the bias's gradient.
+// C = A B + bias, or C += A B. The same pass can sum the rows of A: if A is the transposed gradient of a linear layer's
+// result, these sums are the gradient of the bias.
 //
 // Which product runs where, and why PyTorch's does not:
-// - AMX (amx_product.h): everything. oneDNN's products of bf16 reach a third of the tiles' rate and read past the ends
-//   of rows whose length is not a multiple of 32. Their result is bf16: to add it to an fp32 gradient takes a temporary
-//   and two more passes. MKL's products of fp32 do not use the tiles.
+// - CPUs with AMX (amx_product.h): every product. oneDNN's products of bf16 reach a third of the tiles' rate and read
+//   past the ends of rows whose length is not a multiple of 32. Their result is bf16: adding it to an fp32 gradient
+//   takes a temporary and two more passes. MKL's products of fp32 do not use the tiles.
 // - AVX-512 on AMD's CPUs (vector_product.h): operands of fp32, for which MKL stops at AVX2, half of what Zen 4 and 5
 //   can do; and operands of bf16 whose product is added to fp32.
 #include "amx_product.h"
@@ -13,15 +13,15 @@
 namespace fastgpt {
 namespace {
 
-// Splits C among threads as a grid, in multiples of a tile. Every share packs its own operands, a number of elements
-// that grows with its rows plus its columns, so the grid that makes shares most nearly square is best.
+// Splits C among threads as a grid of cells, in multiples of a tile. Each cell packs its own operands, whose size grows
+// with its rows plus its columns. So the best grid has the cells that are nearest to squares.
 template <class T, class Out, class Multiply>
 void in_parallel(const Product<T, Out>& p, int64_t tile_rows, int64_t tile_columns, const Multiply& multiply) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t down = 1, least = INT64_MAX;
   for (int64_t d = 1; d <= threads; ++d) {
     if (threads % d) continue;
-    const int64_t packed = p.M / d + p.N / (threads / d);  // rows and columns that a share packs
+    const int64_t packed = p.M / d + p.N / (threads / d);  // rows and columns that a cell packs
     if (packed < least) least = packed, down = d;
   }
   const int64_t across = threads / down;
@@ -35,8 +35,8 @@ void in_parallel(const Product<T, Out>& p, int64_t tile_rows, int64_t tile_colum
   });
 }
 
-// A result of bf16 with a deeper sum needs its partial sums in fp32 beside it: rounded to bf16 after each stretch of
-// depth they would lose precision.
+// A bf16 result of a deeper product needs an fp32 buffer for its partial sums: rounded to bf16 after each stretch of
+// depth, they would lose precision.
 #if defined(FASTGPT_AMX)
 constexpr int64_t kDeepestUnrounded = amx::kDeepest<BFloat16>;
 #else
@@ -101,8 +101,8 @@ void matmul_(
     });
 }
 
-// Whether matmul_ is faster on this CPU than PyTorch's product, with operands and a result of bf16 or fp32. On AMD's
-// CPUs PyTorch's product of bf16 with a result of bf16 uses AVX512_BF16 as well, and is left alone.
+// Whether matmul_ is faster on this CPU than PyTorch's product. bf16: of the operands, otherwise fp32; bf16_result: of
+// the result. On AMD's CPUs PyTorch's product of bf16 with a bf16 result uses AVX512_BF16 too, so it is kept.
 bool matmul_beats_torch(bool bf16, bool bf16_result) {
 #if defined(__AVX512F__)
   if (has_amx()) return true;

@@ -12,15 +12,15 @@
 
 namespace fastgpt {
 
-// The upper 32 bits of the 64-bit products of the lanes with b. On x86 the even lanes are multiplied and then the odd
-// ones (vpmuludq): from a product of 64-bit lanes GCC makes up to three such instructions, because it does not know
-// that their upper halves are zero.
+// The upper 32 bits of each lane's 64-bit product with b. On x86, one vpmuludq multiplies the even lanes and another
+// the odd lanes. GCC would compile a product of 64-bit lanes to up to three of them, because it does not know that the
+// upper halves are zero.
 FASTGPT_INLINE UintVec multiply_high(UintVec a, uint32_t b) {
 #if defined(__AVX2__)
   typedef uint64_t PairVec __attribute__((vector_size(sizeof(UintVec))));
   const auto even_products = [factor = UintVec{} + b](PairVec pairs) {
 #if defined(__AVX512F__)
-    return (PairVec)_mm512_maskz_mul_epu32(0xff, (__m512i)pairs, (__m512i)factor);  // unmasked, GCC 12 warns of it
+    return (PairVec)_mm512_maskz_mul_epu32(0xff, (__m512i)pairs, (__m512i)factor);  // GCC 12 warns if unmasked
 #else
     return (PairVec)_mm256_mul_epu32((__m256i)pairs, (__m256i)factor);
 #endif
@@ -32,7 +32,7 @@ FASTGPT_INLINE UintVec multiply_high(UintVec a, uint32_t b) {
 #endif
 }
 
-// words[i] for i in [0, 4 * kLanes): the numbers of columns first_column + i; first_column a multiple of 4.
+// Writes words[i], the number of column first_column + i, for i in [0, 4 * kLanes). first_column is a multiple of 4.
 FASTGPT_INLINE void philox(uint64_t seed, int64_t first_column, uint32_t row, uint32_t head, uint32_t* words) {
   UintVec c0 = (UintVec)lane_index() + static_cast<uint32_t>(first_column / 4);
   UintVec c1 = UintVec{} + row, c2 = UintVec{} + head, c3{};
@@ -45,11 +45,11 @@ FASTGPT_INLINE void philox(uint64_t seed, int64_t first_column, uint32_t row, ui
     c2 = high0 ^ c3 ^ key1;
     c1 = low1;
     c3 = low0;
-    key0 += 0x9E3779B9u;  // the golden ratio
-    key1 += 0xBB67AE85u;  // sqrt(3) - 1
+    key0 += 0x9E3779B9u;  // 2**32 (golden ratio - 1)
+    key1 += 0xBB67AE85u;  // 2**32 (sqrt(3) - 1)
   }
   const UintVec counter[4] = {c0, c1, c2, c3};
-  uint32_t lanes[4][kLanes];  // through arrays, which GCC interleaves by shuffles; vectors it takes apart lane by lane
+  uint32_t lanes[4][kLanes];  // GCC interleaves arrays with shuffles, but takes vectors apart lane by lane
   std::memcpy(lanes, counter, sizeof(lanes));
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < 4; ++i) words[4 * lane + i] = lanes[i][lane];

@@ -8,7 +8,7 @@
 
 namespace fastgpt {
 
-// A view of a matrix of elements T.
+// A view of a matrix with elements of type T.
 template <class T>
 struct Matrix {
   const T* base;
@@ -24,11 +24,11 @@ struct Product {
   int64_t M, N, K;
   Matrix<T> a, b;     // (M, K), (K, N)
   const float* bias;  // (N) or null
-  bool accumulate;
-  Out* c;  // (M, N), rows contiguous
-  int64_t ldc;
-  float* sums;      // (M, N), rows ldc apart, for the partial sums of a C that is narrower than fp32; or null
-  float* row_sums;  // (M): each row of A is added to it; or null
+  bool accumulate;    // add to C instead of overwriting it
+  Out* c;             // (M, N), rows contiguous
+  int64_t ldc;        // elements from one row of C to the next
+  float* sums;        // (M, N), rows ldc apart, for the partial sums of a C that is narrower than fp32; or null
+  float* row_sums;    // (M): the sum of each row of A is added to it; or null
 
   // The part of C of at most `rows` rows from i on and `columns` columns from j on. Only the cells with j = 0 sum the
   // rows of A, so that each row is summed once.
@@ -48,8 +48,8 @@ struct Product {
   }
 };
 
-// The length of the stretches of K that are summed one after the other: a multiple of `step`, at most `deepest`, and
-// equal for all stretches but the last. It depends on K alone, so the bits are the same on any number of threads.
+// K is summed in stretches, one after the other. Returns their length: a multiple of `step`, at most `deepest`. The
+// last stretch may be shorter. The length depends on K alone, so the bits are the same on any number of threads.
 inline int64_t even_stretch(int64_t K, int64_t deepest, int64_t step) {
   const int64_t stretches = std::max<int64_t>(1, (K + deepest - 1) / deepest);
   return std::max(step, round_up((K + stretches - 1) / stretches, step));

@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #else
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header leaves vectors undefined on purpose
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's header leaves vectors uninitialised on purpose
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -27,6 +27,7 @@ namespace fastgpt {
 
 using BFloat16 = c10::BFloat16;
 
+// fp32 lanes of a vector.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -56,7 +57,7 @@ FASTGPT_INLINE IntVec lane_index() {
 FASTGPT_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
 FASTGPT_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
-#if defined(__AVX512F__)  // one instruction; from the other form GCC may make a comparison and a blend
+#if defined(__AVX512F__)  // one instruction; GCC may compile the other form to a comparison and a blend
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 #else
 FASTGPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -74,7 +75,7 @@ FASTGPT_INLINE Vec keep_first(Vec value, int64_t n, float fill = 0.0f) {
 // ---- memory: fp32, bf16 and 32-bit words, whole vectors or the first n lanes (missing lanes read as zero) ----
 
 FASTGPT_INLINE Vec widen(HalfwordVec bits) {
-#if defined(__AVX512F__)  // one instruction; GCC would widen two halves and join them
+#if defined(__AVX512F__)  // one instruction; GCC would widen each half of the vector and join them
   return as_float((IntVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
 #else
   return as_float(__builtin_convertvector(bits, IntVec) << 16);
@@ -87,7 +88,7 @@ FASTGPT_INLINE HalfwordVec narrow(Vec value) {
   return (HalfwordVec)_mm512_cvtneps_pbh((__m512)value);
 #else
   const IntVec bits = as_int(value);
-  // 0x7fff is just below half a unit of the upper half; the lowest bit that is kept makes ties go to even
+  // The upper 16 bits are kept. 0x7fff is just below half of their lowest bit; adding that bit sends ties to even.
   const UintVec rounded = (UintVec)bits + 0x7fff + (((UintVec)bits >> 16) & 1);
   const UintVec quiet_nan = UintVec{} + 0x7fc00000u;
   return __builtin_convertvector((value == value ? rounded : quiet_nan) >> 16, HalfwordVec);
@@ -116,7 +117,7 @@ FASTGPT_INLINE void store(BFloat16* p, Vec value) {
   std::memcpy(p, &bits, sizeof(HalfwordVec));
 }
 
-// Stores the first n of values that bf16 holds exactly. Unlike narrow(), it keeps subnormal numbers.
+// Stores the first n values, which bf16 must hold exactly. Unlike narrow(), it keeps subnormal numbers.
 FASTGPT_INLINE void store_exactly(BFloat16* p, Vec value, int64_t n) {
   const HalfwordVec bits = __builtin_convertvector((UintVec)value >> 16, HalfwordVec);
   std::memcpy(p, &bits, std::min<int64_t>(n, kLanes) * sizeof(BFloat16));
@@ -137,7 +138,7 @@ FASTGPT_INLINE void store(T* p, Vec value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// Stores n values past the caches where the vector is whole and aligned. Call fence() before another thread reads them.
+// Stores n values. A whole, aligned vector bypasses the caches: call fence() before another thread reads it.
 FASTGPT_INLINE void stream(BFloat16* p, Vec value, int64_t n) {
 #if defined(__AVX2__)
   const HalfwordVec bits = narrow(value);
@@ -184,7 +185,7 @@ FASTGPT_INLINE void for_each_vector(int64_t n, Body&& body) {
 
 // ---- reductions across lanes ----
 
-// Four lanes at a time, in a fixed order: the same sum from the same lanes on every compiler.
+// Lanes are added four at a time, in a fixed order, so that every compiler gives the same sum.
 typedef float Quad __attribute__((vector_size(16)));
 struct Quads {
   Quad at[kLanes / 4];
@@ -215,15 +216,15 @@ FASTGPT_INLINE int32_t max(IntVec value) {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// x rounded to an integer, and 2 to the power of it. For a NaN the power has arbitrary bits, but a product with the NaN
-// is a NaN.
+// `value` is x rounded to an integer, `power` is 2**value. If x is NaN, `power` has arbitrary bits; a product of it
+// with a NaN is still NaN.
 struct Rounded {
   Vec value;
   Vec power;
 };
 FASTGPT_INLINE Rounded round(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2**23: in a sum with it no bits of fraction remain
-  const Vec shifted = x + magic;  // its lowest bits are the integer, so a shift by 23 makes an exponent of it
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2**23: fp32 has no fraction bits at this size
+  const Vec shifted = x + magic;             // its lowest bits are the integer; shifted left by 23 they are an exponent
   return {shifted - magic, as_float((IntVec)(((UintVec)shifted << 23) + 0x3f800000u))};
 }
 
@@ -258,7 +259,7 @@ FASTGPT_INLINE Sigmoid sigmoid(Vec x) {
 
 // Phi(x), the standard normal distribution function, and its density phi, from one exponential. Abramowitz and Stegun
 // 7.1.26 for erf: 1 - erf(z) = (a1 t + ... + a5 t^5) e**-z^2 with t = 1 / (1 + 0.3275911 z), z = |x| / sqrt(2). Its
-// error in Phi is below 7.5e-8; with rounding, 4e-7. The left tail is computed as such and does not cancel.
+// error in Phi is below 7.5e-8; with rounding, 4e-7. The left tail is computed directly, so it does not cancel.
 struct Normal {
   Vec cdf, pdf;
 };
@@ -275,7 +276,7 @@ FASTGPT_INLINE Normal normal(Vec x) {
   return {x < Vec{} ? tail : 1.0f - tail, 0.398942280401432678f * gauss};
 }
 
-// Correctly rounded; the compiler makes one instruction of the loop.
+// Correctly rounded. The compiler turns the loop into one instruction.
 FASTGPT_INLINE Vec sqrt(Vec x) {
   Vec root;
   for (int i = 0; i < kLanes; ++i) root[i] = std::sqrt(x[i]);

@@ -1,4 +1,4 @@
-// What every op needs of tensors: allocation, contiguity and dispatch on the element type.
+// Helpers for tensors that every op uses: allocation, contiguity and dispatch on the element type.
 #pragma once
 
 #include <vector>
@@ -16,16 +16,18 @@ namespace fastgpt {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// An uninitialised tensor on the CPU. Strides are in elements.
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle;
   const auto error = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
-  // the stable ABI returns a code only; this is how PyTorch words the error
+  // The stable ABI returns only an error code. The message is worded like PyTorch's.
   STD_TORCH_CHECK(error == 0, "can't allocate memory for a tensor");
   return Tensor(handle);
 }
 
+// The same, contiguous.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -41,8 +43,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-// Gives a copy-on-write tensor (torch._lazy_clone) memory of its own. PyTorch forbids that inside a parallel region,
-// where asking for the address of an element would do it.
+// Gives a copy-on-write tensor (torch._lazy_clone) memory of its own, which asking for its address does. PyTorch
+// forbids this inside a parallel region, so it is done before one.
 inline void make_own(const Tensor& t) { t.data_ptr(); }
 inline void make_own(const std::vector<Tensor>& tensors) {
   for (const Tensor& t : tensors) make_own(t);
@@ -55,6 +57,7 @@ inline Tensor dense(const Tensor& t) {
   return t;
 }
 
+// The address of the first element. T must be the tensor's element type: it is not checked.
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
@@ -68,7 +71,8 @@ void dispatch(ScalarType dtype, Body&& body) {
   STD_TORCH_CHECK(false, "fastgpt's C++ kernels take float32 and bfloat16");
 }
 
-// The elements of a main_grad, n contiguous fp32, or null if there is none.
+// The address of a main_grad, n contiguous fp32, or null if there is none. Raises an error that says `name` if
+// the tensor is anything else.
 inline float* main_grad_of(const std::optional<Tensor>& t, int64_t n, const char* name) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(
@@ -77,7 +81,7 @@ inline float* main_grad_of(const std::optional<Tensor>& t, int64_t n, const char
   return data<float>(*t);
 }
 
-// Adds n sums to `main_grad` unless it is null, unrounded; otherwise writes them to `out`.
+// Adds the first n sums to `main_grad`, fp32. If it is null, writes them to `out` instead, rounded to T.
 template <class T>
 FASTGPT_INLINE void deliver(Vec sums, float* main_grad, T* out, int64_t n) {
   if (main_grad)
@@ -86,7 +90,7 @@ FASTGPT_INLINE void deliver(Vec sums, float* main_grad, T* out, int64_t n) {
     store(out, sums, n);
 }
 
-// The elements of `t` as fp32, for small tensors that are read once a row; empty if there is no `t`.
+// A copy of `t` in fp32, for small tensors that every row reads. Empty if there is no `t`.
 inline std::vector<float> to_floats(const std::optional<Tensor>& t) {
   if (!t) return {};
   const Tensor source = dense(*t);

@@ -14,7 +14,7 @@ namespace vectors {
 constexpr int64_t kQueryBlock = 48;  // a multiple of the GEMM's tile height, 6
 constexpr int64_t kKeyBlock = 64;    // a multiple of every vector width
 
-// Copies rows [first, first + n) to fp32 with the padding zeroed: out[i * padded_dim + d].
+// Copies rows [first, first + n), times `factor`, to fp32: out[i * padded_dim + d]. The padding is zeroed.
 template <class T>
 void pack(Rows<T> rows, int64_t first, int64_t n, const Problem& p, float factor, float* out) {
   for (int64_t i = 0; i < n; ++i) {
@@ -63,7 +63,7 @@ void forward_block(
   Vec row_sum[kQueryBlock] = {};  // a sum for each lane; the lanes are added at the end only
   std::fill_n(row_max, n, -INFINITY);
   std::fill_n(result.get(), n * p.padded_dim, 0.0f);
-  pack(q, first, n, p, p.scale, queries.get());  // the scale once here, not for every score
+  pack(q, first, n, p, p.scale, queries.get());  // scales the queries once, not every score
 
   const int64_t keys_in_use = p.visible(first + n - 1);
   for (int64_t key = 0; key < keys_in_use; key += kKeyBlock) {
@@ -116,6 +116,7 @@ void forward_block(
 }
 
 // Tasks are blocks of queries. A thread packs a head's keys and values once for all its consecutive tasks of that head.
+// lse: (n_heads, n_query).
 template <class T>
 void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* lse) {
   const int64_t n_query_blocks = (p.n_query + kQueryBlock - 1) / kQueryBlock;
@@ -204,7 +205,7 @@ void forward_few(const Problem& p, const Inputs<const T>& x, Heads<T> out, float
 
 // Backward of one head. With P the weights, Z the dropout factors and delta = rowsum(dout * out):
 //   dV = (P Z)^T dO,   dS = P (Z (dO V^T) - delta),   dQ = scale dS K,   dK = scale dS^T Q.
-// The queries are packed with the scale in them, so dK needs no other; dQ gets its scale at the end.
+// The packed queries contain the scale, so dK needs no other; dQ is scaled at the end. lse: (n_query).
 template <class T>
 void backward_head(
     const Problem& p, int64_t head, Rows<const T> dout, Rows<const T> q, Rows<const T> k, Rows<const T> v,
@@ -270,7 +271,7 @@ void backward_head(
   unpack(dqueries.get(), 0, p.n_query, p, dq);
 }
 
-// Tasks are whole heads: a head's dQ is summed over all its keys, by one thread in a fixed order.
+// Tasks are whole heads: one thread sums a head's dQ over all keys, in a fixed order. lse: (n_heads, n_query).
 template <class T>
 void backward(
     const Problem& p, Heads<const T> dout, const Inputs<const T>& x, Heads<const T> out, const float* lse,

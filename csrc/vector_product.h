@@ -17,8 +17,8 @@ constexpr int64_t kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
 
 // Packed blocks, in words of four bytes: kDepth x kColumns of B stay in the first-level cache (24 KiB with AVX-512),
-// kRowBlock x kDepth of A in the second (144 KiB). A deeper block would be a little faster, and its longer sums less
-// exact.
+// kRowBlock x kDepth of A in the second (144 KiB). kDepth x kColumnBlock of B (1.125 MiB) are packed once for all
+// blocks of A. A deeper block would be a little faster, but its longer sums would be less exact.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kRowBlock = 16 * kRows;
 constexpr int64_t kColumnBlock = 48 * kColumns;
@@ -40,8 +40,8 @@ FASTGPT_INLINE Pair pair(BFloat16 first, BFloat16 second) { return first.x | sta
 FASTGPT_INLINE float first_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair), BFloat16::from_bits()); }
 FASTGPT_INLINE float second_of(Pair pair) { return BFloat16(static_cast<uint16_t>(pair >> 16), BFloat16::from_bits()); }
 
-// Packs rows of `from` in panels of kWidth, each stored word by word along the columns: out[(panel, k, i)] is word k of
-// row i of the panel. Rows and columns that are missing are zero.
+// Packs `from`, (rows, columns), in panels of kWidth rows: out[panel][k][i] is word k of the panel's row i. Missing
+// rows and columns are zero.
 template <int64_t kWidth, class Word, class T>
 void pack(const Matrix<T>& from, int64_t rows, int64_t columns, Word* out) {
   static_assert(kWidth % 4 == 0);
@@ -94,7 +94,8 @@ void add_row_sums(const Word* packed, int64_t rows, int64_t words, float* sums) 
   }
 }
 
-// Where a tile goes in C, and what is added to it: what C holds if `accumulate`, otherwise the bias unless it is null.
+// Where a tile goes in C, and what is added to it: what C holds if `accumulate` is set, otherwise the bias if there is
+// one.
 struct Target {
   float* c;
   int64_t ldc;
@@ -119,7 +120,8 @@ struct Target {
   }
 };
 
-// One tile over one stretch of depth, summed from zero and then added: short sums keep rounding errors small.
+// One tile over one stretch of depth. a: (words, kRows), b: (words, kColumns), packed. The stretch is summed from zero
+// and then added to C: short sums keep rounding errors small.
 inline void multiply_tile(const float* a, const float* b, int64_t words, const Target& target) {
   target.fetch();
   Vec tile[kRows][kVectors] = {};
@@ -148,7 +150,7 @@ inline void multiply_tile(const Pair* a, const Pair* b, int64_t words, const Tar
 }
 #endif
 
-// A tile that reaches beyond the edge of C goes through a buffer of its own.
+// A tile that crosses the edge of C is computed in a buffer; its first `rows` and `columns` are copied.
 template <class Word>
 void multiply_edge(const Word* a, const Word* b, int64_t words, const Target& target, int64_t rows, int64_t columns) {
   float tile[kRows * kColumns] = {}, bias[kColumns] = {};
@@ -166,7 +168,7 @@ void multiply(const Product<T, float>& p) {
   thread_local const std::unique_ptr<Word[]> packed_a(new Word[kRowBlock * kDepth]);
   thread_local const std::unique_ptr<Word[]> packed_b(new Word[kColumnBlock * kDepth]);
   constexpr int64_t n = kElements<Word>, kDeepest = kDepth * n;
-  const int64_t K = std::max<int64_t>(1, p.K);  // without depth there is a stretch too: C is then the bias, or zero
+  const int64_t K = std::max<int64_t>(1, p.K);            // K = 0 takes a stretch too: C is then the bias, or zero
   const int64_t deep = even_stretch(K, kDeepest, 4 * n);  // words in fours
   for (int64_t column = 0; column < p.N; column += kColumnBlock) {
     const int64_t columns = std::min(kColumnBlock, p.N - column);

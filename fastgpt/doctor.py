@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(findings, indent=1))
     else:
-        _show(findings, _Console(highlight=False, markup=False))
+        show(findings, _Console(highlight=False, markup=False))
     for problem in findings["problems"]:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if findings["problems"] else 0
@@ -289,7 +289,8 @@ class _Console(Console):
         raise BrokenPipeError  # as print does; rich would exit with status 1, which means a problem here
 
 
-def _show(findings: dict[str, Any], console: Console) -> None:
+def show(findings: dict[str, Any], console: Console) -> None:
+    """Print what :func:`examine` has found, as tables."""
     tables = {title: findings[title] for title in ("software", "devices", "run")}
     tables["measured ceilings"] = {
         f"{device.upper()} {what.rpartition(' ')[0]}": _measured(rate, unit=what.rpartition(" ")[2])

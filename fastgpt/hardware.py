@@ -265,7 +265,7 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
     """FLOP/s of a large matrix product: PyTorch's, or on a CPU ours where it is faster."""
     size = LARGE[device.type]
     if device.type == "cpu":  # one without bf16 instructions would need half a minute for a large product
-        while size > 256 and 64 * _product_seconds(device, dtype, size // 4) > 2 * seconds:
+        while size > 256 and 64 * product_seconds(device, dtype, size // 4) > 2 * seconds:
             size //= 2
     pytorchs = measure_gemm_peak(device, dtype, size, seconds)
     if device.type != "cpu" or dispatch.EXTENSION.library is None:
@@ -278,10 +278,11 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 def measure_gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of a square matrix product on ``device``: the median over about ``seconds``."""
-    return 2 * size**3 / _product_seconds(device, dtype, size, seconds)
+    return 2 * size**3 / product_seconds(device, dtype, size, seconds)
 
 
-def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.0) -> float:
+def product_seconds(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.0) -> float:
+    """Seconds of PyTorch's product of two square matrices of ``size``: the median over about ``seconds``."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return median_seconds(lambda: torch.mm(a, b, out=out), device, seconds)

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def one_thread(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """A block in which a CUDA graph seems to be captured; what it would record runs at once."""
+
+    @contextmanager
+    def pretend():
+        with monkeypatch.context() as patch:
+            for name in ("is_initialized", "is_current_stream_capturing"):
+                patch.setattr(torch.cuda, name, lambda: True)
+            yield
+
+    return pretend
 
 
 # ---- small runs ----

@@ -1,14 +1,13 @@
 """What is missing for Triton and torch.compile is told in one line, before a run begins."""
 
 import importlib.util
-import shutil
 import sys
 import sysconfig
 
 import pytest
 import torch
 
-from fastgpt import compilers, doctor, hardware
+from fastgpt import hardware
 from fastgpt.compilers import missing_for_compile, missing_for_triton
 from fastgpt.errors import RequestError
 from fastgpt.kernels import dispatch
@@ -105,10 +104,3 @@ def test_a_run_on_triton_without_a_c_compiler_is_refused_before_it_begins(monkey
     monkeypatch.setattr(dispatch, "backend_of", lambda device, dtype: ("triton", "NVIDIA GPU"))
     with pytest.raises(RequestError, match=r"Triton needs a C compiler: .*; --backend reference works without"):
         settle(resolve({}, PRESETS))
-
-
-def test_doctor_tells_the_same(monkeypatch):
-    monkeypatch.setattr(doctor, "version", lambda package: "3.6.0")
-    assert doctor._about_triton().startswith(f"{compilers.missing_for_triton()}, or set FASTGPT_BACKEND=reference")
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    assert doctor._about_triton() == ""

@@ -3,6 +3,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt import doctor, hardware, limits
+from fastgpt import compilers, doctor, hardware, limits
 from fastgpt.errors import RequestError
 from fastgpt.gpus import GPUS
 from fastgpt.kernels import dispatch, ops
@@ -34,8 +35,15 @@ def measured(monkeypatch):
     monkeypatch.setattr(hardware, "median_seconds", lambda run, device, seconds: 1.0)
 
 
+def program(path, says):
+    """Make a program that prints a line."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {shlex.quote(says)}\n")
+    path.chmod(0o755)
+
+
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, tmp_path):
     """Puts a GPU into this machine."""
 
     def insert(name, free=11 << 30, driver="550.54", count=1):
@@ -54,8 +62,8 @@ def gpu(monkeypatch):
         nvidia_smi(f"{name}, {driver}")
 
     def nvidia_smi(line):
-        output = doctor._output
-        monkeypatch.setattr(doctor, "_output", lambda *args: line if args[0] == "nvidia-smi" else output(*args))
+        program(tmp_path / "driver" / "nvidia-smi", line)
+        monkeypatch.setenv("PATH", str(tmp_path / "driver"), prepend=os.pathsep)
 
     insert.nvidia_smi = nvidia_smi
     return insert
@@ -91,7 +99,7 @@ def test_no_terminal_is_too_narrow(monkeypatch, width):
     )
     console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
     findings = doctor.examine()
-    doctor._show({**findings, "advice": ["install fastgpt[transformers] and then some words more " * 3]}, console)
+    doctor.show({**findings, "advice": ["install fastgpt[transformers] and then some words more " * 3]}, console)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert all(f"\n{name} " in text for name in ops.OPERATORS)
@@ -142,8 +150,7 @@ def test_memory_too_full_to_measure_is_said_and_no_failure(capsys, monkeypatch):
 
 def test_the_compiler_is_told_with_its_path_and_version(monkeypatch, tmp_path):
     compiler = tmp_path / "my-c++"
-    compiler.write_text("#!/bin/sh\necho my-c++ 1.2.3\necho more\n")
-    compiler.chmod(0o755)
+    program(compiler, "my-c++ 1.2.3\nmore")
     monkeypatch.setenv("CXX", f"{compiler} -m64")
     assert doctor.examine(quick=True)["software"]["C++ compiler"] == f"{compiler}, my-c++ 1.2.3"
     monkeypatch.delenv("CXX")
@@ -151,17 +158,23 @@ def test_the_compiler_is_told_with_its_path_and_version(monkeypatch, tmp_path):
     assert doctor.examine(quick=True)["software"]["C++ compiler"] == "none found"
 
 
-def test_triton_is_told_with_its_version_or_why_it_is_missing(monkeypatch):
+def test_triton_is_told_with_its_version_or_why_it_is_missing(monkeypatch, gpu):
+    def told():
+        return doctor.examine(quick=True)["software"]["Triton"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "version", lambda package: "3.6.0")
-    assert doctor._triton(torch.device("cuda")) == "3.6.0"
-    assert doctor._triton(None) == "3.6.0, unused without a GPU"
+    assert told() == "3.6.0, unused without a GPU"
+    with monkeypatch.context() as other:
+        other.setattr(doctor, "version", missing)
+        other.setattr(platform, "machine", lambda: "arm64")
+        assert told() == "not installed: fastgpt requires it only on Linux on x86-64"
+    gpu(ADA)
+    assert told() == "3.6.0"
 
-    def missing(package):
-        raise doctor.PackageNotFoundError
 
-    monkeypatch.setattr(doctor, "version", missing)
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert doctor._triton(None) == "not installed: fastgpt requires it only on Linux on x86-64"
+def missing(package):
+    raise doctor.PackageNotFoundError
 
 
 def test_free_disk_is_that_of_the_folder_that_runs_go_to(monkeypatch, tmp_path):
@@ -174,11 +187,15 @@ def test_free_disk_is_that_of_the_folder_that_runs_go_to(monkeypatch, tmp_path):
     assert set(asked) == {tmp_path, tmp_path / "runs"}
 
 
-def test_what_dtype_auto_means_comes_with_the_reason(monkeypatch):
+def test_what_dtype_auto_means_comes_with_the_reason(monkeypatch, gpu):
+    def told(device):
+        return doctor.examine(device, quick=True)["run"]["--dtype auto"]
+
     monkeypatch.setattr(hardware, "training_dtype", lambda device: torch.float32)
-    assert doctor._training_dtype(doctor.CPU) == "float32: this CPU is not faster in bfloat16"
+    assert told("cpu") == "float32: this CPU is not faster in bfloat16"
+    gpu("Tesla T4")
     monkeypatch.setattr(hardware, "training_dtype", lambda device: torch.float16)
-    assert doctor._training_dtype(torch.device("cuda")) == "float16: this GPU has no bfloat16"
+    assert told("cuda") == "float16: this GPU has no bfloat16"
 
 
 # ---- a GPU ----
@@ -252,10 +269,11 @@ def test_a_machine_on_which_all_is_well_gets_no_advice(gpu, monkeypatch):
 def test_missing_cpp_kernels_come_with_how_to_get_them(gpu, monkeypatch, tmp_path):
     gpu.nvidia_smi("")
     absent = {"library": None, "reason": "the C++ kernels are not built"}
-    monkeypatch.setattr(doctor, "_compiler", lambda: "/usr/bin/c++, 12")
+    program(tmp_path / "bin" / "c++", "c++ 12")
+    monkeypatch.setenv("CXX", str(tmp_path / "bin" / "c++"))
     (line,) = advice(monkeypatch, **absent)
     assert "(the C++ kernels are not built). There is a compiler: reinstall fastgpt with pip install" in line
-    monkeypatch.setattr(doctor, "_compiler", lambda: None)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     (line,) = advice(monkeypatch, **absent)
     assert "Install g++ or clang++, then reinstall fastgpt" in line
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
@@ -289,14 +307,19 @@ def test_a_gpu_that_torch_does_not_see_comes_with_the_reason(gpu, monkeypatch, c
 
 def test_a_gpu_without_triton_or_with_little_memory_gets_advice(gpu, monkeypatch):
     gpu(ADA, free=3 << 30)
-
-    def missing(package):
-        raise doctor.PackageNotFoundError
-
     monkeypatch.setattr(doctor, "version", missing)
     text = "\n".join(advice(monkeypatch))
     assert "Triton is missing, so the GPU runs plain PyTorch: pip install triton" in text
     assert "9.0 GiB of the GPU's memory are in use" in text
+
+
+def test_a_gpu_whose_kernels_cannot_be_compiled_gets_advice(gpu, monkeypatch):
+    gpu(ADA)
+    monkeypatch.setattr(doctor, "version", lambda package: "3.6.0")
+    monkeypatch.setenv("CC", "no-compiler")
+    assert f"{compilers.missing_for_triton()}, or set FASTGPT_BACKEND=reference." in advice(monkeypatch)
+    monkeypatch.setattr(compilers, "missing_for_triton", lambda: None)
+    assert not any("Triton" in line or "FASTGPT_BACKEND" in line for line in advice(monkeypatch))
 
 
 def test_a_full_disk_and_idle_cores_get_advice(monkeypatch):

@@ -309,7 +309,7 @@ def test_the_ceiling_of_products_is_ours_where_ours_is_faster(monkeypatch):
 
 @pytest.mark.parametrize(("flops", "size"), [(1e12, 2048), (1e10, 1024), (1e8, 256)])
 def test_a_slow_cpu_is_measured_by_a_smaller_product(monkeypatch, flops, size):
-    monkeypatch.setattr(hardware, "_product_seconds", lambda device, dtype, size, seconds=0.0: 2 * size**3 / flops)
+    monkeypatch.setattr(hardware, "product_seconds", lambda device, dtype, size, seconds=0.0: 2 * size**3 / flops)
     measured = []
     monkeypatch.setattr(
         hardware, "measure_gemm_peak", lambda device, dtype, size, seconds: measured.append(size) or 1e99

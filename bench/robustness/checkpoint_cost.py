@@ -38,7 +38,7 @@ def seconds(tokens: Path, run_dir: Path, updates: int, interval: int) -> float:
     """Wall-clock time of a run from the update ``WARMUP`` to its last checkpoint."""
     flags = [f"--dataset={tokens}", f"--out_dir={run_dir}", f"--max_iters={updates}"]
     trainer = Trainer(settle(parse([*FLAGS, *flags, f"--checkpoint_interval={interval}"], PRESETS)))
-    update, save, times = trainer._update, trainer._save, []
+    update, save, times = trainer.update, trainer._save, []
 
     def timed_update() -> float:
         if trainer.step == WARMUP:
@@ -50,7 +50,7 @@ def seconds(tokens: Path, run_dir: Path, updates: int, interval: int) -> float:
         times.append(time.perf_counter())
         return save()
 
-    trainer._update, trainer._save = timed_update, last_save  # type: ignore[method-assign]
+    trainer.update, trainer._save = timed_update, last_save  # type: ignore[method-assign]
     with redirect_stdout(io.StringIO()):
         assert trainer.train() == 0
     return times[1] - times[0]

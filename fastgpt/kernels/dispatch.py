@@ -40,7 +40,7 @@ _choice = _backend_from_environment()
 EXTENSION = cpp.load() if _choice in ("auto", "cpp") else cpp.Extension(None, f"FASTGPT_BACKEND={_choice}")
 
 # What a compiled backend leaves to plain PyTorch, and why.
-_left_to_torch: dict[str, dict[str, str]] = {
+LEFT_TO_TORCH: dict[str, dict[str, str]] = {
     "triton": {"matmul_": "cuBLAS"},
     "cpp": {"add_column_sums_": "products sum rows on the way"}
     | ({} if EXTENSION.products else {"matmul_": "PyTorch's is faster on this CPU"}),
@@ -70,7 +70,7 @@ def _on_triton(name: str) -> Callable[..., Any]:
 
 _references: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in OPERATORS}
 _triton: dict[str, Callable[..., Any]] = {
-    name: _on_triton(name) for name in OPERATORS if name not in _left_to_torch["triton"] and name not in _COMPOSITE
+    name: _on_triton(name) for name in OPERATORS if name not in LEFT_TO_TORCH["triton"] and name not in _COMPOSITE
 }
 _overloads: dict[str, Any] = {name: getattr(torch.ops.fastgpt, name).default for name in OPERATORS}
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -165,7 +165,7 @@ def resolve(name: str, tensor: Tensor) -> Callable[..., Any]:
         slow_path.warn(reason)
     if name in _COMPOSITE and device_type == "cuda":
         function = _overloads[name]  # in chunks on any backend: the reference's logits of all rows may not fit a GPU
-    elif backend == "reference" or name in _left_to_torch[backend]:
+    elif backend == "reference" or name in LEFT_TO_TORCH[backend]:
         function = _references[name]
     elif backend == "triton" and device_type == "cpu":  # interpreted: the dispatcher would take the C++ kernel
         function = _triton.get(name, _overloads[name])
@@ -185,5 +185,5 @@ def backends() -> dict[str, dict[str, str]]:
             table[device] = dict.fromkeys(OPERATORS, f"none ({error})")
             continue
         table[device] = dict.fromkeys(OPERATORS, f"{backend} ({reason})")
-        table[device] |= {name: f"reference ({why})" for name, why in _left_to_torch[backend].items()}
+        table[device] |= {name: f"reference ({why})" for name, why in LEFT_TO_TORCH[backend].items()}
     return table

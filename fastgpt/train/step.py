@@ -59,6 +59,7 @@ class TrainStep:
         cuda_graphs: use them where the model is on a GPU.
 
     Attributes:
+        cuda_graphs: whether updates are recorded in CUDA graphs and replayed.
         store: the parameters and gradients, in flat buffers.
         optimizer: updates ``store``.
         moments: AdamW's, as flat buffers by kind.
@@ -117,7 +118,7 @@ class TrainStep:
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
         self.updates_since_overflow = 0
         self._batch: Batch | None = None  # the graph reads its micro-batch at this fixed address
-        self._with_graphs = cuda_graphs and not compile and self.loss.is_cuda
+        self.cuda_graphs = cuda_graphs and not compile and self.loss.is_cuda
         self._micro_graph: Any = None
         self._optimizer_graph: Any = None
         self._updates = 0  # since the start, or since graphs were given up
@@ -143,7 +144,7 @@ class TrainStep:
         self.lr.fill_(lr)
         self._number.fill_(number)
         for _ in range(self.accumulation):
-            self._micro_step(next_batch())
+            self.micro_step(next_batch())
         self._finish()
         self._updates += 1
 
@@ -175,11 +176,16 @@ class TrainStep:
 
     def do_without_graphs(self) -> None:
         """Record no graphs from now on; an update that was not finished is forgotten."""
-        self._with_graphs = False
+        self.cuda_graphs = False
         self.start_over(self.accumulation)
 
-    def _micro_step(self, batch: Batch) -> None:
-        if not self._with_graphs or self._updates == 0:
+    def micro_step(self, batch: Batch) -> None:
+        """Add the gradients of a micro-batch to ``store.grad``, and its loss to the sum of this update's losses.
+
+        Args:
+            batch: ``(x, y)``, (B, T) int64 on the model's device.
+        """
+        if not self.cuda_graphs or self._updates == 0:
             self._forward_backward(batch)
             return
         if self._batch is None:
@@ -187,7 +193,7 @@ class TrainStep:
         for place, tensor in zip(self._batch, batch, strict=True):
             place.copy_(tensor)
         if self._micro_graph is None:
-            self._micro_graph = _record(lambda: self._forward_backward(self._batch), pool=None)
+            self._micro_graph = record_graph(lambda: self._forward_backward(self._batch), pool=None)
         self._micro_graph.replay()
 
     def _finish(self) -> None:
@@ -195,12 +201,12 @@ class TrainStep:
         self._sum.zero_()
         if self._scale is not None:
             self._update_scaled()
-        elif not self._with_graphs or self._updates == 0:
-            self._update()
+        elif not self.cuda_graphs or self._updates == 0:
+            self.update()
         else:
             if self._optimizer_graph is None:
                 # The same memory pool: the two graphs never run at the same time.
-                self._optimizer_graph = _record(self._update, pool=self._micro_graph.pool())
+                self._optimizer_graph = record_graph(self.update, pool=self._micro_graph.pool())
             self._optimizer_graph.replay()
 
     def _forward_backward(self, batch: Batch | None) -> None:
@@ -209,7 +215,8 @@ class TrainStep:
         loss.backward()
         self._sum += loss.detach()
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Update parameters and moments from ``store.grad``, set it to zero, and count what is skipped."""
         detector = self.spike_detector
         # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
         scale = 1.0 / (self.accumulation * self.loss_scale)
@@ -230,8 +237,8 @@ class TrainStep:
         torch.maximum(self.most_in_a_row, self.skipped_in_a_row, out=self.most_in_a_row)
 
     def _update_scaled(self) -> None:
-        """Do what :meth:`_update` does, then adapt the loss scale: if gradients were not finite, halve it."""
-        self._update()
+        """Do what :meth:`update` does, then adapt the loss scale: if gradients were not finite, halve it."""
+        self.update()
         self.store.refresh()
         if math.isfinite(self.grad_norm.item()):
             self.updates_since_overflow += 1  # as torch.amp.GradScaler does, the scale doubles after enough of these
@@ -293,8 +300,17 @@ class RecordingOutOfMemory(MemoryError):
     """Memory ran out while a CUDA graph was recorded, which takes somewhat more than the same step without one."""
 
 
-def _record(function: Callable[[], None], pool: Any) -> Any:
-    """A CUDA graph of the kernels that ``function`` launches. They are recorded, not run."""
+def record_graph(function: Callable[[], None], pool: Any) -> Any:
+    """Return a CUDA graph of the kernels that ``function`` launches. They are recorded, not run.
+
+    Args:
+        function: launches the kernels on the current stream.
+        pool: of another graph, whose memory this one shares; ``None`` for memory of its own.
+
+    Raises:
+        RecordingOutOfMemory: there is no memory to record it in.
+        RuntimeError: it could not be recorded for another reason.
+    """
     graph = torch.cuda.CUDAGraph()
     # cuBLAS keeps a workspace for each stream. The graph must own one in its own memory pool: torch.compile clears all
     # other workspaces before it records, and a replay would then write to memory that belongs to somebody else.

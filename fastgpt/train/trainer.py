@@ -60,6 +60,7 @@ class Trainer:
         config: the request. Its micro-batch shrinks if memory runs out; all else stays.
         step: updates done.
         tokens: trained on so far.
+        log_late: whether an update is logged while the next one runs, so that a GPU never waits for the host.
 
     Raises:
         RequestError: the dataset is too short, or the checkpoint to resume from does not match the request. Nothing of
@@ -122,8 +123,7 @@ class Trainer:
         self._flops_per_second: float | None = None  # of the update logged last
         self._n_damaged = 0  # lines of metrics.jsonl
         self._ending = False  # because of an error
-        # A GPU's update is logged while the next one runs, so that the GPU never waits for the host.
-        self._log_late = self.device.type == "cuda"
+        self.log_late = self.device.type == "cuda"
         self.log = RunLog(self.run_dir / run_folder.METRICS, config.max_iters)
         self.stop = StopRequest(self.run_dir, config.max_hours)
         self.writer = CheckpointWriter(self.run_dir)
@@ -219,7 +219,7 @@ class Trainer:
             self.shards.check()
             if self.writer.idle:
                 self._wait_and_report()
-            lr = self._update()
+            lr = self.update()
             self.step += 1
             self.tokens += config.tokens_per_step
 
@@ -232,7 +232,7 @@ class Trainer:
                 self._not_logged.append(UpdateMetrics(self.train_step, self.step, self.tokens, lr, since))
                 since = self._not_logged[-1].end
             # An evaluation or a checkpoint waits for the device anyway, so nothing is gained by logging after it.
-            self._log_updates(keep=int(self._log_late and logging and not (evaluating or saving or stopping)))
+            self._log_updates(keep=int(self.log_late and logging and not (evaluating or saving or stopping)))
             if stopping:
                 return self._stop()
 
@@ -255,8 +255,15 @@ class Trainer:
         self.log.say(f"stopped by {self.stop.reason} at step {self.step}; --init_from resume continues: {path}")
         return self.stop.exit_status
 
-    def _update(self) -> float:
-        """One update; returns its learning rate."""
+    def update(self) -> float:
+        """One update; returns its learning rate. ``step`` and ``tokens`` do not count it yet.
+
+        After an error the run stands where it stood before the update.
+
+        Raises:
+            Interrupted: a signal was received.
+            RequestError: the data are damaged, or no micro-batch fits the memory.
+        """
         lr, number = self.config.learning_rate_at(self.step), self.step + 1
         position, random_state = self.batches.state_dict(), checkpoint.random_state()
         self.skipped.begin(number, position)
@@ -317,7 +324,7 @@ class Trainer:
             if free_graphs:
                 self.train_step.free_graphs()
             elif smaller is not None:
-                self._shrink(smaller)
+                self.shrink_micro_batch(smaller)
             else:
                 self.train_step.do_without_graphs()
                 self.log.say("out of memory while CUDA graphs were recorded: continuing without them")
@@ -333,8 +340,8 @@ class Trainer:
         found = [n for n in divisors(sequences) if n <= half]
         return max(found, default=None) if self.settled.resizable else None
 
-    def _shrink(self, smaller: int) -> None:
-        """Continue with smaller micro-batches, and more of them in an update."""
+    def shrink_micro_batch(self, smaller: int) -> None:
+        """Continue with micro-batches of ``smaller`` sequences, and more of them in an update."""
         self.config = config = self.config.with_batch_size(smaller)
         for loader in self.loaders.values():
             loader.batch_size = smaller

@@ -358,13 +358,13 @@ import sys
 from pathlib import Path
 from fastgpt.train.__main__ import main
 from fastgpt.train.trainer import Trainer
-update = Trainer._update
+update = Trainer.update
 def watched(trainer):
     rate = update(trainer)
     if trainer.step + 1 in (100, 2000):
         print("resident kB:", Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0], file=sys.stderr)
     return rate
-Trainer._update = watched
+Trainer.update = watched
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -88,7 +88,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
 
 
 def test_every_shipped_configuration_is_compiled(rows):
-    shipped = launch._shipped()
+    shipped = launch.shipped()
     for arch in ARCHITECTURES:
         compiled = [row["config"] for row in rows if row["arch"] == arch]
         for kernel, table in (shipped[0] | shipped[arch]).items():

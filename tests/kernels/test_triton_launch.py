@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, columns, embedding, gelu, launch, layer_norm
+from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, embedding, gelu, launch, layer_norm
 from fastgpt.kernels.triton.launch import Device
 
 RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
@@ -42,7 +42,7 @@ def test_a_device_that_none_fits_is_refused_with_the_reason(capability, shared_m
 
 
 def test_every_architecture_configures_the_same_kernels_for_the_same_inputs():
-    tables = launch._shipped()
+    tables = launch.shipped()
     kinds = {
         arch: {name: set(table) for name, table in kernels.items() if name != "shared_memory"}
         for arch, kernels in tables.items()
@@ -61,10 +61,10 @@ def test_a_configuration_handed_out_is_the_callers_own():
 def test_the_forward_of_gelu_made_again_in_the_backward_costs_no_launch_of_its_own():
     x, bias = torch.empty(8, 16, device="meta"), torch.empty(16, device="meta")
     launched = []
-    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(launch.name_of(kernel.fn))):
         gelu.gelu_backward_recompute_(x, x, None, True)
         gelu.gelu_backward_recompute_(x, x, bias, True)
-    assert launched == [gelu._backward_kernel, gelu._bias_backward_kernel, columns._sum_kernel]
+    assert launched == ["gelu_backward", "gelu_bias_backward", "columns_sum"]
 
 
 @pytest.mark.parametrize("name", ["gelu", "layer_norm", "cross_entropy"])
@@ -92,21 +92,21 @@ def test_a_million_rows_fit_the_grid(name):
 def test_all_that_the_backward_of_a_norm_sums_is_added_up_in_one_launch():
     x, weight, rows = (torch.empty(shape, device="meta") for shape in ((8, 16), (16,), (8,)))
     launched = []
-    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(launch.name_of(kernel.fn))):
         layer_norm.layer_norm_backward(x, x, x, weight, rows, rows, True, weight, weight, weight)
-    assert launched == [layer_norm._backward_kernel, columns._sum_kernel]
+    assert launched == ["layer_norm_backward", "columns_sum"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attentions_backward_is_two_launches_or_three_around_a_single_pass(dtype):
     qkv, out = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 100, 3 * 64), (2, 100, 64)))
     lse, launched = torch.empty(2, 1, 100, device="meta"), []
-    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(kernel)):
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(launch.name_of(kernel.fn))):
         attention.attention_qkv_backward(out, qkv, out, lse, 1, True, 0.125, 0.0, None)
         attention.attention_qkv_backward(out, qkv, out, lse, 1, True, 0.125, 0.0, None, False)
-    two_passes = [attention._dq_kernel, attention._dk_dv_kernel]
+    two_passes = ["attention_dq", "attention_dk_dv"]
     assert launched == [
-        *two_passes, attention._delta_kernel, attention._single_pass_kernel, attention._round_dq_kernel,
+        *two_passes, "attention_delta", "attention_single_pass", "attention_round_dq",
     ]  # fmt: skip
 
 
@@ -117,10 +117,10 @@ def test_where_a_single_pass_would_spill_two_passes_run():
     for gpu in (RTX_4070, launch.Device("RTX 5070", 120, 48, 99 << 10)):
         qkv, out = (torch.empty(shape, device="meta") for shape in shapes)
         lse, seed = torch.empty(2, 1, 100, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
-        with launch.ahead_of_time(gpu, lambda kernel, *_: launched.append(kernel)):
+        with launch.ahead_of_time(gpu, lambda kernel, *_: launched.append(launch.name_of(kernel.fn))):
             attention.attention_qkv_backward(out, qkv, out, lse, 1, True, 0.125, 0.1, seed, False)
-    single_pass = [attention._delta_kernel, attention._single_pass_kernel, attention._round_dq_kernel]
-    assert launched == [*single_pass, attention._dq_kernel, attention._dk_dv_kernel]
+    single_pass = ["attention_delta", "attention_single_pass", "attention_round_dq"]
+    assert launched == [*single_pass, "attention_dq", "attention_dk_dv"]
 
 
 # ---- tuning ----
@@ -130,9 +130,9 @@ def test_where_a_single_pass_would_spill_two_passes_run():
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    autotune._winners.cache_clear()
+    autotune.fastest.cache_clear()
     yield tmp_path
-    autotune._winners.cache_clear()
+    autotune.fastest.cache_clear()
 
 
 SHIPPED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
@@ -186,7 +186,7 @@ def test_where_no_candidate_runs_the_reason_is_raised(cache):
 def test_a_shape_is_tuned_once_and_remembered_on_disk(cache):
     tune()
     assert tune() == (FASTEST, [])
-    autotune._winners.cache_clear()  # another process
+    autotune.fastest.cache_clear()  # another process
     assert tune() == (FASTEST, [])
     assert tune(key="attention T=65")[1]
     (file,) = cache.rglob("*.json")
@@ -197,7 +197,7 @@ def test_a_shape_is_tuned_once_and_remembered_on_disk(cache):
 def test_a_spoilt_cache_is_measured_anew(cache):
     tune()
     next(cache.rglob("*.json")).write_text("{")
-    autotune._winners.cache_clear()
+    autotune.fastest.cache_clear()
     assert tune()[1]
 
 

@@ -196,12 +196,12 @@ def test_links_never_point_to_what_is_removed(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, state(1, 1), *tensors())
     links = {}
 
-    def killed(run_dir, kept):
-        links.update({name: (run_dir / "checkpoints" / name).resolve().name for name in ("latest", "best")})
+    def killed(path, **_):
+        links[path.name] = [(tmp_path / "checkpoints" / name).resolve().name for name in ("latest", "best")]
 
-    monkeypatch.setattr(checkpoint, "_remove_all_but", killed)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
     checkpoint.save(tmp_path, state(2, 2), *tensors())
-    assert links == {"latest": "step-0000002", "best": "step-0000002"}
+    assert links["step-0000001.partial"] == ["step-0000002", "step-0000002"]
 
 
 def test_a_folder_in_the_place_of_a_link_makes_room_for_it(tmp_path):

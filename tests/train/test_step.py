@@ -1,5 +1,6 @@
 """One update: what it leaves behind, and that a GPU would never have to wait for the host."""
 
+import copy
 import gc
 import math
 import weakref
@@ -9,13 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgpt.kernels import adamw
 from fastgpt.kernels.dry_run import dry_run
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train import spikes
 from fastgpt.train import step as step_module
 from fastgpt.train.memory import ran_out
-from fastgpt.train.predict.trace import Setup, _Recorder
+from fastgpt.train.predict.trace import Recorder, Setup
 from fastgpt.train.step import (
     FIRST_LOSS_SCALE,
     GROWTH_INTERVAL,
@@ -144,9 +144,9 @@ def test_graphs_change_nothing_in_the_course_of_training(monkeypatch, accumulati
     expected = make(**options)
     losses = train(expected, 5)
     monkeypatch.setattr(Graph, "made", 0)
-    monkeypatch.setattr(step_module, "_record", lambda function, pool: Graph(function))
+    monkeypatch.setattr(step_module, "record_graph", lambda function, pool: Graph(function))
     recorded = make(**options)
-    recorded._with_graphs = True
+    recorded.cuda_graphs = True
     assert train(recorded, 5) == losses
     assert Graph.made == 2
     assert torch.equal(recorded.store.master, expected.store.master)
@@ -154,9 +154,9 @@ def test_graphs_change_nothing_in_the_course_of_training(monkeypatch, accumulati
 
 def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkeypatch):
     monkeypatch.setattr(Graph, "made", 0)
-    monkeypatch.setattr(step_module, "_record", lambda function, pool: Graph(function))
+    monkeypatch.setattr(step_module, "record_graph", lambda function, pool: Graph(function))
     step = make(accumulation=2)
-    step._with_graphs = True
+    step.cuda_graphs = True
     made = []
     source = batches(6)
     for _ in range(3):
@@ -168,34 +168,33 @@ def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkey
 class CapturedGraph:
     """A CUDA graph as the optimizer sees it: captured once, and its replays are not counted on the host."""
 
-    def __init__(self, function, optimizer, monkeypatch):
-        with monkeypatch.context() as patch:
-            patch.setattr(adamw, "_capturing", lambda: True)
+    def __init__(self, function, step, capturing):
+        with capturing():
             function()
-        self._function, self._optimizer, self._fresh = function, optimizer, True
+        self.function, self.step, self.fresh = function, step, True
 
     def replay(self):
-        if not self._fresh:  # what was captured has run once already
-            counts = dict(self._optimizer._steps)
-            self._function()
-            self._optimizer._steps.update(counts)
-        self._fresh = False
+        if not self.fresh:  # what was captured has run once already
+            optimizer = self.step.optimizer
+            self.step.optimizer = copy.copy(optimizer)  # shares the state; what it counts, the other does not know
+            self.function()
+            self.step.optimizer = optimizer
+        self.fresh = False
 
     def pool(self):
         return None
 
 
 @pytest.mark.parametrize("unfinished", [False, True])
-def test_after_its_graphs_are_freed_a_run_records_them_again_and_goes_on_as_before(monkeypatch, unfinished):
+def test_after_its_graphs_are_freed_a_run_records_them_again_and_goes_on_as_before(monkeypatch, capturing, unfinished):
     expected = train(make(), 6)
     step, source, losses = make(), batches(6), []
-    record = lambda function, pool: CapturedGraph(function, step.optimizer, monkeypatch)  # noqa: E731
-    monkeypatch.setattr(step_module, "_record", record)
-    step._with_graphs = True
+    monkeypatch.setattr(step_module, "record_graph", lambda function, pool: CapturedGraph(function, step, capturing))
+    step.cuda_graphs = True
     for update in range(6):
         if update == 3:
             if unfinished:  # memory ran out between two micro-batches
-                step._forward_backward(next(batches(1)))
+                step.micro_step(next(batches(1)))
             step.free_graphs()
             assert not step.has_graphs
         step(source.__next__, 1e-2)
@@ -233,7 +232,7 @@ def test_memory_that_runs_out_while_recording_is_told_as_that(recording):
     gc.disable()
     try:
         with pytest.raises(RecordingOutOfMemory, match=r"^no more$") as found:
-            step_module._record(full, pool=None)
+            step_module.record_graph(full, pool=None)
         assert ran_out(found.value)
         del found
         assert [activations() for activations in alive] == [None]  # or a smaller step would find no more memory
@@ -257,20 +256,20 @@ def test_a_recording_that_cannot_even_be_ended_is_no_mere_lack_of_memory(recordi
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.raises(RuntimeError, match="--cuda_graphs False works without: no more") as found:
-        step_module._record(full, pool=None)
+        step_module.record_graph(full, pool=None)
     assert not ran_out(found.value)
 
 
 def test_pythons_collector_rests_while_a_graph_is_recorded(recording):
     """It may come upon a graph that nobody holds any more; to destroy one ends the recording."""
     seen = []
-    step_module._record(lambda: seen.append(gc.isenabled()), pool=None)
+    step_module.record_graph(lambda: seen.append(gc.isenabled()), pool=None)
     assert seen == [False]
     assert gc.isenabled()
 
 
 def test_cublas_has_a_workspace_in_the_graphs_own_memory_and_keeps_it_for_nothing_else(recording):
-    step_module._record(lambda: recording.append("work"), pool=None)
+    step_module.record_graph(lambda: recording.append("work"), pool=None)
     assert recording == ["clear", "begin", "work", "end", "clear"]
 
 
@@ -279,7 +278,7 @@ def test_a_graph_that_cannot_be_recorded_is_told_with_the_flag_that_helps(record
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="--cuda_graphs False works without: operation not permitted"):
-        step_module._record(broken, pool=None)
+        step_module.record_graph(broken, pool=None)
 
 
 @pytest.mark.needs_gpu
@@ -294,13 +293,14 @@ def test_making_a_step_takes_no_more_of_a_gpu_than_it_keeps():
     assert torch.cuda.max_memory_allocated() - before < 1.05 * sum(t.nbytes for t in kept)
 
 
-def test_once_its_graphs_are_gone_an_update_asks_no_more_how_many_there_have_been(monkeypatch):
+def test_once_its_graphs_are_gone_an_update_asks_no_more_how_many_there_have_been(monkeypatch, capturing):
     asked = []
     real = torch.Tensor.__int__
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: asked.append(tensor) or real(tensor))
     step = make()
     train(step, 1)
-    step.optimizer._captured = True  # as it is after a recording
+    with capturing():
+        step.optimizer.step()
     for expected in (2, 4):  # of two groups
         train(step, 1)
         assert len(asked) == expected
@@ -324,7 +324,7 @@ def dry_run_updates(model, **options):
     with (
         dry_run("cuda"),
         torch.device("meta"),
-        _Recorder(Setup(TINY, 3)),
+        Recorder(Setup(TINY, 3)),
     ):  # which knows a shape that torch 2.11 does not
         step = TrainStep(model(), **options)
         batch = torch.zeros(3, TINY.block_size, dtype=torch.int64)
@@ -377,7 +377,7 @@ def test_loss_scaling_keeps_gradients_that_fp16_alone_would_lose():
     lost = []
     for scale in (FIRST_LOSS_SCALE, 2.0**-10):
         step.set_loss_scale(scale)
-        step._forward_backward((x, y))
+        step.micro_step((x, y))
         lost.append((step.store.grad == 0).sum().item())
         step.store.grad.zero_()
     assert lost[0] < 0.8 * lost[1]
@@ -404,14 +404,18 @@ def test_an_update_that_stands_out_is_skipped_and_counted(monkeypatch, dtype, wh
     step = make(dtype=dtype, skip_spikes=6.0)
     step.set_loss_scale(1024.0)
     source = batches(40)
-    micro_step = step._micro_step
+    forward, micro_step = step.forward, step.micro_step
 
-    def standing_out(batch):
+    def large_loss(*args, **options):
+        loss = forward(*args, **options)
+        return loss + 49.0 * loss.detach() if number == 20 and what == "loss" else loss  # the gradient stays
+
+    def large_gradient(batch):
         micro_step(batch)
-        if number == 20:
-            (step.store.grad if what == "norm" else step._sum).mul_(50.0)
+        if number == 20 and what == "norm":
+            step.store.grad.mul_(50.0)
 
-    step._micro_step = standing_out
+    step.forward, step.micro_step = large_loss, large_gradient
     changed = []
     for number in range(1, 31):
         before = step.store.master.clone()

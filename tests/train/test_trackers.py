@@ -133,7 +133,7 @@ def test_what_is_not_known_is_not_forwarded_and_what_is_no_number_is(tmp_path):
 
 def test_a_run_that_breaks_off_is_marked_as_failed(trainer, wandb, writers):
     one = trainer(wandb=True, tensorboard=True)
-    one._update = lambda: 1 / 0
+    one.update = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         one.train()
     assert wandb.boards[0].exit_code == 1

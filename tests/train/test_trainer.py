@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,14 +48,14 @@ def files_of(folder):
 
 def stop_after(trainer, steps, number):
     """Have ``trainer`` receive a signal during its update number ``steps``."""
-    update = trainer._update
+    update = trainer.update
 
     def interrupted():
         if trainer.step + 1 == steps:
             signal.raise_signal(number)
         return update()
 
-    trainer._update = interrupted
+    trainer.update = interrupted
 
 
 # ---- what a run leaves behind ----
@@ -221,7 +220,7 @@ def test_an_evaluation_sees_the_same_tokens_whatever_the_micro_batch(trainer, tm
     losses, tokens = evaluate(one)
     one.train()
     trained = evaluate(one)[0]
-    one._shrink(1)
+    one.shrink_micro_batch(1)
     smaller_losses, smaller_tokens = evaluate(one)
     assert smaller_losses == pytest.approx(trained, rel=1e-3)  # of bf16
     assert len(smaller_losses) == len(losses) == 2
@@ -241,28 +240,31 @@ def test_drawing_a_batch_while_a_gpu_is_at_work_is_not_told_as_waiting_for_data(
     monkeypatch.setattr(one.monitor, "time_spent", lambda kind, seconds: told.append(kind))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: idle))
     monkeypatch.setattr(one, "device", torch.device("cuda"))
-    one._next_batch()
+    one.update()
     assert told == [DATA] * idle
 
 
-def test_where_a_graph_cannot_be_recorded_for_lack_of_memory_a_run_goes_on_without(trainer, tmp_path, capsys):
+def test_where_a_graph_cannot_be_recorded_for_lack_of_memory_a_run_goes_on_without(
+    trainer, tmp_path, monkeypatch, capsys
+):
     """Recording takes somewhat more than the step before it, and the micro-batch that was asked for did fit that."""
+
+    def full(function, pool):
+        raise RecordingOutOfMemory("no more")
+
+    monkeypatch.setattr("fastgpt.train.step.record_graph", full)
     usual, one = trainer(out_dir=tmp_path / "usual"), trainer()
-    one.train_step._with_graphs = True
-    full = RecordingOutOfMemory("no more")
-    one.train_step._micro_step = partial(limited_step, one.train_step, one.train_step._micro_step, full)
+    one.train_step.cuda_graphs = True
     assert usual.train() == one.train() == 0
     assert "out of memory while CUDA graphs were recorded: continuing without them" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(tmp_path / "usual")
 
 
-def limited_step(step, micro_step, error, batch):
-    if step._with_graphs and step._updates:
-        raise error
-    micro_step(batch)
-
-
-def test_an_evaluation_may_have_the_memory_of_the_recorded_graphs(trainer, capsys):
+def test_an_evaluation_may_have_the_memory_of_the_recorded_graphs(trainer, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "fastgpt.train.step.record_graph",
+        lambda function, pool: SimpleNamespace(replay=function, pool=lambda: None),
+    )
     one = trainer(eval_interval=2, batch_size="auto", total_batch_size=4 * 16)
     forward, evaluations = one.train_step.forward, []
 
@@ -274,7 +276,7 @@ def test_an_evaluation_may_have_the_memory_of_the_recorded_graphs(trainer, capsy
         return forward(*args, **kwargs)
 
     one.train_step.forward = limited
-    one.train_step._micro_graph = object()
+    one.train_step.cuda_graphs = True
     batch_size = one.config.batch_size
     assert one.train() == 0
     assert one.config.batch_size == batch_size
@@ -288,14 +290,14 @@ def test_under_ulimit_v_memory_that_runs_out_is_an_error_that_the_run_survives_o
     """The limit is set once the micro-batch has been chosen: 64 sequences, of which each layer keeps 160 MiB."""
     code = """
 import resource, sys
-from fastgpt import limits
+from pathlib import Path
 from fastgpt.cli import run
 from fastgpt.train import __main__ as command
 from fastgpt.train.predict import micro_batch
 from fastgpt.train.trainer import Trainer
 
 def train(self, train=Trainer.train):
-    used = limits._fields(limits.SYSTEM / "proc/self/status")["VmSize"]
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
     return train(self)
 
@@ -381,15 +383,15 @@ def test_an_fp16_run_learns_and_keeps_its_loss_scale_when_resumed(trainer, tmp_p
 def test_a_gpu_tells_of_an_update_when_the_next_one_is_under_way(trainer, monkeypatch):
     """All but those after which it has to stop anyway: every fourth, for an evaluation."""
     one = trainer(device="cpu")
-    update, told, order = one._update, RunLog.train, []
+    update, told, order = one.update, RunLog.train, []
 
     def noted():
         order.append(f"update {one.step + 1}")
         return update()
 
-    monkeypatch.setattr(one, "_update", noted)
+    monkeypatch.setattr(one, "update", noted)
     monkeypatch.setattr(RunLog, "train", lambda self, **v: (order.append(f"line {v['step']}"), told(self, **v))[1])
-    monkeypatch.setattr(one, "_log_late", True)
+    monkeypatch.setattr(one, "log_late", True)
     assert one.train() == 0
     quarter = "update {0} update {1} line {0} update {2} line {1} update {3} line {2} line {3}"
     assert " ".join(order) == " ".join([quarter.format(1, 2, 3, 4), quarter.format(5, 6, 7, 8)])
@@ -399,9 +401,9 @@ def test_a_gpu_tells_of_an_update_when_the_next_one_is_under_way(trainer, monkey
 def test_the_last_update_before_a_stop_is_logged_and_a_diverged_one_not_saved(trainer, monkeypatch, tmp_path, poisoned):
     """On a GPU too, where updates are logged late."""
     one = trainer()
-    monkeypatch.setattr(one, "_log_late", True)
+    monkeypatch.setattr(one, "log_late", True)
     stop_after(one, 3, signal.SIGTERM)
-    update = one._update
+    update = one.update
 
     def poison():
         if poisoned and one.step + 1 == 3:
@@ -410,7 +412,7 @@ def test_the_last_update_before_a_stop_is_logged_and_a_diverged_one_not_saved(tr
             one.train_step.store.refresh()
         return update()
 
-    one._update = poison
+    one.update = poison
     assert one.train() == (1 if poisoned else 128 + signal.SIGTERM)
     assert list(losses(tmp_path / "run")) == [1, 2, 3]
     assert checkpoint.steps(tmp_path / "run") == ([] if poisoned else [3])
@@ -507,14 +509,14 @@ def test_a_diverged_run_fails_in_one_line_and_saves_nothing(trainer, tmp_path, c
 
 def poison(one, steps):
     """Let the gradients of these updates be NaN."""
-    update = one.train_step._update
+    update = one.train_step.update
 
     def poisoned():
         if one.step + 1 in steps:
             one.train_step.store.grad[3] = float("nan")
         update()
 
-    one.train_step._update = poisoned
+    one.train_step.update = poisoned
 
 
 @pytest.mark.parametrize("log_interval", [1, 4])
@@ -560,14 +562,14 @@ def test_a_spike_is_skipped_and_reported_and_a_resumed_run_remembers_what_came_b
         for i, last in enumerate(parts):
             start = "resume" if i else "scratch"
             one = trainer(out_dir=tmp_path / name, max_iters=last, init_from=start, skip_spikes=5.0)
-            update = one.train_step._update
+            update = one.train_step.update
 
             def spike(one=one, update=update):
                 if one.step == 5:
                     one.train_step.store.grad *= 1000.0
                 update()
 
-            one.train_step._update = spike
+            one.train_step.update = spike
             assert one.train() == 0
         said = capsys.readouterr().out
         assert "1 update up to step 6 skipped: loss or gradient norm more than 5 standard deviations above" in said
@@ -633,13 +635,13 @@ def test_a_row_of_skipped_updates_goes_on_in_a_resumed_run(trainer, tmp_path):
 
 def test_an_fp16_run_whose_gradients_are_never_finite_ends(trainer, tmp_path, capsys):
     one = trainer(dtype="float16", max_iters=60, lr_decay_iters=60, max_skipped_updates=5)
-    micro_step = one.train_step._micro_step
+    micro_step = one.train_step.micro_step
 
     def poisoned(batch):
         micro_step(batch)
         one.train_step.store.grad[3] = float("nan")
 
-    one.train_step._micro_step = poisoned
+    one.train_step.micro_step = poisoned
     assert one.train() == 1
     assert "the gradients of 5 updates in a row were not finite" in capsys.readouterr().out
     assert one.train_step.loss_scale == LEAST_LOSS_SCALE
@@ -679,17 +681,20 @@ def test_a_token_outside_the_vocabulary_ends_the_run_with_a_checkpoint_of_the_up
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_nothing_is_saved_of_data_that_have_been_found_to_be_damaged(trainer, tmp_path):
+def test_nothing_is_saved_of_data_that_have_been_found_to_be_damaged(trainer, tmp_path, monkeypatch):
     one = trainer()
     stop_after(one, 3, signal.SIGTERM)
-    update = one._update
+    update = one.update
 
     def found():
         if one.step == 2:
-            one.shards._problem = "train_000000.bin is damaged"
+            monkeypatch.setattr(one.shards, "check", damaged)
         return update()
 
-    one._update = found
+    def damaged():
+        raise RequestError("train_000000.bin is damaged")
+
+    one.update = found
     with pytest.raises(RequestError, match="is damaged"):
         one.train()
     assert checkpoint.steps(tmp_path / "run") == []
@@ -816,7 +821,7 @@ def test_if_the_disk_refuses_the_last_checkpoint_the_run_fails_in_one_line(train
 def test_a_run_trains_on_while_a_checkpoint_is_written(trainer, tmp_path, monkeypatch):
     write, written_until = checkpoint.save_file, threading.Event()
     one = trainer(checkpoint_interval=2)
-    update = one._update
+    update = one.update
 
     def slow(content, path, **options):
         if path.parent.name.startswith("step-0000002"):
@@ -830,7 +835,7 @@ def test_a_run_trains_on_while_a_checkpoint_is_written(trainer, tmp_path, monkey
         return update()
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
-    one._update = go
+    one.update = go
     assert one.train() == 0
     trainer(out_dir=tmp_path / "other", checkpoint_interval=2).train()
     assert checkpoint.steps(tmp_path / "run") == checkpoint.steps(tmp_path / "other")
@@ -852,14 +857,14 @@ def slow_disk(monkeypatch, seconds):
 def test_a_run_ends_only_when_its_last_checkpoint_is_on_the_disk(trainer, tmp_path, monkeypatch):
     """Also if there was nothing left to train: a signal came in the last evaluation, which the resumed run repeats."""
     one = trainer()
-    evaluate = one._evaluate
+    evaluate = one.evaluate
 
-    def stopped():
+    def stopped(split):
         if one.step == 8:
             signal.raise_signal(signal.SIGTERM)
-        evaluate()
+        return evaluate(split)
 
-    one._evaluate = stopped
+    one.evaluate = stopped
     assert one.train() == 143
     slow_disk(monkeypatch, 0.3)
     two = trainer(init_from="resume")
@@ -878,14 +883,14 @@ def test_a_run_that_is_interrupted_at_once_keeps_its_lock_while_it_still_writes(
 
     monkeypatch.setattr(checkpoint, "save_file", waiting)
     one = trainer(checkpoint_interval=2)
-    update = one._update
+    update = one.update
 
     def interrupted():
         if one.step == 3:
             raise KeyboardInterrupt
         return update()
 
-    one._update = interrupted
+    one.update = interrupted
     with pytest.raises(KeyboardInterrupt):
         one.train()
     assert not one.writer.idle
@@ -899,14 +904,14 @@ def test_a_run_that_is_interrupted_at_once_keeps_its_lock_while_it_still_writes(
 
 def test_an_update_that_memory_does_not_hold_gets_that_of_the_checkpoints_copies(trainer, tmp_path, capsys):
     one = trainer(checkpoint_interval=2)
-    micro_step = one.train_step._micro_step
+    micro_step = one.train_step.micro_step
 
     def limited(batch):
         if one.writer.has_copies:
             raise OUT_OF_MEMORY[0]
         micro_step(batch)
 
-    one.train_step._micro_step = limited
+    one.train_step.micro_step = limited
     assert one.train() == 0
     assert "out of memory" not in capsys.readouterr().out
     trainer(out_dir=tmp_path / "other", checkpoint_interval=2).train()
@@ -917,7 +922,7 @@ def test_an_update_that_memory_does_not_hold_gets_that_of_the_checkpoints_copies
 def test_skipped_updates_that_a_killed_run_had_not_told_are_told_by_the_resumed_one(trainer, tmp_path, capsys):
     one = trainer(log_interval=8, checkpoint_interval=4)
     poison(one, {2})
-    update = one._update
+    update = one.update
 
     def killed():
         if one.step == 5:
@@ -925,7 +930,7 @@ def test_skipped_updates_that_a_killed_run_had_not_told_are_told_by_the_resumed_
             raise KeyboardInterrupt
         return update()
 
-    one._update = killed
+    one.update = killed
     with pytest.raises(KeyboardInterrupt):
         one.train()
     capsys.readouterr()
@@ -936,7 +941,7 @@ def test_skipped_updates_that_a_killed_run_had_not_told_are_told_by_the_resumed_
 def test_in_fp16_a_spike_is_told_with_its_own_place(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(spikes, "WINDOW", 3)
     one = trainer(dtype="float16", skip_spikes=5.0, log_interval=8)
-    update = one.train_step._update
+    update = one.train_step.update
 
     def changed():
         if one.step + 1 == 6:
@@ -945,7 +950,7 @@ def test_in_fp16_a_spike_is_told_with_its_own_place(trainer, tmp_path, monkeypat
             one.train_step.store.grad[3] = float("inf")
         update()
 
-    one.train_step._update = changed
+    one.train_step.update = changed
     one.train()
     (record,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")["finding"] if r["code"] == "skipped"]
     assert record["text"].startswith("1 update up to step 8 skipped: loss or gradient norm")
@@ -982,14 +987,14 @@ def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(trainer, 
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     one = trainer(checkpoint_interval=2)
-    update = one._update
+    update = one.update
 
     def fail():
         if one.step == 2:
             raise RuntimeError("a fault in the program")
         return update()
 
-    one._update = fail
+    one.update = fail
     with pytest.raises(RuntimeError, match="a fault"):
         one.train()
     assert checkpoint.steps(tmp_path / "run") == [2]
@@ -1296,7 +1301,7 @@ def test_a_signal_between_micro_batches_is_heard_there_and_the_update_is_done_an
     flags = {**flags, "gradient_accumulation_steps": 4}
     trainer(out_dir=tmp_path / "whole", **flags).train()
     one = trainer(**flags)
-    drawn, next_batch = [], one._next_batch
+    drawn, next_batch = [], one.batches.next
 
     def interrupted():
         drawn.append(1)
@@ -1304,7 +1309,7 @@ def test_a_signal_between_micro_batches_is_heard_there_and_the_update_is_done_an
             signal.raise_signal(signal.SIGTERM)
         return next_batch()
 
-    one._next_batch = interrupted
+    one.batches.next = interrupted
     assert one.train() == 128 + signal.SIGTERM
     assert len(drawn) == 10
     assert checkpoint.steps(tmp_path / "run") == [2]
@@ -1320,16 +1325,16 @@ def test_a_signal_in_an_evaluation_is_heard_between_its_batches_and_the_resumed_
     flags = {"eval_iters": 5}
     trainer(out_dir=tmp_path / "whole", **flags).train()
     one = trainer(**flags)
-    seen, loss = [], one._loss
+    seen, forward = [], one.train_step.forward
 
     def interrupted(x, y):
-        if one.step == step:
+        if one.step == step and not one.model.training:
             seen.append(1)
             if len(seen) == 2:
                 signal.raise_signal(signal.SIGTERM)
-        return loss(x, y)
+        return forward(x, y)
 
-    one._loss = interrupted
+    one.train_step.forward = interrupted
     assert one.train() == 128 + signal.SIGTERM
     assert len(seen) == 2
     assert one.model.training
@@ -1425,7 +1430,7 @@ def test_a_run_that_is_past_its_last_step_is_refused(trainer, tmp_path):
 def test_a_second_signal_ends_the_run_at_once(trainer, monkeypatch):
     monkeypatch.setattr("fastgpt.train.stop.SAME_CTRL_C", -1.0)
     one = trainer()
-    one._update = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    one.update = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         one.train()

@@ -1,6 +1,6 @@
-"""The operators on NVIDIA GPUs, one file an op. Imported when the first of them runs, and Triton with it.
+"""The operators on NVIDIA GPUs, one file an op. This package, and Triton with it, is imported when the first one runs.
 
-Under ``TRITON_INTERPRET=1`` they run on CPU tensors, slowly, for tests.
+Under ``TRITON_INTERPRET=1`` the operators run on CPU tensors, slowly, for tests.
 """
 
 from collections.abc import Callable

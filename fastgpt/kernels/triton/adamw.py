@@ -1,7 +1,7 @@
 """AdamW over a list of tensors, and the norm of their gradients, each in one pass and one launch.
 
 A list is cut into chunks of CHUNK elements, one program each. Tables on the device say which tensor a chunk belongs to
-and where the tensors lie, so two flat buffers cost one launch, and so do two hundred parameters. The tables are kept,
+and where the tensors lie. So one launch serves two flat buffers or two hundred parameters alike. The tables are kept,
 and rebuilt only when a tensor has moved. Nothing is copied from the host.
 
 The tables, for L lists (params, grads, ...) of n_tensors tensors each:
@@ -11,9 +11,9 @@ The tables, for L lists (params, grads, ...) of n_tensors tensors each:
     tensors   (n_chunks,) int32, the number of the tensor that a chunk belongs to
     offsets   (n_chunks,) int64, the chunk's first element in it, a multiple of CHUNK
 
-Bytes moved for a parameter, with fp32 parameters, gradients and moments: norm 4; update 16 read and 12 written, 2 more
-with a bf16 copy and 4 more where the gradient is zeroed. With moments of 8 bits the update reads 10 and writes 6; with
-bf16 parameters and gradients as well, 6 and 4.
+Bytes moved for each parameter, with fp32 parameters, gradients and moments: the norm reads 4. The update reads 16 and
+writes 12, 2 more with a bf16 copy and 4 more if it zeroes the gradient. With moments of 8 bits it reads 10 and writes
+6; with bf16 parameters and gradients as well, 6 and 4.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 """
@@ -299,25 +299,26 @@ def _adamw_8bit_kernel(
 
 
 def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """``numbers`` as int64 on the device, written by kernels that take them as arguments: a CUDA graph captures it."""
+    """``numbers`` as int64 on the device. Kernels that take them as arguments write them, so a CUDA graph can too."""
     table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), list(numbers))
     return table
 
 
-# The caches' keys hold the stream: on another stream a table might be read before it is filled.
+# The stream is part of the caches' keys: another stream might read a table before it is filled.
 
 
 @lru_cache(maxsize=256)
-def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def number_table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """The numbers as int64 on the device: addresses, or anything else that a kernel looks up by a tensor's number."""
     return _numbers(numbers, device)
 
 
 @lru_cache(maxsize=64)
-def _chunk_tables(
+def chunk_tables(
     sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables ``sizes``, ``tensors`` and ``offsets``."""
+    """The tables ``sizes``, ``tensors`` and ``offsets`` of tensors with so many elements, in chunks of ``chunk``."""
     counts = [-(-size // chunk) for size in sizes]
     n_chunks = _numbers(counts, device)
     tensors = torch.repeat_interleave(n_chunks, output_size=sum(counts))
@@ -326,11 +327,15 @@ def _chunk_tables(
     return _numbers(sizes, device), tensors.int(), offsets
 
 
-def _cached(make: Any, *args: Any) -> Any:
-    """``make(*args, stream)`` for the current stream, from the cache if possible; the last of ``args`` is the device.
+def cached(make: Any, *args: Any) -> Any:
+    """Return ``make(*args, stream)`` for the current stream, from its cache if possible.
 
     A CUDA graph gets tables of its own, filled at every replay. A cached table could be dropped from the cache while
     the graph still reads it, and one filled during a capture holds nothing until the graph is replayed.
+
+    Args:
+        make: an ``lru_cache`` that makes tables.
+        args: what it makes them of; the last one is the device.
     """
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(args[-1]).cuda_stream if args[-1].type == "cuda" else 0
@@ -350,7 +355,7 @@ def _tables(
     aligned = all(number % 16 == 0 for number in pointers + sizes)
     if not aligned and unaligned_chunk is not None:
         chunk = unaligned_chunk
-    tables = (_cached(_table, pointers, device), *_cached(_chunk_tables, sizes, chunk, device))
+    tables = (cached(number_table, pointers, device), *cached(chunk_tables, sizes, chunk, device))
     return tables, {"ALIGNED": aligned, "CHUNK": chunk}
 
 
@@ -389,7 +394,7 @@ def _coefficients(step: Tensor, lr: Tensor, beta1: float, beta2: float, weight_d
 
 
 def _or_any(placeholder: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """The tensors. A kernel's pointer cannot be ``None``, so one that is not read is that of ``placeholder``."""
+    """The tensors, with ``placeholder`` in the place of each ``None``, which no kernel's pointer can be."""
     return [placeholder if t is None else t for t in tensors]
 
 
@@ -401,7 +406,7 @@ def adamw_(
     config = configuration(device_of(params[0]), "adamw", "any")
     coefficients = _coefficients(step, lr, beta1, beta2, weight_decay)
     for lists in _by_dtypes(params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else [])):
-        # one element at a time, the addresses of a whole chunk and its values do not fit the registers
+        # loaded one element at a time, a whole chunk's addresses and values do not fit the registers
         tables, constants = _tables(lists, config["CHUNK"], config["CHUNK"] // 2)
         launch(
             _adamw_kernel, (tables[2].numel(),), *tables, coefficients,
@@ -429,7 +434,7 @@ def adamw_8bit_(
         launch(
             _adamw_8bit_kernel, (tables[2].numel(),), *tables, coefficients,
             *_or_any(coefficients, grad_scale, found_inf), key,
-            _cached(_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
+            cached(number_table, tuple(number[id(param)] for param in lists[0]), key.device), len(lists[0]),
             beta2, 1.0 - beta1, 1.0 - beta2, eps,
             P=_DTYPES[lists[0][0].dtype], G=_DTYPES[lists[1][0].dtype], M=_DTYPES[lists[2][0].dtype],
             CODED=bool(exp_avg_scales), STOCHASTIC_P=stochastic_rounding and lists[0][0].dtype == torch.bfloat16,

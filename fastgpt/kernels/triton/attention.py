@@ -2,22 +2,22 @@
 
 A forward program takes BLOCK_M queries and walks over the keys that they see, BLOCK_N at a time. Blocks left of the
 diagonal need no mask and run in a loop without one. Only blocks that the diagonal or the end of the sequence crosses
-are masked. Scores are kept in base 2 with the scale folded in, so that a softmax weight is one multiply-add and one
-exp2. Scores of fp32 inputs stay in base e, because the rounding to base 2 would show in fp32.
+are masked. For 16-bit inputs, scores are multiplied by scale * log2(e), so that a softmax weight is one multiply-add
+and one exp2 ("base 2" below). Scores of fp32 inputs stay in base e, because the rounding to base 2 would show in fp32.
 
 The online softmax: with the running maximum m and the running sum l of a row, a new block of scores s gives
 m' = max(m, max(s)) and w = exp(s - m'). What was accumulated before is multiplied by exp(m - m'): l = l exp(m - m')
 + sum(w), acc = acc exp(m - m') + w v. At the end out = acc / l and lse = m + log(l).
 
-The backward recomputes the weights, exp(s - lse), in each pass. One pass walks along the keys and writes dq, and
-delta, the row sums of dout * out. The other walks along the queries and writes dk and dv. These are 7 products, and no
+The backward recomputes the weights, exp(s - lse), in each of two passes. One walks along the keys and writes dq, and
+delta, the row sums of dout * out. The other walks along the queries and writes dk and dv. These are 7 products without
 atomics: the same inputs give the same bits. With the weights P, the dropout factors Z and dP = Z (dout v^T):
 
     dv = (P Z)^T dout,   dS = P (dP - delta),   dq = scale dS k,   dk = scale dS^T q
 
 With ``deterministic=False`` the pass along the queries also does the work of the other, 5 products in all. Each block
-of keys is a program of its own, so the programs add their shares of dq with atomics, in fp32 and in any order. The sums
-have a buffer of their own. A kernel before fills it with zeros and a kernel after rounds it to dq: 16 bytes of traffic
+of keys is a program of its own, so the programs add their shares of dq with atomics, in fp32 and in any order, to a
+buffer of sums. One kernel fills the buffer with zeros before, and another rounds it to dq after: 16 bytes of traffic
 for each element of q, if L2 holds a head's sums while its blocks are added.
 
 q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
@@ -51,9 +51,9 @@ LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) ln(2)
 
 @triton.jit
 def _block_and_head(n_rows, n_head, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """What this program works on: its first row, its head counted over the batch, its batch entry, its head there.
+    """What this program works on: its first row, its head among all B * H, its batch entry, its head within the entry.
 
-    Batch entry and head come in int64, because their products with strides can exceed 2**31 elements.
+    The last two are int64, because their products with strides can exceed 2**31 elements.
     """
     n_blocks = tl.cdiv(n_rows, BLOCK)
     block = tl.program_id(0) % n_blocks
@@ -162,7 +162,7 @@ def _to_base(x, FP32: tl.constexpr):
 
 @triton.jit
 def _exp(x, FP32: tl.constexpr):
-    """The exponential in that base: one instruction in base 2, two in base e.
+    """The exponential in the base of ``_to_base``: one instruction in base 2, two in base e.
 
     In base e a score is not rounded to base 2 before the maximum is subtracted. fp32 results would show that rounding.
     """
@@ -176,7 +176,7 @@ def _attend(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from ``begin`` to ``end`` into the online softmax, and return its three states.
+    """Take the keys from ``begin`` to ``end`` into the online softmax. Return its new state: acc, top and total.
 
     acc: (BLOCK_M, BLOCK_D) fp32, the weighted sum of values. top, total: (BLOCK_M,) fp32, running maximum and sum.
     q: (BLOCK_M, BLOCK_D), a tile of queries. k, v: pointers to a head's first key and value. scale: in the base.
@@ -208,7 +208,7 @@ def _attend(
     return acc, top, total
 
 
-# A threshold that 16 divides would otherwise be compiled for: another kernel for some values of p.
+# Otherwise Triton would compile a second kernel, for those p whose threshold is a multiple of 16.
 @kernel(do_not_specialize=["threshold"])
 def _forward_kernel(
     q,  # (B, H, T, D)
@@ -517,7 +517,7 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-# Triton compiles a kernel for strides and addresses that 16 divides, and loads 16 bytes at a time. With others each
+# If strides and addresses are multiples of 16, Triton compiles a kernel that loads 16 bytes at a time. Otherwise each
 # element of a tile has an address of its own, in 64 bits. These fill the registers: most configurations spill.
 _ALIGNED = 16  # elements
 
@@ -545,7 +545,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _writable(x: Tensor) -> Tensor:
-    """``x`` if its D is a multiple of 16. Otherwise a buffer with rows so long; ``_write_back`` copies it to ``x``."""
+    """``x`` if its D is a multiple of 16. Otherwise a buffer with longer rows; ``_write_back`` copies it to ``x``."""
     D = x.shape[3]
     return x if D % _ALIGNED == 0 else x.new_empty((*x.shape[:3], _width(D)))
 
@@ -558,7 +558,7 @@ def _write_back(buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
-    """What every kernel with products is compiled for."""
+    """The compile-time arguments of every kernel with products."""
     fp32 = q.dtype == torch.float32
     return {
         "CAUSAL": causal,
@@ -630,7 +630,7 @@ def _tuned(
 
 
 def _launch_on_rows(kernel: Any, like: Tensor, *args: Any, D: int, BLOCK_D: int) -> None:
-    """Launch a kernel without products that passes once over tensors of the shape of ``like``, (B, H, T, D)."""
+    """Launch a kernel without products on tensors shaped like ``like``, (B, H, T, D). A program takes BLOCK_M rows."""
     config = configuration(device_of(like), "attention_rows", f"D{BLOCK_D}")
     grid = (triton.cdiv(like.shape[2], config["BLOCK_M"]) * like.shape[0] * like.shape[1],)
     launch(kernel, grid, like, *args, D=D, BLOCK_D=BLOCK_D, **config)
@@ -696,7 +696,7 @@ def _backward(
 
 
 def _splittable(packed: Tensor) -> Tensor:
-    """Return ``packed``, (B, T, n C), copied if its last dimension is not contiguous and heads cannot be views."""
+    """Return ``packed``, (B, T, n C), or a copy if its last dimension is not contiguous, so that heads can be views."""
     return packed if packed.stride(2) == 1 else packed.contiguous()
 
 

@@ -24,7 +24,7 @@ from fastgpt.kernels.triton.launch import Device
 CANDIDATES = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     for m, n, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-    if m * n * 32 // warps <= 128 * 128 * 8  # more scores a thread never fit its registers
+    if m * n * 32 // warps <= 128 * 128 * 8  # more than 128 scores a thread never fit its registers
 ]
 
 
@@ -34,7 +34,7 @@ def enabled() -> bool:
 
 
 def _time(run: Callable[[], None]) -> float:
-    """Median milliseconds."""
+    """The median time of ``run``, in milliseconds."""
     return triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
 
 
@@ -46,7 +46,8 @@ def path(device: Device) -> Path:
 
 
 @cache
-def _winners(device: Device) -> dict[str, dict[str, int]]:
+def fastest(device: Device) -> dict[str, dict[str, int]]:
+    """The fastest configurations found on a device so far, by the kind of launch; read from its file once."""
     try:
         return json.loads(path(device).read_text())
     except (OSError, ValueError):  # no file yet, or a damaged one: measure again
@@ -58,8 +59,8 @@ def best(
 ) -> dict[str, int]:
     """Return the fastest configuration for launches of the kind ``key``: from the cache, or measured now.
 
-    While a CUDA graph is captured, nothing can be measured and no kernel loaded. The configuration is then the one that
-    ran before, or the shipped one.
+    While a CUDA graph is captured, no time can be measured and no kernel loaded. The configuration is then the cached
+    one, or else the shipped one.
 
     Args:
         device: what ``run`` runs on.
@@ -68,7 +69,7 @@ def best(
         run: launches the kernel in a configuration; called many times.
         time: returns the milliseconds that a callable takes.
     """
-    winners = _winners(device)
+    winners = fastest(device)
     if torch.cuda.is_current_stream_capturing():
         return winners.get(key, shipped)
     if key not in winners:
@@ -76,7 +77,7 @@ def best(
         for candidate in [shipped, *CANDIDATES]:
             try:
                 timings.append((time(lambda candidate=candidate: run(candidate)), candidate))
-            except (torch.OutOfMemoryError, torch.AcceleratorError):  # no fault of the candidate; all others would fail
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the candidate's fault: others would fail too
                 raise
             except (TritonError, RuntimeError) as error:  # it needs more than the device has, or a compiler pass failed
                 failed = error
@@ -88,7 +89,7 @@ def best(
 
 
 def _save(target: Path, winners: dict[str, dict[str, int]]) -> None:
-    """Write the file in one step, by renaming: another process may be reading it."""
+    """Write the file under another name and rename it, because another process may be reading it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
         json.dump(winners, file, indent=1)

@@ -1,6 +1,6 @@
-"""The second step of a sum over rows: many programs have each added up a share, and this kernel adds up the shares.
+"""The second step of a sum over rows. Many programs have each summed a share of the rows; this kernel adds the shares.
 
-Two steps, because atomics would add the shares in the order in which programs happen to end.
+It takes two steps because atomics would add the shares in the order in which programs happen to end.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fastgpt.kernels.triton.launch import configuration, device_of, kernel, laun
 
 @triton.jit
 def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
-    """Write ``total`` to ``sums``, rounded to its dtype; or add it."""
+    """Write ``total`` to ``sums``, rounded to its dtype. With ADD, add it instead."""
     if ADD:
         total += tl.load(sums + columns, mask=in_columns, other=0.0)
     tl.store(sums + columns, total.to(sums.dtype.element_ty), mask=in_columns)
@@ -25,8 +25,8 @@ def _deliver(total, sums, columns, in_columns, ADD: tl.constexpr):
 def _sum_kernel(
     shares,  # (K, n_shares, C) fp32, contiguous
     sums_0,  # (C,), the sum of shares[0]: written, or added to with ADD_0 (then fp32)
-    sums_1,  # likewise of shares[1]; not touched if K is less
-    sums_2,
+    sums_1,  # likewise of shares[1]; not touched if K < 2
+    sums_2,  # likewise of shares[2]; not touched if K < 3
     n_shares, n_columns, ADD_0: tl.constexpr, ADD_1: tl.constexpr, ADD_2: tl.constexpr,
     BLOCK_SHARES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -54,8 +54,8 @@ def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tenso
 
     Args:
         shares: (K, n_shares, C) fp32; K is at most 3.
-        dtype: of the sums that are returned.
-        main_grads: for each of the K, (C,) fp32 to add its sum to, or ``None``.
+        dtype: of the returned sums.
+        main_grads: for each of the K sums, a (C,) fp32 tensor to add it to, or ``None``.
 
     Returns:
         K tensors: (C,), or empty where there was a ``main_grad``.
@@ -75,7 +75,7 @@ def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tenso
 
 
 def check_main_grad(main_grad: Tensor | None, n: int) -> None:
-    """Raise ``ValueError`` if a kernel cannot add ``n`` elements to it."""
+    """Raise ``ValueError`` if a kernel cannot add ``n`` elements to ``main_grad``; ``None`` passes."""
     if main_grad is None or (main_grad.dtype == torch.float32 and main_grad.numel() == n and main_grad.is_contiguous()):
         return
     raise ValueError(f"main_grad: expected {n} elements of float32, contiguous, got {tuple(main_grad.shape)}")

@@ -1,8 +1,9 @@
-"""Cross-entropy, forward and backward apart, and both at once in place.
+"""Cross-entropy: forward, backward, and both in one kernel that overwrites the logits by their gradient.
 
 A program takes one row of logits. Each lane keeps a running maximum and the sum of exponentials relative to it (the
-online softmax), and the lanes are joined once at the end, so the inner loop has no reduction. In place, the second
-sweep finds the row in the L2 cache: memory is read once and written once, 2 V s bytes for a row of V logits of s bytes.
+online softmax), and the lanes are joined once at the end, so the inner loop has no reduction. The kernel that works in
+place reads a row twice. The second time it is in the L2 cache, so memory is read once and written once: 2 V s bytes for
+a row of V logits of s bytes.
 
     loss = log(sum(exp(x))) - x[target],   gradient = softmax(x) - onehot(target)
 
@@ -123,7 +124,7 @@ def _in_place_kernel(
 
 
 def _configuration(logits: Tensor) -> dict[str, int]:
-    """The shipped one; for a vocabulary smaller than its block, one block of the vocabulary's size."""
+    """The shipped configuration; for a vocabulary smaller than its block, one block of the vocabulary's size."""
     width = triton.next_power_of_2(logits.shape[1])
     config = configuration(device_of(logits), "cross_entropy", "any")
     return config if width >= config["BLOCK"] else {"BLOCK": max(width, 128), "num_warps": 4}

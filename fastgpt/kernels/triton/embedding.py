@@ -1,12 +1,13 @@
 """The gradient of an embedding: row i of dy is added to row index[i] of a matrix.
 
-Rows are sorted by token, stably, so that the rows of one token lie together, in their order. A program adds up each run
-of equal tokens in a block of sorted rows and adds the sum to the matrix, at a row that no other program touches. A run
-that crosses blocks goes through a buffer, ``parts``, with two rows for each block: the sums of the block's first and
-last run. The program of the block where such a run begins adds up its parts, in their order. So even the most frequent
-token does not keep one program busy alone, and every sum is taken in an order that depends on the tokens only.
+Rows are sorted by token, stably, so that the rows of one token lie together and keep their order. A program takes a
+block of sorted rows. It sums each run of equal tokens, and adds the sum to a row of the matrix that no other program
+touches. A run that crosses blocks goes through a buffer, ``parts``, with two rows for each block: the sums of the
+block's first and last run. A second kernel adds up the parts of such a run, in order, in the program of the block where
+the run begins. So the rows of the most frequent token are shared among programs, and every sum is taken in an order
+that depends on the tokens only.
 
-Bytes moved: C s read for each of N rows of C elements of s bytes, and 8 C read and written for each distinct token.
+Bytes moved, with N rows of C elements of s bytes: C s read for each row, 8 C read and written for each distinct token.
 """
 
 import torch

@@ -6,11 +6,11 @@
 Phi is the standard normal distribution function, phi its density. tanh is never computed: (1 + tanh(u)) / 2 is the
 sigmoid of 2u, one exponential and one division. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 
-Without a bias the tensor is one long row. With one, a program of the backward owns a block of columns and walks down
-the rows, so that the bias's gradient is added up in registers while the input's is written.
+Without a bias the tensor is one long row. With a bias, a program of the backward owns a block of columns and walks down
+the rows, so that it sums the bias's gradient in registers while it writes the input's.
 
 Bytes moved for an element of s bytes: forward 2 s, backward 3 s. The backward that also recomputes the forward's result
-moves 4 s, where both apart move 5 s. The bias's gradient costs no pass of its own.
+moves 4 s; two kernels would move 5 s. The bias's gradient needs no pass of its own.
 """
 
 import torch
@@ -30,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
 
 @triton.jit
 def _exponential(x):
-    """exp(-2u), of which (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
+    """exp(-2u), because (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
     return tl.exp2(x * (-TWO_SQRT_2_OVER_PI * LOG2E) * (x * x * CUBIC + 1.0))
 
 
@@ -177,9 +177,9 @@ def gelu_backward_recompute_(
 def _backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, main_grad: Tensor | None, dx: Tensor, y: Tensor | None
 ) -> Tensor:
-    """Write ``dx``, contiguous; return the bias's gradient, empty if it is added to ``main_grad``.
+    """Write ``dx``, contiguous. Return the bias's gradient, empty if it is added to ``main_grad``.
 
-    With a ``y``, GELU is written there and ``dx`` is ``dy``.
+    If there is a ``y``, GELU is written there, and ``dx`` is ``dy``.
     """
     if x.numel() == 0:
         return x.new_zeros(0 if bias is None or main_grad is not None else bias.shape)

@@ -39,8 +39,8 @@ class Device:
     shared_memory: int
 
 
-# Ada's limits, so that the interpreter takes the configurations of an RTX 4070. Few multiprocessors, and so few
-# programs, because the interpreter runs them one after the other.
+# Ada's limits, so that the interpreter takes the configurations of an RTX 4070. It runs programs one after the other,
+# so there are few multiprocessors, and therefore few programs.
 _INTERPRETER = Device("Triton's interpreter", 89, 4, 99 << 10)
 
 _ahead_of_time: tuple[Device, Callable[..., None]] | None = None
@@ -52,7 +52,7 @@ def name_of(function: Any) -> str:
 
 
 def kernel(function: Any = None, **options: Any) -> Any:
-    """``triton.jit`` for a kernel that is launched, under a name that contains its op."""
+    """``triton.jit`` for a kernel that is launched; profiles show it under :func:`name_of`."""
     if function is None:
         return functools.partial(kernel, **options)
     return triton.jit(function, repr=lambda _: name_of(function), **options)
@@ -62,7 +62,7 @@ def kernel(function: Any = None, **options: Any) -> Any:
 def ahead_of_time(device: Device, compile: Callable[..., None]) -> Iterator[None]:
     """Inside the block nothing is launched: a launch for ``device`` becomes ``compile(kernel, grid, args, options)``.
 
-    Operators are called on ``meta`` tensors, so exactly the kernels that such a call would run are compiled.
+    Call operators on ``meta`` tensors to compile exactly the kernels that the same calls would run.
     """
     global _ahead_of_time
     _ahead_of_time = device, compile
@@ -88,7 +88,7 @@ def device_of(tensor: Tensor) -> Device:
 
 
 @cache
-def _shipped() -> dict[int, dict[str, Any]]:
+def shipped() -> dict[int, dict[str, Any]]:
     """The contents of ``configs/`` by compute capability; 0 stands for any."""
     files = {path.stem: json.loads(path.read_text()) for path in CONFIGS.glob("*.json")}
     return {0 if stem == "any" else int(stem.removeprefix("sm_")): table for stem, table in files.items()}
@@ -103,7 +103,7 @@ def architecture(device: Device) -> int:
     """
     fitting = [
         capability
-        for capability, table in _shipped().items()
+        for capability, table in shipped().items()
         if 0 < capability <= device.capability and table["shared_memory"] <= device.shared_memory
     ]
     if not fitting:
@@ -120,12 +120,12 @@ def configuration(device: Device, kernel: str, key: str) -> dict[str, int]:
 
 
 def has_configuration(device: Device, kernel: str, key: str) -> bool:
-    """Whether :func:`configuration` has one; none is shipped if every configuration spills registers."""
+    """Whether a configuration is shipped; there is none if every configuration spills registers."""
     return key in _configurations(device, kernel)
 
 
 def _configurations(device: Device, kernel: str) -> dict[str, dict[str, int]]:
-    return _shipped()[architecture(device)].get(kernel) or _shipped()[0][kernel]
+    return shipped()[architecture(device)].get(kernel) or shipped()[0][kernel]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, /, *args: Any, **options: Any) -> None:

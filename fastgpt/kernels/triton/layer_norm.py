@@ -1,14 +1,14 @@
 """Layer norm and residual add + layer norm.
 
-Forward: a program holds whole rows in registers, so each is read once and written once. The variance is taken about the
-mean in a second pass over these registers: sum(x**2) - mean**2 would cancel.
+Forward: a program holds whole rows in registers, so each is read once and written once. A second pass over these
+registers computes the variance about the mean: sum(x**2) - mean**2 would cancel.
 
 Backward, with xhat = (x - mean) * rstd and g = dy * weight:
 
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum,   dweight = sum(dy * xhat),   dbias = sum(dy)
 
-A fixed number of programs walk over the rows. Each adds up its share of dweight and dbias in registers, and of the
-columns of dx where these are required. One small kernel (columns.py) then adds up the shares, always in the same order.
+A fixed number of programs walk over the rows. Each sums its share of dweight and dbias in registers, and of dx_sums (dx
+summed over the rows) if that is required. One small kernel (columns.py) then adds the shares, always in the same order.
 
 Bytes moved for a row of C elements of s bytes: forward 2 C s, with the residual add 4 C s; backward 3 C s, with the
 gradient of the sum 4 C s.
@@ -23,7 +23,7 @@ from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.triton.columns import sum_of_shares
 from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
 
-# A program holds whole rows in registers; configurations are shipped for rows of up to so many columns. Wider rows run
+# The most columns that a shipped configuration takes, because a program holds whole rows in registers. Wider rows run
 # on plain PyTorch.
 WIDEST = 8192
 
@@ -52,9 +52,8 @@ def _forward_kernel(
     a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         b = tl.load(residual + rows[:, None] * residual_stride + columns[None, :], mask=inside, other=0.0)
-        rounded = (a + b.to(tl.float32)).to(
-            total.dtype.element_ty
-        )  # the norm is of the rounded sum, as the next layer reads it
+        # rounded before it is normalised, because the next layer reads the rounded sum
+        rounded = (a + b.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + here, rounded, mask=inside)
         a = rounded.to(tl.float32)
 

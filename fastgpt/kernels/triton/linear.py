@@ -1,7 +1,7 @@
-"""What a linear layer needs beside its products: the gradient of its bias, the sum of dy over the rows.
+"""The gradient of a linear layer's bias: the sum of dy over the rows. The layer's products are in matmul.py.
 
-A program owns a block of columns and walks down a share of the rows, which it adds up in registers. One small kernel
-(columns.py) then adds up the shares, always in the same order. Bytes moved for an element of s bytes: s.
+A program owns a block of columns and walks down a share of the rows, which it sums in registers. One small kernel
+(columns.py) then adds the shares, always in the same order. Bytes moved for an element of s bytes: s.
 """
 
 import torch

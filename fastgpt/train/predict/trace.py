@@ -118,7 +118,7 @@ def trace_step(setup: Setup) -> Trace:
         # On a GPU three batches exist at once: the CUDA graph's input, the current one, and the one loaded ahead.
         # Each holds inputs and targets: (2, B, T).
         batches = [torch.zeros(2, *shape, dtype=torch.int64) for _ in range(3 if setup.device_type == "cuda" else 1)]
-        recorder = _Recorder(setup)
+        recorder = Recorder(setup)
         store = step.store
         recorder.hold("gradients, fp32", store.grad)
         recorder.hold("weights, fp32", store.master)
@@ -126,13 +126,13 @@ def trace_step(setup: Setup) -> Trace:
         recorder.hold(f"AdamW's moments, {setup.state_bits} bits", *step.moments.values())
         recorder.hold("batches", *batches)
         with recorder:
-            step._forward_backward((batches[0][0], batches[0][1]))
+            step.micro_step((batches[0][0], batches[0][1]))
             micro_step, recorder.calls = recorder.calls, []  # what follows belongs to the update
-            step._update()
+            step.update()
     return Trace(micro_step, recorder.calls, recorder.at_peak)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records every call that reaches the dispatcher, and the lifetime of every storage.
 
     A storage is counted when a call first returns it, and until it is freed: a weak reference's callback reports that.

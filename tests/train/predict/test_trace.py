@@ -10,7 +10,7 @@ from fastgpt.kernels import use_backend
 from fastgpt.kernels.ops import OPERATORS
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train.config import TrainConfig
-from fastgpt.train.predict.trace import Setup, _Recorder, trace_step
+from fastgpt.train.predict.trace import Recorder, Setup, trace_step
 from fastgpt.train.presets import PRESETS
 from fastgpt.train.step import TrainStep
 
@@ -155,12 +155,12 @@ def test_a_step_with_data_calls_and_holds_what_the_dry_run_counted(backend, dtyp
         expected = trace_step(setup)
         step = TrainStep(GPT(TINY, recompute), dtype=dtype)
         batch = torch.randint(65, (2, 3, TINY.block_size))
-        recorder = _Recorder(setup)
+        recorder = Recorder(setup)
         recorder.hold("weights", step.store.master, step.store.working, step.store.grad, *step.moments.values(), batch)
         with recorder:
-            step._forward_backward((batch[0], batch[1]))
+            step.micro_step((batch[0], batch[1]))
             micro_step, recorder.calls = recorder.calls, []
-            step._update()
+            step.update()
 
     def weighty(calls):  # without the small calls that check the targets, which need data
         return [(call.operator, call.flops, call.bytes) for call in calls if call.bytes > 1024]
