@@ -59,7 +59,7 @@ amx: $(VENV)/.installed  ## test the C++ kernels for AMX on a CPU without it, in
 	PATH="$(abspath $(BIN)):$$PATH" FASTGPT_EMULATE_AMX=1 FASTGPT_REQUIRE_BUILD=1 \
 		$(BIN)/python setup.py -q build --build-lib $(AMX)/lib --build-temp $(AMX)/temp
 	FASTGPT_EMULATE_AMX=1 PYTHONPATH=$(abspath $(AMX))/lib:$(CURDIR) OMP_NUM_THREADS=1 \
-		$(BIN)/pytest -o pythonpath= -n auto tests/kernels -k "amx or cpp and not compile"
+		$(BIN)/pytest -o pythonpath= -n auto tests/bench/test_amx.py tests/kernels -k "amx or cpp and not compile"
 
 fuzz: $(VENV)/.installed  ## call kernels and read files with random arguments and contents, ten minutes each
 	$(BIN)/python -m bench.robustness.fuzz

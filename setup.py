@@ -3,8 +3,8 @@
 fastgpt/kernels/cpp.py loads the library that suits the CPU. A build that fails, for want of a compiler for example, is
 not fatal: the ops then run on plain PyTorch, and ``python -m fastgpt.doctor`` says why. ``FASTGPT_REQUIRE_BUILD=1``
 makes it fatal. With ``FASTGPT_SANITIZE=1`` the libraries report accesses out of bounds and undefined behaviour, and end
-the process. ``make asan`` builds such libraries in a folder of their own. With ``FASTGPT_EMULATE_AMX=1`` the library for
-AVX512_BF16 computes AMX's tiles in AVX-512; ``make amx`` builds it.
+the process. ``make asan`` builds such libraries in a folder of their own. With ``FASTGPT_EMULATE_AMX=1`` the library
+for AVX512_BF16 computes AMX's tiles in AVX-512; ``make amx`` builds it.
 """
 
 import os

@@ -25,16 +25,25 @@ inline void zero(int tile) { std::memset(&tiles[tile], 0, sizeof(Tile)); }
 // What a tile holds before it is loaded, and after the thread has let go of it, is not to be relied on.
 inline void spoil(const void* = nullptr) { std::memset(tiles, 0xff, sizeof(tiles)); }
 
-// Row i of `sums` += word k of row i of `a` times row k of `b`, for all k. A word is a pair of bf16.
+// Row i of `sums` += word k of row i of `a` times row k of `b`, for all k. A word is a pair of bf16. The order of the
+// additions is that of TDPBF16PS in Intel's manual: first and second elements of the pairs have sums of their own, from
+// zero, and what they come to is added.
 inline void multiply(int sums, int a, int b) {
+  const auto first_of = [](__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); };
+  const auto second_of = [](__m512i words) {
+    return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  };
   for (int i = 0; i < 16; ++i) {
-    __m512 row = _mm512_load_ps(tiles[sums].rows[i]);
+    __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
     for (int k = 0; k < 16; ++k) {
       int32_t word;
       std::memcpy(&word, tiles[a].rows[i] + 4 * k, sizeof(word));
-      row = _mm512_dpbf16_ps(row, (__m512bh)_mm512_set1_epi32(word), (__m512bh)_mm512_load_si512(tiles[b].rows[k]));
+      const __m512i left = _mm512_set1_epi32(word), right = _mm512_load_si512(tiles[b].rows[k]);
+      first = _mm512_fmadd_ps(first_of(left), first_of(right), first);
+      second = _mm512_fmadd_ps(second_of(left), second_of(right), second);
     }
-    _mm512_store_ps(tiles[sums].rows[i], row);
+    char* row = tiles[sums].rows[i];
+    _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), _mm512_add_ps(first, second)));
   }
 }
 

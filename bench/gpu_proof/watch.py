@@ -35,7 +35,7 @@ SAMPLE = 2  # programs that run at each end of a large launch
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # along x, y and z; CUDA C++ programming guide, compute capabilities
 
 # With many SMs there are many programs, so that those that loop over rows take few steps each.
-MANY_SMS = replace(launch._INTERPRETER, n_sm=2**14)
+MANY_SMS = replace(launch.INTERPRETER, n_sm=2**14)
 
 
 # ---- functions of the interpreter, with checks before them ----
@@ -208,7 +208,7 @@ def watched(large: bool = False) -> Iterator[Watch]:
         with_checks = interpreter.InterpreterOptions(debug=True)  # of int32
         stack.enter_context(patch.object(interpreter.interpreter_builder, "options", with_checks))
         if large:
-            stack.enter_context(patch.object(launch, "_INTERPRETER", MANY_SMS))
+            stack.enter_context(patch.object(launch, "INTERPRETER", MANY_SMS))
         else:
             stack.enter_context(_Fresh(watch))
         stack.enter_context(warnings.catch_warnings())

@@ -748,8 +748,8 @@ def test_in_the_order_of_hopper_the_results_are_those_of_the_others(backend, rul
 
     dout = [torch.randn(1, 2, 150, 32)]
     expected = rule.run(ours, [q, k, v], dout)
-    hopper = dataclasses.replace(launch._INTERPRETER, capability=90, shared_memory=227 << 10)
-    monkeypatch.setattr(launch, "_INTERPRETER", hopper)
+    hopper = dataclasses.replace(launch.INTERPRETER, capability=90, shared_memory=227 << 10)
+    monkeypatch.setattr(launch, "INTERPRETER", hopper)
     got = rule.run(ours, [q, k, v], dout)
     for a, b in zip((*expected[0], *expected[1]), (*got[0], *got[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)

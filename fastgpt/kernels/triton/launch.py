@@ -41,7 +41,7 @@ class Device:
 
 # Ada's limits, so that the interpreter takes the configurations of an RTX 4070. It runs programs one after the other,
 # so there are few multiprocessors, and therefore few programs.
-_INTERPRETER = Device("Triton's interpreter", 89, 4, 99 << 10)
+INTERPRETER = Device("Triton's interpreter", 89, 4, 99 << 10)
 
 _ahead_of_time: tuple[Device, Callable[..., None]] | None = None
 
@@ -84,7 +84,7 @@ def device_of(tensor: Tensor) -> Device:
     """The device that a kernel on ``tensor`` runs on."""
     if _ahead_of_time is not None:
         return _ahead_of_time[0]
-    return _properties(tensor.device.index) if tensor.is_cuda else _INTERPRETER
+    return _properties(tensor.device.index) if tensor.is_cuda else INTERPRETER
 
 
 @cache
