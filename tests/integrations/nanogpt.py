@@ -1,5 +1,6 @@
 """A model of nanoGPT's shape: the same modules under the same names, written for these tests."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class NewGELU(nn.Module):
+    """GELU's tanh form, as llm.c's model has it."""
+
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
 class GPT(nn.Module):
     """Logits and loss, the output layer tied to the token embedding."""
 
@@ -114,3 +122,57 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class WithoutDropout(GPT):
+    """As build-nanogpt writes it: no dropout, the norms of torch, and the loss ignores what PyTorch ignores."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.transformer["drop"]
+        self.transformer["ln_f"] = nn.LayerNorm(config.n_embd)
+        for block in self.transformer.h:
+            block.ln_1, block.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+            block.mlp.gelu = nn.GELU("tanh")
+            del block.attn.attn_dropout, block.attn.resid_dropout, block.attn.dropout, block.mlp.dropout
+            block.attn.__class__, block.mlp.__class__ = AttentionWithoutDropout, MLPWithoutDropout
+
+    def hidden(self, idx):
+        parts = self.transformer
+        x = parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], device=idx.device))
+        for block in parts.h:
+            x = block(x)
+        return parts.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.hidden(idx))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class AttentionWithoutDropout(CausalSelfAttention):
+    """The heads of the class above."""
+
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(*self.heads(x), is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLPWithoutDropout(MLP):
+    """Likewise."""
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class WithReturnLogits(WithoutDropout):
+    """As llm.c writes it: a GELU of its own, and logits on request."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.transformer.h:
+            block.mlp.gelu = NewGELU()
+
+    def forward(self, idx, targets=None, return_logits=True):
+        logits = self.lm_head(self.hidden(idx))
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits if return_logits else None, loss

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 
 from fastgpt import kernels
 from fastgpt.integrations import patch_nanogpt, unpatch
-from tests.integrations.nanogpt import GPT, MLP, Block, CausalSelfAttention, Config, LayerNorm
+from tests.integrations.nanogpt import (
+    GPT,
+    MLP,
+    Block,
+    CausalSelfAttention,
+    Config,
+    LayerNorm,
+    NewGELU,
+    WithoutDropout,
+    WithReturnLogits,
+)  # fmt: skip
 from tests.integrations.surgery import classes, replaced
 
 
@@ -53,6 +63,41 @@ def test_either_gelu_and_torchs_layer_norm_are_taken(roughened, as_accurate, app
             module.ln_1, module.ln_2 = (nn.LayerNorm(48, eps=1e-3) for _ in range(2))
     idx, targets = data(model.config)
     as_accurate(model, patch_nanogpt, lambda m: m(idx, targets), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [WithoutDropout, WithReturnLogits], ids=["build-nanogpt's", "llm.c's"])
+def test_models_without_dropout_are_taken(roughened, as_accurate, kind):
+    model = roughened(kind(Config()))
+    idx, targets = data(model.config)
+    targets[0, ::5] = -100 if kind is WithoutDropout else -1
+    as_accurate(model, patch_nanogpt, lambda m: m(idx, targets), torch.float32)
+
+
+def test_a_loss_that_ignores_another_index_than_is_known_is_refused():
+    class Odd(WithoutDropout):
+        def forward(self, idx, targets=None):
+            logits = self.lm_head(self.hidden(idx))
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=5)
+            return logits, loss
+
+    with pytest.raises(ValueError, match="it fails"):
+        patch_nanogpt(Odd(Config()))
+
+
+def test_logits_are_returned_in_training_where_they_are_asked_for():
+    model = patch_nanogpt(WithReturnLogits(Config()))
+    idx, targets = data(model.config)
+    assert model(idx, targets, return_logits=True)[0].shape == (*idx.shape, model.config.vocab_size)
+    assert model(idx, targets)[0] is None
+    assert model(idx, targets, return_logits=False)[0] is None
+    torch.testing.assert_close(model(idx, targets, return_logits=True)[1], model(idx, targets)[1])
+
+
+def test_an_activation_that_only_has_the_name_of_a_gelu_is_refused():
+    model = WithReturnLogits(Config())
+    model.transformer.h[1].mlp.gelu.__class__ = type("NewGELU", (NewGELU,), {"forward": lambda self, x: F.relu(x)})
+    with pytest.raises(ValueError, match="maths is not that of GPT-2"):
+        patch_nanogpt(model)
 
 
 def test_twenty_steps_have_the_losses_of_the_original(losses):
