@@ -14,6 +14,8 @@ from fastgpt.data.tokenizers import (
     CharTokenizer,
     GPT2Tokenizer,
     build_tokenizer,
+    encoded,
+    in_order,
     tokenizer_from_meta,
 )
 from fastgpt.errors import RequestError
@@ -112,7 +114,8 @@ def test_gpt2_ids_are_the_published_ones(gpt2):
 
 
 def test_documents_end_with_the_end_of_text_token(gpt2):
-    assert gpt2.encode_documents(["Hello", "", "Hello"]).tolist() == [15496, 50256, 50256, 15496, 50256]
+    arrays = encoded(["Hel", "lo", None, None, "Hello", None], gpt2)
+    assert np.concatenate(list(arrays)).tolist() == [15496, 50256, 50256, 15496, 50256]
 
 
 def test_encoding_in_pieces_gives_the_tokens_of_the_whole(gpt2):
@@ -134,6 +137,10 @@ def test_encoding_in_pieces_gives_the_tokens_of_the_whole(gpt2):
         "日",
         "\u00a0",
         "'",
+        "\u3000",
+        "\x1c",  # white space for Python, not for GPT-2
+        "\x85",
+        "\u200b",
     ]
     for _ in range(300):
         text = "".join(rng.choice(parts, size=40))
@@ -226,3 +233,40 @@ def test_a_text_with_more_characters_than_ids_is_refused():
         CharTokenizer.from_text(text)
     all_of_them = CharTokenizer.from_text(text[: 2**16])
     assert all_of_them.decode(all_of_them.encode(text[: 2**16])) == text[: 2**16]
+
+
+def test_threads_encode_at_a_time_and_take_few_jobs_in_advance():
+    both = threading.Barrier(2)  # which one thread alone would wait at for ever
+    taken = []
+
+    def work(job):
+        both.wait(timeout=30)
+        return job
+
+    for done, result in enumerate(in_order(work, (taken.append(i) or i for i in range(20)), 2)):
+        assert result == done
+        assert len(taken) <= done + 3
+
+
+def test_what_is_left_early_drops_the_jobs_that_have_not_begun():
+    worked = []
+    release = threading.Event()
+
+    def work(job):
+        worked.append(job)
+        if job:
+            release.wait(30)
+
+    results = in_order(work, range(100), 4)
+    next(results)
+    release.set()
+    results.close()
+    assert len(worked) <= 6
+    assert threading.active_count() < 10
+
+
+def test_an_error_of_a_thread_is_raised_in_its_place():
+    results = in_order(lambda job: 1 // job, [1, 1, 0, 1], 2)
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
