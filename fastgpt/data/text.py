@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -289,6 +290,9 @@ def _opened(file: Path, binary: bool = False) -> Any:
     return raw if binary else io.TextIOWrapper(raw, encoding="utf-8")
 
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # of UTF-16, which JSON may spell and no encoding of text has
+
+
 def _json_rows(file: Path, text_field: str) -> Iterator[str]:
     with _opened(file) as stream:
         lines = iter(lambda: _line(stream, file), "")
@@ -302,7 +306,7 @@ def _json_rows(file: Path, text_field: str) -> Iterator[str]:
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
                 known = f" (it has {', '.join(map(str, row))[:100]})" if isinstance(row, dict) else ""
                 raise RequestError(f"{file}, line {number}: no text named {text_field}{known}: pass --text_field")
-            yield row[text_field]
+            yield _HALF_PAIR.sub("\ufffd", row[text_field])
 
 
 def _line(stream: IO[str], file: Path) -> str:

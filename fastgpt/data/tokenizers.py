@@ -160,7 +160,11 @@ class GPT2Tokenizer(Tokenizer):
         return _gpt2_encoding().decode(known_ids(ids, self.vocab_size))
 
     def _encode_piece(self, text: str) -> Tokens:
-        return np.array(_gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+        encoding = _gpt2_encoding()
+        try:  # without a list of Python's integers, for which threads would wait for each other
+            return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except (AttributeError, UnicodeEncodeError):  # tiktoken before 0.9; half of a surrogate pair, as JSON may have
+            return np.array(encoding.encode_ordinary(text), dtype=np.uint16)
 
 
 def encoded(

@@ -265,6 +265,14 @@ def test_compressed_files_and_rows_are_read(tmp_path):
     assert prepare("text", ["one.txt.gz"]).name == "one"
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2", "train"])
+def test_half_of_a_surrogate_pair_in_a_row_is_replaced(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a \\ud83d b \\ud83d\\ude00 and more of that text"}')
+    prepare("text", ["rows.jsonl"], tokenizer=tokenizer, vocab_size=257 if tokenizer == "train" else None)
+    train, val, used = tokens_of("rows")
+    assert used.decode(np.concatenate([train, val])) == "a \ufffd b 😀 and more of that text"
+
+
 def test_zstandard_is_read(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     (tmp_path / "one.txt.zst").write_bytes(zstandard.compress(ONE.encode()))

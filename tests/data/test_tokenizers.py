@@ -149,6 +149,16 @@ def test_encoding_in_pieces_gives_the_tokens_of_the_whole(gpt2):
         assert [i for piece in pieces for i in whole(piece)] == whole(text)
 
 
+def test_without_tiktokens_arrays_the_tokens_are_the_same(gpt2, monkeypatch):
+    import tiktoken
+
+    text = TEXT * 3 + "<|endoftext|>"
+    tokens = gpt2.encode(text)
+    assert tokens.tolist() == tokenizers._gpt2_encoding().encode_ordinary(text)
+    monkeypatch.delattr(tiktoken.Encoding, "encode_to_numpy")
+    assert np.array_equal(gpt2.encode(text), tokens)
+
+
 def test_a_large_text_is_encoded_in_several_pieces(gpt2):
     text = TEXT * 30_000
     assert len(list(tokenizers._pieces(text))) > 1
