@@ -114,7 +114,7 @@ def test_gpt2_ids_are_the_published_ones(gpt2):
 
 
 def test_documents_end_with_the_end_of_text_token(gpt2):
-    arrays = encoded(["Hel", "lo", None, None, "Hello", None], gpt2)
+    arrays = encoded(["Hell", "o", None, None, "Hello", None], gpt2)
     assert np.concatenate(list(arrays)).tolist() == [15496, 50256, 50256, 15496, 50256]
 
 
