@@ -636,6 +636,32 @@ def test_what_a_killed_preparation_has_left_is_removed_by_the_next(start):
     assert sorted(os.listdir("data")) == sorted(["d", *(path.name for path in others)])
 
 
+# Is killed when it is about to begin its third shard.
+KILLED = """
+import itertools, os, signal
+from fastgpt.cli import run
+from fastgpt.data import prepare, tokenizers
+from fastgpt.data.__main__ import main
+writer, begun = prepare.ShardWriter, itertools.count()
+def begin(path):
+    if next(begun) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return writer(path)
+prepare.ShardWriter, prepare.SHARD_TOKENS, tokenizers.ENCODED_AT_ONCE = begin, 100, 64
+run(main)
+"""
+
+
+@POSIX
+def test_what_a_killed_preparation_has_finished_is_taken_over(start, small_shards, capsys):
+    process = start("-c", KILLED, *PREPARE)
+    assert process.wait(60) == -signal.SIGKILL
+    capsys.readouterr()
+    path = prepare("text", ["book.txt"], name="d")
+    assert "2 shards are finished already\n" in capsys.readouterr().err
+    assert files_of(path) == files_of(prepare("text", ["book.txt"], name="whole"))
+
+
 @POSIX
 def test_a_second_preparation_waits_and_makes_nothing_twice(start):
     """What the living process has written so far stays."""
