@@ -2,14 +2,25 @@
 
 import math
 import re
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastgpt.errors import RequestError
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 2**30  # bytes
 MIB = 2**20
-SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def __getattr__(name: str) -> Any:
+    """``SHORT_DTYPES``, when it is first asked for: data is prepared without PyTorch, which takes seconds to import."""
+    if name != "SHORT_DTYPES":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    import torch
+
+    globals()[name] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return globals()[name]
 
 
 def count(n: float, decimals: int | None = None) -> str:
@@ -73,7 +84,7 @@ def tflops(flops_per_second: float) -> str:
     return f"{flops_per_second / 1e12:.1f} TFLOP/s"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: "torch.dtype") -> str:
     """``bfloat16``, as on a command line."""
     return str(dtype).removeprefix("torch.")
 

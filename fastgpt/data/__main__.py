@@ -1,14 +1,16 @@
 """``python -m fastgpt.data``: make a dataset for ``python -m fastgpt.train --dataset NAME``."""
 
-import time
 from collections.abc import Sequence
 
 from fastgpt import output
 from fastgpt.cli import Parser, run
 from fastgpt.data.prepare import prepare
+from fastgpt.data.progress import Progress
 from fastgpt.data.shards import DatasetMeta
 from fastgpt.data.sources import BPE_VOCABULARY, SOURCES
+from fastgpt.data.text import END_OF_TEXT
 from fastgpt.data.tokenizers import TOKENIZERS, TRAINED
+from fastgpt.units import parse_count
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         metavar="FILE",
         nargs="*",
         default=[],
-        help="text, .jsonl, .parquet, a folder, or -, for the source text",
+        help="text, .jsonl, .parquet, a folder, 'data/*.txt', or -, for the source text",
     )
     parser.add_argument(
         "--tokenizer", metavar="|".join((*TOKENIZERS, TRAINED, "PATH")),
@@ -43,15 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "--val_fraction", type=float, metavar="F", help="part of the text for validation (default: 0.1)"
     )
     parser.add_argument(
+        "--val_file",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="for validation, instead of a part of the text",
+    )
+    parser.add_argument("--max_tokens", metavar="N", help="of the training split at most, such as 10M (default: all)")
+    parser.add_argument("--special_tokens", action="store_true", help=f"{END_OF_TEXT} in the text is a token")
+    parser.add_argument(
+        "--num_proc", type=int, metavar="N", help="threads that tokenize (default: all cores of this process)"
+    )
+    parser.add_argument(
         "--shards", type=int, metavar="N", help="training shards of fineweb10b, 100 M tokens each (default: all 103)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset of that name")
     args = parser.parse_args(argv)
 
-    start = time.perf_counter()
+    progress = Progress()
     path = prepare(
         args.source,
         args.files,
+        val_files=args.val_file,
         tokenizer=args.tokenizer,
         name=args.name,
         data_dir=args.data_dir,
@@ -59,14 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         shards=args.shards,
         text_field=args.text_field,
         vocab_size=args.vocab_size,
+        special_tokens=args.special_tokens,
+        max_tokens=None if args.max_tokens is None else int(parse_count("max_tokens", args.max_tokens)),
+        num_proc=args.num_proc,
         overwrite=args.overwrite,
+        progress=progress,
     )
     meta = DatasetMeta.read(path)
     train, val = (sum(shard.tokens for shard in shards) for shards in (meta.train, meta.val))
     vocabulary = f"{meta.tokenizer['name']} vocabulary of {meta.vocab_size:,}"
-    rate = (train + val) / (time.perf_counter() - start)
     print(f"{path}: {train:,} training + {val:,} validation tokens, {vocabulary}")
-    output.note(f"prepared at {rate:,.0f} tokens/s")
+    if progress.tokens:  # otherwise another process has made it
+        output.note(progress.summary())
     return 0
 
 

@@ -9,10 +9,14 @@ From the command line:
     python -m fastgpt.data prepare openwebtext                     nanoGPT's GPT-2 dataset, 9 G tokens
 
 The shards are written into a hidden folder beside the dataset's, ``.NAME~HOST~…``, and moved when they are complete.
-So an interrupted preparation leaves the old dataset as it was. If the process is killed, the hidden folder stays until
-the dataset is prepared again. ``sources.py`` has the table of sources.
+So an interrupted preparation leaves the old dataset as it was. If it has finished shards, or was killed, the hidden
+folder stays until the dataset is prepared again. The same request then takes over the shards that are finished.
+``sources.py`` has the table of sources.
 """
 
+import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,25 +24,29 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from fastgpt import output
+from fastgpt import __version__, json_files, limits, output
+from fastgpt.data import text, tokenizers
+from fastgpt.data.progress import Progress
 from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, ShardWriter, check_ids
-from fastgpt.data.sources import FINEWEB_SHARDS, SOURCES, Corpus
-from fastgpt.data.tokenizers import MOST_IDS, TRAINED, Tokens, build_tokenizer
+from fastgpt.data.sources import FINEWEB_SHARDS, SOURCES, Corpus, Request, Split
+from fastgpt.data.tokenizers import MOST_IDS, TRAINED, build_tokenizer
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.files import Lock, reachable
 
 SHARD_TOKENS = 100_000_000  # 200 MB, as llm.c cuts its data
 SECONDS_BETWEEN_LOOKS = 0.2  # whether another process is done
+STATE_FILE = "state.json"
 
 
 def prepare(
     source: str,
     files: Sequence[str | Path] = (),
     *,
+    val_files: Sequence[str | Path] = (),
     tokenizer: str | None = None,
     name: str | None = None,
     data_dir: str | Path = "data",
@@ -46,7 +54,11 @@ def prepare(
     shards: int | None = None,
     text_field: str = "text",
     vocab_size: int | None = None,
+    special_tokens: bool = False,
+    max_tokens: int | None = None,
+    num_proc: int | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Make the dataset ``data_dir/name`` and return that folder, which ``open_dataset`` opens.
 
@@ -56,7 +68,9 @@ def prepare(
     Args:
         source: one of ``SOURCES``.
         files: only for the source ``text``, which needs them: UTF-8 text, JSON lines, Parquet, these as ``.gz`` or
-            ``.zst``, folders of such files, or ``-`` for standard input. They are taken in this order, as documents.
+            ``.zst``, folders of such files, patterns such as ``data/*.txt``, or ``-`` for standard input. They are
+            taken in this order, as documents.
+        val_files: likewise; they are the validation split, and all of ``files`` is for training.
         tokenizer: ``char``, ``byte``, ``gpt2``, the path of a ``tokenizer.json``, or ``train`` for a byte-pair encoding
             that is learnt from the training split; ``None`` for the source's own.
         name: ``None`` for the source's name; for ``text`` the first file's, without its extension.
@@ -66,26 +80,38 @@ def prepare(
         shards: number of training shards of ``fineweb10b``; all 103 by default.
         text_field: the field of a JSON line, or the column of Parquet, that has the text.
         vocab_size: of a tokenizer that is trained.
+        special_tokens: ``<|endoftext|>`` in the text is the token that ends a document; otherwise it is ordinary text.
+        max_tokens: of the training split at most.
+        num_proc: threads that tokenize (tiktoken and tokenizers need no processes for that); by default as many as
+            this process has cores. The dataset does not depend on it.
         overwrite: replace another dataset of that name.
+        progress: shows how far it is; by default on standard error.
 
     Raises:
         RequestError: the request is wrong, a file is not text, another dataset has that name, a library is not
             installed, a download fails, or the folder cannot be written.
     """
-    _check_request(source, files, tokenizer, val_fraction, shards, vocab_size)
-    name = name or (_name_of(files[0]) if files else source)
+    request = Request(
+        source, files, val_files, tokenizer, val_fraction, shards, text_field, vocab_size, special_tokens, max_tokens,
+        limits.threads().amount if num_proc is None else num_proc,
+    )  # fmt: skip
+    _check_request(request)
+    request = dataclasses.replace(request, files=text.expanded(files), val_files=text.expanded(val_files))
+    name = name or (_name_of(request.files[0]) if files else source)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise RequestError(f"'{name}' cannot be a dataset's name (letters, digits, _ . + -): pass another as --name")
     target = reachable(Path(data_dir, name))
     if target.exists() and not target.is_dir():
         raise RequestError(f"{target} is a file: pass another --name")
-    with _spooled(files) as readable:
-        corpus = SOURCES[source].make_corpus(readable, tokenizer, val_fraction, shards, text_field, vocab_size)
-        _make(corpus, target, overwrite)
+    with _spooled(request) as readable, progress or Progress() as shown:
+        corpus = SOURCES[source].make_corpus(readable, shown)
+        if max_tokens is not None:
+            corpus.split += f"; at most {max_tokens:,} training tokens"
+        _make(corpus, target, overwrite, max_tokens, shown)
     return target
 
 
-def _make(corpus: Corpus, target: Path, overwrite: bool) -> None:
+def _make(corpus: Corpus, target: Path, overwrite: bool, max_tokens: int | None, progress: Progress) -> None:
     """Write a dataset, unless another process has just made it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,52 +121,63 @@ def _make(corpus: Corpus, target: Path, overwrite: bool) -> None:
                     output.note(f"{target} has been made by {waited_for}")
                     return
                 output.note(f"{target} already holds this dataset; it is made again")
-            with _staging(target, has_locks) as folder:
-                train, val = corpus.ready(folder) if corpus.ready is not None else _write(corpus, folder)
+            with _staging(target, has_locks, _digest(corpus)) as (folder, state):
+                if corpus.ready is not None:
+                    train, val = corpus.ready(folder)
+                else:
+                    train, val = _write(corpus, folder, state, max_tokens, progress)
                 tokenizer_meta, vocab_size = corpus.tokenizer.to_meta(), corpus.tokenizer.vocab_size
                 _move(folder, target, DatasetMeta(corpus.source, corpus.split, tokenizer_meta, vocab_size, train, val))
     except OSError as error:
         raise RequestError(f"cannot write to {target.parent}: {error.strerror or error}") from error
 
 
-def _check_request(
-    source: str,
-    files: Sequence[str | Path],
-    tokenizer: str | None,
-    val_fraction: float | None,
-    shards: int | None,
-    vocab_size: int | None,
-) -> None:
-    if source not in SOURCES:
-        is_file = os.path.isfile(source)  # also of what is too long for a path
-        hint = f"; for a text file: {PREPARE} text {source}" if is_file else did_you_mean(source, SOURCES)
-        raise RequestError(f"no source '{source}' (there are {', '.join(SOURCES)}){hint}")
-    if source == "text" and not files:
+def _check_request(request: Request) -> None:
+    name, tokenizer = request.source, request.tokenizer
+    if name not in SOURCES:
+        is_file = os.path.isfile(name)  # also of what is too long for a path
+        hint = f"; for a text file: {PREPARE} text {name}" if is_file else did_you_mean(name, SOURCES)
+        raise RequestError(f"no source '{name}' (there are {', '.join(SOURCES)}){hint}")
+    source = SOURCES[name]
+    if name == "text" and not request.files:
         raise RequestError(f"text needs at least one file: {PREPARE} text FILE…")
-    if source != "text" and files:
-        raise RequestError(
-            f"{source} takes no files, but {files[0]} was given; for your own text: {PREPARE} text {files[0]}"
-        )
+    if name != "text" and request.files:
+        file = request.files[0]
+        raise RequestError(f"{name} takes no files, but {file} was given; for your own text: {PREPARE} text {file}")
     if tokenizer is not None:
         if tokenizer != TRAINED and not Path(tokenizer).exists():
             build_tokenizer(tokenizer, "")  # so that a wrong name is found before any work
-        if SOURCES[source].text is None and tokenizer != SOURCES[source].tokenizer:
-            raise RequestError(f"{source} uses the {SOURCES[source].tokenizer} tokenizer, not {tokenizer}")
-    if vocab_size is not None:
+        if source.text is None and tokenizer != source.tokenizer:
+            raise RequestError(f"{name} uses the {source.tokenizer} tokenizer, not {tokenizer}")
+    if request.vocab_size is not None:
         if tokenizer != TRAINED:
             raise RequestError("--vocab_size is for --tokenizer train")
-        if not 257 <= vocab_size <= MOST_IDS:
-            raise RequestError(f"--vocab_size must be from 257 to {MOST_IDS}, got {vocab_size}")
-    if val_fraction is not None:
-        if SOURCES[source].shards is not None:
-            raise RequestError(f"{source} has its own validation split: leave out --val_fraction")
-        if not 0 < val_fraction < 1:
-            raise RequestError(f"--val_fraction must be between 0 and 1, got {val_fraction:g}")
-    if shards is not None:
-        if SOURCES[source].shards is None:
-            raise RequestError(f"--shards is for fineweb10b, not {source}")
-        if not 1 <= shards <= FINEWEB_SHARDS:
-            raise RequestError(f"--shards must be from 1 to {FINEWEB_SHARDS}, got {shards}")
+        if not 257 <= request.vocab_size <= MOST_IDS:
+            raise RequestError(f"--vocab_size must be from 257 to {MOST_IDS}, got {request.vocab_size}")
+    if request.val_fraction is not None:
+        if source.shards is not None:
+            raise RequestError(f"{name} has its own validation split: leave out --val_fraction")
+        if not 0 < request.val_fraction < 1:
+            raise RequestError(f"--val_fraction must be between 0 and 1, got {request.val_fraction:g}")
+    if request.val_files:
+        if name != "text":
+            raise RequestError(f"--val_file is for the source text, not {name}")
+        if request.val_fraction is not None:
+            raise RequestError("--val_file and --val_fraction exclude each other")
+    if request.special_tokens and source.text is None:
+        raise RequestError(f"--special_tokens is for text, not {name}")
+    if request.max_tokens is not None:
+        if source.shards is not None:
+            raise RequestError(f"--max_tokens is not for {name}, which has --shards")
+        if request.max_tokens < 2:
+            raise RequestError(f"--max_tokens must be at least 2, got {request.max_tokens}")
+    if request.num_proc < 1:
+        raise RequestError(f"--num_proc must be at least 1, got {request.num_proc}")
+    if request.shards is not None:
+        if source.shards is None:
+            raise RequestError(f"--shards is for fineweb10b, not {name}")
+        if not 1 <= request.shards <= FINEWEB_SHARDS:
+            raise RequestError(f"--shards must be from 1 to {FINEWEB_SHARDS}, got {request.shards}")
 
 
 def _name_of(file: str | Path) -> str:
@@ -149,16 +186,19 @@ def _name_of(file: str | Path) -> str:
 
 
 @contextmanager
-def _spooled(files: Sequence[str | Path]) -> Iterator[Sequence[str | Path]]:
-    """The files, with standard input as one of them, since it is read more than once."""
-    if "-" not in map(str, files):
-        yield files
+def _spooled(request: Request) -> Iterator[Request]:
+    """The request with standard input as one of the files, since it is read more than once."""
+    if "-" not in map(str, (*request.files, *request.val_files)):
+        yield request
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "stdin")
         with copy.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield [copy if str(name) == "-" else name for name in files]
+        files, val_files = (
+            [copy if str(name) == "-" else name for name in names] for names in (request.files, request.val_files)
+        )
+        yield dataclasses.replace(request, files=files, val_files=val_files)
 
 
 @contextmanager
@@ -180,21 +220,96 @@ def _locked(target: Path) -> Iterator[tuple[str | None, bool]]:
         lock.release()
 
 
-@contextmanager
-def _staging(target: Path, has_locks: bool) -> Iterator[Path]:
-    """An empty folder beside ``target``, on the same file system; it is removed in the end.
+@dataclasses.dataclass
+class _Finished:
+    """The finished shards of a split, for the preparation that goes on after an interruption.
 
-    The lock on ``target`` is held. So a folder that an earlier process of this machine has left behind belongs to
-    nobody. Another machine may not see the lock, so its folders stay.
+    Attributes:
+        shards: that are finished.
+        arrays: of the split's tokens that are wholly in these shards.
+        offset: tokens of the next array that are in them too.
+    """
+
+    shards: list[Shard] = dataclasses.field(default_factory=list)
+    arrays: int = 0
+    offset: int = 0
+
+
+@dataclasses.dataclass
+class _State:
+    """The content of ``state.json`` in a folder of shards that are being written.
+
+    Attributes:
+        digest: of all that the shards depend on.
+        train: what is finished of the training split.
+        val: of the validation split.
+    """
+
+    digest: str
+    train: _Finished = dataclasses.field(default_factory=_Finished)
+    val: _Finished = dataclasses.field(default_factory=_Finished)
+
+    def write(self, folder: Path) -> None:
+        json_files.write(folder / STATE_FILE, dataclasses.asdict(self))
+
+    def count(self) -> int:
+        """The number of finished shards."""
+        return len(self.train.shards) + len(self.val.shards)
+
+    @classmethod
+    def read(cls, folder: Path, digest: str) -> "_State | None":
+        """The state of a folder; ``None`` unless it is of the same tokens and all its shards are whole."""
+        try:
+            state = json_files.build(cls, json_files.read(folder / STATE_FILE), str(folder))
+            shards = [*state.train.shards, *state.val.shards]
+            if state.digest == digest and all(Shard.of(folder / shard.file) == shard for shard in shards):
+                return state
+        except (RequestError, OSError):
+            pass
+        return None
+
+
+def _digest(corpus: Corpus) -> str:
+    """Of all that decides how the tokens of a corpus are cut into arrays and shards."""
+    cuts = (SHARD_TOKENS, tokenizers.ENCODED_AT_ONCE, text.PIECE, __version__)
+    said = json.dumps([corpus.source, corpus.split, corpus.tokenizer.to_meta(), cuts], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+@contextmanager
+def _staging(target: Path, has_locks: bool, digest: str) -> Iterator[tuple[Path, _State]]:
+    """A folder beside ``target``, on the same file system, and what is finished in it.
+
+    It is removed in the end, unless an interruption leaves finished shards in it. The lock on ``target`` is held. So a
+    folder that an earlier process of this machine has left behind belongs to nobody: it is taken over or removed.
+    Another machine may not see the lock, so its folders stay.
     """
     prefix = f"~{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}~"
-    if has_locks:
-        for left in _beside(target, "").parent.iterdir():
-            if left.name.startswith(_beside(target, prefix).name):
-                shutil.rmtree(left, ignore_errors=True)
     start = _beside(target, prefix)
-    with tempfile.TemporaryDirectory(prefix=start.name, dir=start.parent, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    folder, state = None, None
+    if has_locks:
+        for left in start.parent.iterdir():
+            if left.name.startswith(start.name):
+                found = _State.read(left, digest) if state is None else None
+                if found is None:
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    folder, state = left, found
+    if folder is None or state is None:
+        folder, state = Path(tempfile.mkdtemp(prefix=start.name, dir=start.parent)), _State(digest)
+    else:
+        output.note(f"{state.count()} shards are finished already")
+    is_kept = False
+    try:
+        yield folder, state
+    except (KeyboardInterrupt, SystemExit, OSError):
+        is_kept = has_locks and (folder / STATE_FILE).exists()
+        raise
+    finally:
+        if is_kept:
+            output.note(f"{state.count()} finished shards are kept in {folder}: the same command goes on from there")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(target: Path, suffix: str) -> Path:
@@ -223,36 +338,57 @@ def _is_made(corpus: Corpus, target: Path, overwrite: bool) -> bool:
     )
 
 
-def _write(corpus: Corpus, folder: Path) -> tuple[list[Shard], list[Shard]]:
-    """Write both splits of ``corpus`` into ``folder`` as shards."""
+def _write(
+    corpus: Corpus, folder: Path, state: _State, max_tokens: int | None, progress: Progress
+) -> tuple[list[Shard], list[Shard]]:
+    """Write both splits of ``corpus`` into ``folder`` as shards, but for those that are finished."""
     vocab_size = corpus.tokenizer.vocab_size
-    train = [Shard.of(path) for path in _write_split(corpus.train, folder, "train", vocab_size)]
-    val = [Shard.of(path) for path in _write_split(corpus.val, folder, "val", vocab_size)]
-    for split, shards in (("training", train), ("validation", val)):
+    train, val = list(state.train.shards), list(state.val.shards)
+    for name, split, shards, finished, limit in (
+        ("train", corpus.train, train, state.train, max_tokens), ("val", corpus.val, val, state.val, None),
+    ):  # fmt: skip
+        for shard in _write_split(split, folder, name, vocab_size, finished, limit, progress):
+            shards.append(shard)
+            if shard.tokens == SHARD_TOKENS:  # a smaller one, at the end, is made again
+                finished.shards.append(shard)
+                state.write(folder)
+    for name, shards in (("training", train), ("validation", val)):
         if sum(shard.tokens for shard in shards) < 2:
             raise RequestError(
-                f"the {split} split of {corpus.source} has less than two tokens: "
-                "use more text or another --val_fraction"
+                f"the {name} split of {corpus.source} has less than two tokens: use more text or another --val_fraction"
             )
     return train, val
 
 
-def _write_split(parts: Iterable[Tokens], folder: Path, split: str, vocab_size: int) -> Iterator[Path]:
+def _write_split(
+    split: Split, folder: Path, name: str, vocab_size: int, finished: _Finished, limit: int | None, progress: Progress
+) -> Iterator[Shard]:
+    """Write a split, at most ``limit`` tokens with those that are finished; yield each shard when it is finished."""
+    done = sum(shard.tokens for shard in finished.shards)
+    progress.taken_over += done
+    progress.goal = None if limit is None else progress.tokens + limit - done
     writer: ShardWriter | None = None
-    count = 0
-    for part in parts:
-        check_ids(part, vocab_size, f"the {split} split")
-        while len(part):
-            writer = writer or ShardWriter(folder / f"{split}_{count:06d}.bin")
-            room = SHARD_TOKENS - writer.count
-            writer.write(part[:room])
-            part = part[room:]
-            if writer.count == SHARD_TOKENS:
-                yield writer.close()
-                writer, count = None, count + 1
-                output.note(f"{split}: {count} shards of {SHARD_TOKENS:,} tokens")
+    count, begin = len(finished.shards), finished.offset
+    with closing(split(finished.arrays)) as arrays:
+        for number, array in enumerate(arrays, start=finished.arrays):
+            check_ids(array, vocab_size, f"the {name} split")
+            end = len(array) if limit is None else min(len(array), begin + limit - done)
+            while begin < end:
+                writer = writer or ShardWriter(folder / f"{name}_{count:06d}.bin")
+                part = array[begin : min(end, begin + SHARD_TOKENS - writer.count)]
+                writer.write(part)
+                begin, done = begin + len(part), done + len(part)
+                progress.add(len(part))
+                if writer.count == SHARD_TOKENS:
+                    finished.arrays, finished.offset = number, begin
+                    yield Shard.of(writer.close())
+                    writer, count = None, count + 1
+                    output.note(f"{name}: {count} shards of {SHARD_TOKENS:,} tokens")
+            if done == limit:
+                break
+            begin = 0
     if writer is not None:
-        yield writer.close()
+        yield Shard.of(writer.close())
 
 
 def _move(folder: Path, target: Path, meta: DatasetMeta) -> None:
@@ -262,6 +398,7 @@ def _move(folder: Path, target: Path, meta: DatasetMeta) -> None:
     dataset, or the new one. If the new dataset is the same, ``meta.json`` stays. A process that has mapped a file which
     is replaced keeps its content.
     """
+    (folder / STATE_FILE).unlink(missing_ok=True)  # what has been moved cannot be taken over
     target.mkdir(exist_ok=True)
     if not meta.is_in(target):
         (target / META_FILE).unlink(missing_ok=True)

@@ -12,14 +12,18 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastgpt.data.progress import Progress
 from fastgpt.data.shards import PREPARE, Shard, check_ids, read_shard
-from fastgpt.data.text import Text, of_files, of_string, part, scan
+from fastgpt.data.text import END_OF_TEXT, Piece, Pieces, Text, of_files, of_string, part, scan, with_markers
 from fastgpt.data.tokenizer_json import JsonTokenizer
 from fastgpt.data.tokenizers import TRAINED, GPT2Tokenizer, Tokenizer, Tokens, build_tokenizer, encoded
 from fastgpt.errors import RequestError
@@ -35,12 +39,41 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
+RETRY_SECONDS = (1.0, 2.0, 4.0)
+SILENT_SECONDS = 30.0
+DOWNLOAD_SECONDS = 120.0
+
 OPENWEBTEXT_REPO = "Skylion007/openwebtext"
 OPENWEBTEXT_VAL_FRACTION = 0.0005  # with this seed it is nanoGPT's split, so losses can be compared
 OPENWEBTEXT_SEED = 2357
 
 FINEWEB_REPO = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of :func:`fastgpt.data.prepare.prepare`, which describes each argument."""
+
+    source: str
+    files: Sequence[str | Path] = ()
+    val_files: Sequence[str | Path] = ()
+    tokenizer: str | None = None
+    val_fraction: float | None = None
+    shards: int | None = None
+    text_field: str = "text"
+    vocab_size: int | None = None
+    special_tokens: bool = False
+    max_tokens: int | None = None
+    num_proc: int = 1
+
+
+# Takes a number of arrays to leave out at the start; the others are 1-D, of any lengths.
+Split = Callable[[int], Generator[Tokens, None, None]]
+
+
+def _no_tokens(skip: int) -> Generator[Tokens, None, None]:
+    yield from ()
 
 
 @dataclass
@@ -51,7 +84,7 @@ class Corpus:
         source: where the text is from, in words. The same words stand for the same text.
         split: which part is validation, in words.
         tokenizer: of the tokens.
-        train: 1-D arrays of any lengths.
+        train: begins to make the training tokens.
         val: likewise.
         ready: writes ready-made training and validation shards into a folder, instead of ``train`` and ``val``.
     """
@@ -59,8 +92,8 @@ class Corpus:
     source: str
     split: str
     tokenizer: Tokenizer
-    train: Iterable[Tokens] = ()
-    val: Iterable[Tokens] = ()
+    train: Split = _no_tokens
+    val: Split = _no_tokens
     ready: Callable[[Path], tuple[list[Shard], list[Shard]]] | None = None
 
 
@@ -74,8 +107,8 @@ class Source:
         tokenizer: the one that is used by default.
         vocab_size: with that tokenizer; ``None`` if it depends on the text.
         text: takes the files and the field of a row, and returns the text; ``None`` for a source that is not one.
-        corpus: takes the validation fraction, and returns the corpus; for a source with a fixed tokenizer.
-        shards: takes the number of training shards, and returns the corpus; for a source with ready-made shards.
+        corpus: returns the corpus; for a source with a fixed tokenizer.
+        shards: returns the corpus; for a source with ready-made shards.
     """
 
     summary: str
@@ -83,40 +116,71 @@ class Source:
     tokenizer: str
     vocab_size: int | None
     text: Callable[[Sequence[str | Path], str], Text] | None = None
-    corpus: Callable[[float | None], Corpus] | None = None
-    shards: Callable[[int | None], Corpus] | None = None
+    corpus: Callable[[Request, Progress], Corpus] | None = None
+    shards: Callable[[Request, Progress], Corpus] | None = None
 
-    def make_corpus(
-        self,
-        files: Sequence[str | Path],
-        tokenizer: str | None,
-        val_fraction: float | None,
-        shards: int | None,
-        text_field: str = "text",
-        vocab_size: int | None = None,
-    ) -> Corpus:
-        """The source's tokens. The arguments are those of :func:`fastgpt.data.prepare.prepare`."""
+    def make_corpus(self, request: Request, progress: Progress) -> Corpus:
+        """The source's tokens."""
         if self.shards is not None:
-            return self.shards(shards)
+            return self.shards(request, progress)
         if self.corpus is not None:
-            return self.corpus(val_fraction)
+            return self.corpus(request, progress)
         assert self.text is not None
-        text = self.text(files, text_field)
-        found = scan(text)
-        val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
-        cut = int(found.n_characters * (1 - val_fraction))
-        name = tokenizer or self.tokenizer
-        if name == TRAINED:
-            pieces = (piece for piece in part(text.pieces(), 0, cut) if piece is not None)
-            built: Tokenizer = JsonTokenizer.train(pieces, vocab_size or BPE_VOCABULARY)
-        elif name.endswith(".json") or Path(name).is_dir():
-            built = JsonTokenizer.open(Path(name))
-        else:
-            built = build_tokenizer(name, "".join(found.characters))
-        origin = f"{text.origin} (SHA-256 {found.sha256[:16]})" if files else text.origin
+        return _of_text(self.text(request.files, request.text_field), self.tokenizer, request, progress)
+
+
+def _of_text(text: Text, default_tokenizer: str, request: Request, progress: Progress) -> Corpus:
+    val_text = of_files(request.val_files, request.text_field) if request.val_files else None
+    if request.special_tokens:
+        text, val_text = with_markers(text), with_markers(val_text) if val_text is not None else None
+    found = scan(_watched(text, progress, "reading"))
+    val_found = scan(_watched(val_text, progress, "reading")) if val_text is not None else None
+
+    val_fraction = VAL_FRACTION if request.val_fraction is None else request.val_fraction
+    cut = found.n_characters if val_text is not None else int(found.n_characters * (1 - val_fraction))
+    n_val = found.n_characters - cut if val_found is None else val_found.n_characters
+
+    def train_pieces() -> Pieces:
+        return part(text.pieces(), 0, cut)
+
+    def val_pieces() -> Pieces:
+        return part(text.pieces(), cut, None) if val_text is None else val_text.pieces()
+
+    name = request.tokenizer or default_tokenizer
+    if name == TRAINED:
+        pieces = progress.watch(train_pieces(), "learning a vocabulary", cut, _length)
+        built: Tokenizer = JsonTokenizer.train(
+            (piece for piece in pieces if isinstance(piece, str)), request.vocab_size or BPE_VOCABULARY
+        )
+    elif name.endswith(".json") or Path(name).is_dir():
+        built = JsonTokenizer.open(Path(name))
+    else:
+        characters = found.characters | (val_found.characters if val_found is not None else frozenset())
+        built = build_tokenizer(name, "".join(characters))
+    if request.special_tokens and built.eot is None:
+        raise RequestError(f"--special_tokens: the {name} tokenizer has no {END_OF_TEXT}; use gpt2 or train")
+
+    origin = f"{text.origin} (SHA-256 {found.sha256[:16]})" if request.files else text.origin
+    if val_text is None or val_found is None:
         split = f"the last {val_fraction:g} of the text is validation"
-        train, val = (encoded(part(text.pieces(), *limits), built) for limits in ((0, cut), (cut, None)))
-        return Corpus(origin, split, built, train, val)
+    else:
+        split = f"{val_text.origin} (SHA-256 {val_found.sha256[:16]}) is validation"
+    if request.special_tokens:
+        split += f"; {END_OF_TEXT} in the text is a token"
+
+    def tokens(pieces: Callable[[], Pieces], doing: str, total: int, skip: int) -> Generator[Tokens, None, None]:
+        return encoded(progress.watch(pieces(), doing, total, _length), built, request.num_proc, skip)
+
+    train = partial(tokens, train_pieces, "training split", cut)
+    return Corpus(origin, split, built, train, partial(tokens, val_pieces, "validation split", n_val))
+
+
+def _watched(text: Text, progress: Progress, doing: str) -> Text:
+    return Text(text.origin, lambda: progress.watch(text.pieces(), doing, None, _length))
+
+
+def _length(piece: Piece) -> int:
+    return len(piece) if isinstance(piece, str) else int(piece is not None)
 
 
 # ---- text ----
@@ -146,8 +210,7 @@ def _stdlib_files(root: str) -> Iterator[Path]:
 def _shakespeare_text(files: Sequence[str | Path], text_field: str) -> Text:
     elsewhere = f"get that file in another way, then: {PREPARE} text FILE --name shakespeare-char"
     try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-            content: bytes = response.read()
+        content = _downloaded(SHAKESPEARE_URL)
     except (OSError, http.client.HTTPException) as error:
         raise RequestError(f"cannot download {SHAKESPEARE_URL} ({_line(error)}): {elsewhere}") from error
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:  # such as a network's login page
@@ -155,11 +218,40 @@ def _shakespeare_text(files: Sequence[str | Path], text_field: str) -> Text:
     return of_string(content.decode("utf-8"), SHAKESPEARE_URL)
 
 
+def _downloaded(url: str) -> bytes:
+    """The content of a small file. What may pass, such as a connection that breaks, is tried again."""
+    for wait in RETRY_SECONDS:
+        try:
+            return _downloaded_once(url)
+        except urllib.error.HTTPError as error:
+            if error.code not in (408, 429) and error.code < 500:  # what the server says again
+                raise
+        except urllib.error.URLError:  # no connection
+            raise
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(wait)
+    return _downloaded_once(url)
+
+
+def _downloaded_once(url: str) -> bytes:
+    content, end = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
+    with urllib.request.urlopen(url, timeout=SILENT_SECONDS) as response:
+        while block := response.read1(1 << 16):  # returns what has come; read would wait for all
+            content += block
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(content):,} bytes in {DOWNLOAD_SECONDS:g} s")
+        length = response.headers.get("Content-Length", "")
+    if length.isdecimal() and len(content) < int(length):
+        raise ConnectionError(f"the connection broke after {len(content):,} of {length} bytes")
+    return bytes(content)
+
+
 # ---- tokens of Hugging Face's datasets ----
 
 
-def _openwebtext(val_fraction: float | None) -> Corpus:
-    val_fraction = OPENWEBTEXT_VAL_FRACTION if val_fraction is None else val_fraction
+def _openwebtext(request: Request, progress: Progress) -> Corpus:
+    val_fraction = OPENWEBTEXT_VAL_FRACTION if request.val_fraction is None else request.val_fraction
     datasets = _library("datasets", "openwebtext")
     try:
         # Arrow files mapped from the disk (54 GB in its cache), so that the documents never fill the memory.
@@ -169,17 +261,25 @@ def _openwebtext(val_fraction: float | None) -> Corpus:
     splits = documents.train_test_split(test_size=val_fraction, seed=OPENWEBTEXT_SEED, shuffle=True)
     tokenizer = GPT2Tokenizer()
 
-    def encoded(documents: Any) -> Iterator[Tokens]:
+    def pieces(documents: Any) -> Pieces:
         for batch in documents.iter(batch_size=1000):
-            yield tokenizer.encode_documents(batch["text"])
+            for text in batch["text"]:
+                yield text
+                yield None  # as in nanoGPT, an end of text follows the last document too
+
+    def tokens(name: str, doing: str, skip: int) -> Generator[Tokens, None, None]:
+        documents = splits[name]
+        watched = progress.watch(pieces(documents), doing, len(documents), lambda piece: int(piece is None))
+        return encoded(watched, tokenizer, request.num_proc, skip)
 
     split = f"{val_fraction:g} of the documents, drawn with seed {OPENWEBTEXT_SEED}, are validation"
-    return Corpus(OPENWEBTEXT_REPO, split, tokenizer, encoded(splits["train"]), encoded(splits["test"]))
+    train, val = partial(tokens, "train", "training split"), partial(tokens, "test", "validation split")
+    return Corpus(OPENWEBTEXT_REPO, split, tokenizer, train, val)
 
 
-def _fineweb10b(n_shards: int | None) -> Corpus:
+def _fineweb10b(request: Request, progress: Progress) -> Corpus:
     hub = _library("huggingface_hub", "fineweb10b")
-    n_shards = n_shards or FINEWEB_SHARDS
+    n_shards = request.shards or FINEWEB_SHARDS
 
     def bring(theirs: str, ours: Path) -> Shard:
         """Download a tokenized shard, under our name."""
@@ -195,7 +295,9 @@ def _fineweb10b(n_shards: int | None) -> Corpus:
             os.link(cached, ours)  # so that 200 MB a shard are not stored twice
         except OSError:  # another file system, or one without links
             shutil.copyfile(cached, ours)
-        return Shard.of(ours)
+        shard = Shard.of(ours)
+        progress.add(shard.tokens)
+        return shard
 
     def ready(folder: Path) -> tuple[list[Shard], list[Shard]]:
         val = [bring("fineweb_val_000000.bin", folder / "val_000000.bin")]

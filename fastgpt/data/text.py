@@ -5,10 +5,13 @@ characters, its length and its digest, then for its tokens.
 """
 
 import codecs
+import glob
 import gzip
 import hashlib
 import io
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,7 +30,17 @@ _OTHER_MARKS = {
 PLAIN = (".txt", ".md", ".text")  # what is taken of a folder, besides the kinds below
 COMPRESSED = (".gz", ".zst")
 
-Pieces = Iterator[str | None]  # None stands between two documents
+END_OF_TEXT = "<|endoftext|>"  # how GPT-2 spells the token that ends a document
+
+
+class Marker:
+    """Stands for an ``END_OF_TEXT`` that is in the text itself and means the token. It counts as one character."""
+
+
+MARKER = Marker()
+
+Piece = str | Marker | None  # None stands between two documents
+Pieces = Iterator[Piece]
 
 
 @dataclass(frozen=True)
@@ -66,13 +79,44 @@ def scan(text: Text) -> Scan:
         if piece is None:
             digest.update(b"\0")  # which no text has
             continue
+        if isinstance(piece, Marker):
+            n += 1
+            digest.update(END_OF_TEXT.encode())
+            continue
         n += len(piece)
         characters.update(piece)
         digest.update(piece.encode("utf-8", errors="surrogatepass"))
     return Scan(n, frozenset(characters), digest.hexdigest())
 
 
-def part(pieces: Iterable[str | None], start: int, stop: int | None) -> Pieces:
+def with_markers(text: Text) -> Text:
+    """The same text, with ``MARKER`` for every ``END_OF_TEXT`` in it."""
+
+    def pieces() -> Pieces:
+        held = ""  # what may be the start of a marker
+        for piece in text.pieces():
+            if not isinstance(piece, str):
+                if held:
+                    yield held
+                held = ""
+                yield piece
+                continue
+            *ended, held = (held + piece).split(END_OF_TEXT)
+            for before in ended:
+                if before:
+                    yield before
+                yield MARKER
+            kept = max((n for n in range(1, len(END_OF_TEXT)) if held.endswith(END_OF_TEXT[:n])), default=0)
+            if len(held) > kept:
+                yield held[: len(held) - kept]
+            held = held[len(held) - kept :]
+        if held:
+            yield held
+
+    return Text(text.origin, pieces)
+
+
+def part(pieces: Iterable[Piece], start: int, stop: int | None) -> Pieces:
     """The characters from ``start`` to ``stop`` of a text, with the marks between their documents."""
     at, begun = 0, False
     for piece in pieces:
@@ -80,13 +124,35 @@ def part(pieces: Iterable[str | None], start: int, stop: int | None) -> Pieces:
             if begun and (stop is None or at < stop):
                 yield None
             continue
-        taken = piece[max(0, start - at) : None if stop is None else max(0, stop - at)]
-        at += len(piece)
+        if isinstance(piece, Marker):
+            taken: Piece = piece if start <= at and (stop is None or at < stop) else ""
+            at += 1
+        else:
+            taken = piece[max(0, start - at) : None if stop is None else max(0, stop - at)]
+            at += len(piece)
         if taken:
             begun = True
             yield taken
         if stop is not None and at >= stop:
             return
+
+
+def expanded(names: Sequence[str | Path]) -> list[str | Path]:
+    """File names with those that a pattern such as ``data/*.txt`` stands for, sorted, in its place.
+
+    Raises:
+        RequestError: a pattern stands for none.
+    """
+    found: list[str | Path] = []
+    for name in names:
+        if glob.escape(str(name)) == str(name) or os.path.exists(name):
+            found.append(name)
+            continue
+        matches = sorted(glob.glob(str(name), recursive=True))
+        if not matches:
+            raise RequestError(f"no file matches {name}")
+        found += matches
+    return found
 
 
 def of_files(names: Sequence[str | Path], text_field: str = "text") -> Text:
@@ -119,7 +185,11 @@ def of_files(names: Sequence[str | Path], text_field: str = "text") -> Text:
 
 def of_string(text: str, origin: str) -> Text:
     """A text that is in memory."""
-    return Text(origin, lambda: iter([text]))
+    return Text(origin, lambda: _sliced(text))
+
+
+def _sliced(text: str) -> Iterator[str]:
+    return (text[start : start + PIECE] for start in range(0, len(text), PIECE))
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -150,8 +220,7 @@ def _with_marks(documents: Iterable[str]) -> Pieces:
     for i, document in enumerate(documents):
         if i:
             yield None
-        if document:
-            yield document
+        yield from _sliced(document)
 
 
 def _text_pieces(file: Path) -> Iterator[str]:
@@ -221,6 +290,9 @@ def _opened(file: Path, binary: bool = False) -> Any:
     return raw if binary else io.TextIOWrapper(raw, encoding="utf-8")
 
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # of UTF-16, which JSON may spell and no encoding of text has
+
+
 def _json_rows(file: Path, text_field: str) -> Iterator[str]:
     with _opened(file) as stream:
         lines = iter(lambda: _line(stream, file), "")
@@ -234,7 +306,7 @@ def _json_rows(file: Path, text_field: str) -> Iterator[str]:
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
                 known = f" (it has {', '.join(map(str, row))[:100]})" if isinstance(row, dict) else ""
                 raise RequestError(f"{file}, line {number}: no text named {text_field}{known}: pass --text_field")
-            yield row[text_field]
+            yield _HALF_PAIR.sub("\ufffd", row[text_field])
 
 
 def _line(stream: IO[str], file: Path) -> str:

@@ -1,16 +1,19 @@
 """Any ``tokenizer.json`` of Hugging Face's ``tokenizers`` library, such as a byte-pair encoding of one's own."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt.data.text import END_OF_TEXT as END_OF_TEXT
 from fastgpt.data.tokenizers import (
     BYTE_SPELLING,
     MOST_IDS,
+    SAFE_CUT,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
@@ -20,8 +23,9 @@ from fastgpt.data.tokenizers import (
 )
 from fastgpt.errors import RequestError
 
-END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+BESIDE_A_CUT = 64  # characters on either side of a cut that are looked at
+CUTS_TRIED = 100  # before a text is left whole
 
 
 class JsonTokenizer(Tokenizer):
@@ -68,7 +72,7 @@ class JsonTokenizer(Tokenizer):
         """A byte-pair encoding as GPT-2's, learnt from ``texts``.
 
         Args:
-            texts: read once.
+            texts: read once, and cut between words into pieces, of which the library takes 256 at a time.
             vocab_size: ids, with those of the 256 bytes and ``<|endoftext|>``; fewer if the texts have no more pairs.
         """
         library = _library()
@@ -81,17 +85,53 @@ class JsonTokenizer(Tokenizer):
             initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((piece for text in texts for piece in _word_pieces(text)), trainer)
         return cls(tokenizer.to_str())
 
     def encode(self, text: str) -> Tokens:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+        return np.array(self._encoding(text).ids, dtype=np.uint16)
+
+    def cut(self, text: str, start: int) -> int | None:
+        # Each tokenizer has its own rules, so that a cut is tried. They are local where text is first split into words.
+        for found in islice(SAFE_CUT.finditer(text, start - 1), CUTS_TRIED):
+            end = found.end()
+            if self._words_are_apart(text[max(0, end - BESIDE_A_CUT) : end], text[end : end + BESIDE_A_CUT]):
+                return end
+        return None
+
+    def _words_are_apart(self, left: str, right: str) -> bool:
+        """Whether two texts have the words and the tokens of both as one text."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        if splitter is None:
+            return False
+
+        def words(text: str) -> list[str]:
+            normal = text if normalizer is None else normalizer.normalize_str(text)
+            return [word for word, _ in splitter.pre_tokenize_str(normal)]
+
+        return words(left) + words(right) == words(left + right) and (
+            self._encoding(left).ids + self._encoding(right).ids == self._encoding(left + right).ids
+        )
+
+    def _encoding(self, text: str) -> Any:
+        # Of the library's functions it is the one that computes no offsets and lets other threads of Python run.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return encoding
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return self._tokenizer.decode(known_ids(ids, self.vocab_size), skip_special_tokens=False)
 
     def to_meta(self) -> dict[str, Any]:
         return {"name": self.name, "content": json.loads(self.content)}
+
+
+def _word_pieces(text: str, size: int = 1 << 14) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        cut = SAFE_CUT.search(text, start + size, start + 2 * size)
+        stop = start + 2 * size if cut is None else cut.end()
+        yield text[start:stop]
+        start = stop
 
 
 def to_json(tokenizer: Tokenizer) -> str:

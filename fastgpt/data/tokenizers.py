@@ -8,26 +8,31 @@ import json
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastgpt import limits
+from fastgpt.data.text import Piece
 from fastgpt.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     import tiktoken
 
 Tokens = npt.NDArray[np.uint16]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 TOKENIZERS = ("char", "byte", "gpt2")
 TRAINED = "train"  # in the place of a tokenizer's name: a byte-pair encoding is learnt from the text
 MOST_IDS = 2**16  # tokens are uint16
-ENCODED_AT_ONCE = 1 << 22  # characters
+ENCODED_AT_ONCE = 1 << 18  # characters; with the tokenizers library they take some 60 MB while they are encoded
 
 
 class Tokenizer(ABC):
@@ -47,6 +52,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """The text of a 1-D sequence of ids. ``ValueError`` for an id outside the vocabulary."""
+
+    def cut(self, text: str, start: int) -> int | None:
+        """Where ``text`` may be cut: after ``start`` characters or more, its two parts have the tokens of the whole.
+
+        ``None`` if no such place is found. ``start`` is at least 1.
+        """
+        return None
 
     def to_meta(self) -> dict[str, Any]:
         """What ``tokenizer_from_meta`` needs to build this tokenizer again, ready for JSON."""
@@ -94,6 +106,9 @@ class CharTokenizer(Tokenizer):
             )
         return ids.astype(np.uint16)
 
+    def cut(self, text: str, start: int) -> int | None:
+        return start
+
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return "".join(map(self.vocabulary.__getitem__, known_ids(ids, self.vocab_size)))
 
@@ -110,6 +125,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> Tokens:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint16)
 
+    def cut(self, text: str, start: int) -> int | None:
+        return start
+
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return bytes(known_ids(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
@@ -125,48 +143,94 @@ class GPT2Tokenizer(Tokenizer):
     eot = 50256  # <|endoftext|>, which separates documents
 
     def encode(self, text: str) -> Tokens:
-        return _concatenate(self._encode_each(list(_pieces(text))))
+        pieces = list(_pieces(text))
+        n_threads = limits.threads().amount if len(pieces) > 1 else 1  # tiktoken releases the GIL while it encodes
+        return _concatenate(list(in_order(self._encode_piece, pieces, n_threads)))
+
+    def cut(self, text: str, start: int) -> int | None:
+        found = SAFE_CUT.search(text, start - 1)
+        return None if found is None else found.end()
 
     def ranks(self) -> dict[bytes, int]:
         """The id of every token but the special one, by its bytes."""
         encoding = _gpt2_encoding()
         return {encoding.decode_single_token_bytes(i): i for i in range(self.eot)}
 
-    def encode_documents(self, texts: Sequence[str]) -> Tokens:
-        """The ids of all ``texts`` in one 1-D array, with an end-of-text token after each text."""
-        eot = np.array([self.eot], dtype=np.uint16)
-        return _concatenate([part for ids in self._encode_each(texts) for part in (ids, eot)])
-
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         return _gpt2_encoding().decode(known_ids(ids, self.vocab_size))
 
-    def _encode_each(self, texts: Sequence[str]) -> list[Tokens]:
+    def _encode_piece(self, text: str) -> Tokens:
         encoding = _gpt2_encoding()
-
-        def encode(text: str) -> Tokens:
+        try:  # without a list of Python's integers, for which threads would wait for each other
+            return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except (AttributeError, UnicodeEncodeError):  # tiktoken before 0.9; half of a surrogate pair, as JSON may have
             return np.array(encoding.encode_ordinary(text), dtype=np.uint16)
 
-        if len(texts) == 1:
-            return [encode(texts[0])]
-        with ThreadPoolExecutor(limits.threads().amount) as pool:  # tiktoken releases the GIL while it encodes
-            return list(pool.map(encode, texts))
+
+def encoded(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, n_threads: int = 1, skip: int = 0
+) -> Generator[Tokens, None, None]:
+    """The tokens of a text, an array for every ``ENCODED_AT_ONCE`` characters or a few more.
+
+    Between documents, and where a marker stands, comes the end of text if the tokenizer has one.
+
+    Args:
+        pieces: of the text. Where they begin and end changes no token.
+        tokenizer: encodes each document as a whole would be.
+        n_threads: that encode at a time; they change no array.
+        skip: arrays that are left out at the start. Their text is read, but not encoded.
+    """
+    tokenizer.encode("")  # loads its vocabulary, which otherwise each thread would
+    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint16)
+
+    def encode(texts: list[str | None]) -> Tokens:
+        return _concatenate([eot if text is None else tokenizer.encode(text) for text in texts])
+
+    return in_order(encode, islice(_batches(pieces, tokenizer), skip, None), n_threads)
 
 
-def encoded(pieces: Iterable[str | None], tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """The tokens of a text in pieces; between documents, ``None``, comes the end of text if the tokenizer has one."""
-    held = ""
+def _batches(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[list[str | None]]:
+    """Lists of texts that are encoded apart, of ``ENCODED_AT_ONCE`` characters or a few more; ``None`` ends a document.
+
+    A document without a place to cut it is not cut, however long it is.
+    """
+    batch: list[str | None] = []
+    size, held, searched = 0, "", 1
     for piece in pieces:
-        if piece is None:
-            yield tokenizer.encode(held)
-            yield np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint16)
-            held = ""
-            continue
-        held += piece
-        # Byte-pair encodings may merge across the end of a piece, except at a safe cut.
-        while len(held) >= ENCODED_AT_ONCE and (cuts := list(_SAFE_CUT.finditer(held, len(held) - 4096))):
-            yield tokenizer.encode(held[: cuts[-1].end()])
-            held = held[cuts[-1].end() :]
-    yield tokenizer.encode(held)
+        if isinstance(piece, str):
+            held += piece
+            while size + len(held) >= ENCODED_AT_ONCE:
+                end = tokenizer.cut(held, max(ENCODED_AT_ONCE - size, searched))
+                if end is None:
+                    searched = len(held)
+                    break
+                yield [*batch, held[:end]]
+                batch, size, held, searched = [], 0, held[end:], 1
+        else:
+            batch += [held, None]
+            size, held, searched = size + len(held), "", 1
+            if size >= ENCODED_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    yield [*batch, held]
+
+
+def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], n_threads: int) -> Generator[Result, None, None]:
+    """The results of ``work`` for all jobs, in their order. As many jobs as there are threads are taken in advance.
+
+    Where it is left early, the jobs that were taken are still finished.
+    """
+    if n_threads == 1:
+        yield from map(work, jobs)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for job in jobs:
+            waiting.append(pool.submit(work, job))
+            if len(waiting) > n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def build_tokenizer(name: str, text: str) -> Tokenizer:
@@ -215,16 +279,17 @@ def _concatenate(parts: Sequence[Tokens]) -> Tokens:
     return np.concatenate([np.empty(0, dtype=np.uint16), *parts])
 
 
-# GPT-2's encoding first splits text by a regular expression. No match continues from a visible character into white
-# space, and its lookahead only concerns white space. So a cut between a visible character and the white space after it
-# changes no token. A cut after a line break would, because tokens of white space depend on what follows them.
-_SAFE_CUT = re.compile(r"[!-~](?=[ \t\r\n])")
+# GPT-2's encoding first splits text by a regular expression. No match continues from another character into white
+# space, and its lookahead only concerns white space. So a cut between another character and the white space after it
+# changes no token. A cut after a line break would, because tokens of white space depend on what follows them. All that
+# is white space there is so for Python, too.
+SAFE_CUT = re.compile(r"\S(?=[ \t\r\n])")
 
 
 def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     """Split ``text`` into pieces that can be encoded separately, each of at least ``size`` characters but the last."""
     start = 0
-    while cut := _SAFE_CUT.search(text, start + size):
+    while cut := SAFE_CUT.search(text, start + size):
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]

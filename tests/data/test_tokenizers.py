@@ -14,6 +14,8 @@ from fastgpt.data.tokenizers import (
     CharTokenizer,
     GPT2Tokenizer,
     build_tokenizer,
+    encoded,
+    in_order,
     tokenizer_from_meta,
 )
 from fastgpt.errors import RequestError
@@ -112,7 +114,8 @@ def test_gpt2_ids_are_the_published_ones(gpt2):
 
 
 def test_documents_end_with_the_end_of_text_token(gpt2):
-    assert gpt2.encode_documents(["Hello", "", "Hello"]).tolist() == [15496, 50256, 50256, 15496, 50256]
+    arrays = encoded(["Hell", "o", None, None, "Hello", None], gpt2)
+    assert np.concatenate(list(arrays)).tolist() == [15496, 50256, 50256, 15496, 50256]
 
 
 def test_encoding_in_pieces_gives_the_tokens_of_the_whole(gpt2):
@@ -134,12 +137,26 @@ def test_encoding_in_pieces_gives_the_tokens_of_the_whole(gpt2):
         "日",
         "\u00a0",
         "'",
+        "\u3000",
+        "\x1c",  # white space for Python, not for GPT-2
+        "\x85",
+        "\u200b",
     ]
     for _ in range(300):
         text = "".join(rng.choice(parts, size=40))
         pieces = list(tokenizers._pieces(text, size=1))
         assert "".join(pieces) == text
         assert [i for piece in pieces for i in whole(piece)] == whole(text)
+
+
+def test_without_tiktokens_arrays_the_tokens_are_the_same(gpt2, monkeypatch):
+    import tiktoken
+
+    text = TEXT * 3 + "<|endoftext|>"
+    tokens = gpt2.encode(text)
+    assert tokens.tolist() == tokenizers._gpt2_encoding().encode_ordinary(text)
+    monkeypatch.delattr(tiktoken.Encoding, "encode_to_numpy")
+    assert np.array_equal(gpt2.encode(text), tokens)
 
 
 def test_a_large_text_is_encoded_in_several_pieces(gpt2):
@@ -226,3 +243,33 @@ def test_a_text_with_more_characters_than_ids_is_refused():
         CharTokenizer.from_text(text)
     all_of_them = CharTokenizer.from_text(text[: 2**16])
     assert all_of_them.decode(all_of_them.encode(text[: 2**16])) == text[: 2**16]
+
+
+def test_threads_encode_at_a_time_and_take_few_jobs_in_advance():
+    both = threading.Barrier(2)  # which one thread alone would wait at for ever
+    taken = []
+
+    def work(job):
+        both.wait(timeout=30)
+        return job
+
+    for done, result in enumerate(in_order(work, (taken.append(i) or i for i in range(20)), 2)):
+        assert result == done
+        assert len(taken) <= done + 3
+
+
+def test_no_thread_is_left_where_it_is_left_early():
+    before, worked = threading.active_count(), []
+    results = in_order(lambda job: worked.append(job), range(100), 4)
+    next(results)
+    assert threading.active_count() > before
+    results.close()
+    assert threading.active_count() == before
+    assert len(worked) == 5
+
+
+def test_an_error_of_a_thread_is_raised_in_its_place():
+    results = in_order(lambda job: 1 // job, [1, 1, 0, 1], 2)
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
