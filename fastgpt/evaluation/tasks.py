@@ -66,10 +66,10 @@ def lambada(model: GPT, tokenizer: Tokenizer, path: Path, *, limit: int | None =
         if not context or not word:
             raise RequestError(f"{where}: the text has less than two words")
         pairs.append((context, space + word))
-    scores = list(continuations(model, tokenizer, pairs))
-    mean = sum(score.log_likelihood for score in scores) / len(scores)
+    found = list(continuations(model, tokenizer, pairs))
+    mean = sum(score.log_likelihood for score in found) / len(found)
     return {
-        "accuracy": Rate(sum(score.greedy for score in scores) / len(scores), len(scores)),
+        "accuracy": Rate(sum(score.greedy for score in found) / len(found), len(found)),
         "perplexity": math.exp(min(-mean, 700.0)),
     }
 
@@ -103,10 +103,10 @@ def hellaswag(model: GPT, tokenizer: Tokenizer, path: Path, *, limit: int | None
         pairs += [(context, f" {ending}") for ending in plain]
         labels.append(int(str(label)))
         lengths.append([max(1, len(ending)) for ending in plain])
-    scores = continuations(model, tokenizer, pairs)
+    found = continuations(model, tokenizer, pairs)
     right = right_norm = 0
     for label, sizes in zip(labels, lengths, strict=True):
-        likelihoods = [next(scores).log_likelihood for _ in sizes]
+        likelihoods = [next(found).log_likelihood for _ in sizes]
         norms = [likelihood / size for likelihood, size in zip(likelihoods, sizes, strict=True)]
         right += likelihoods.index(max(likelihoods)) == label
         right_norm += norms.index(max(norms)) == label
@@ -114,7 +114,6 @@ def hellaswag(model: GPT, tokenizer: Tokenizer, path: Path, *, limit: int | None
     return {"acc": Rate(right / n, n), "acc_norm": Rate(right_norm / n, n)}
 
 
-@torch.no_grad()
 def continuations(
     model: GPT, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], batch_size: int = 8
 ) -> Iterator[Score]:
@@ -123,9 +122,24 @@ def continuations(
     A context and its continuation are encoded together, and cut where the context alone would end. A context that is
     too long loses its beginning.
     """
+    encoded = [_encode(tokenizer, *pair, model.config.block_size) for pair in pairs]
+    return scores(model, tokenizer.vocab_size, encoded, batch_size)
+
+
+@torch.no_grad()
+def scores(
+    model: GPT, vocab_size: int, encoded: Sequence[tuple[list[int], int]], batch_size: int = 8
+) -> Iterator[Score]:
+    """The score of the last tokens of each sequence.
+
+    Args:
+        model: in eval mode.
+        vocab_size: of the tokenizer; ids from here on are padding.
+        encoded: the ids of each sequence, at most ``block_size + 1``, and how many of the last are scored: at least one
+            fewer than there are.
+        batch_size: sequences at a time.
+    """
     weight = model.transformer.wte.weight
-    V, T = tokenizer.vocab_size, model.config.block_size
-    encoded = [_encode(tokenizer, *pair, T) for pair in pairs]
     for i in range(0, len(encoded), batch_size):
         batch = encoded[i : i + batch_size]
         longest = max(len(ids) for ids, _ in batch) - 1
@@ -134,7 +148,7 @@ def continuations(
         hidden = model.transformer(idx)  # (B, T, C)
         for x, (ids, n) in zip(hidden, batch, strict=True):
             targets = torch.tensor(ids[-n:], device=weight.device)
-            logits = (x[len(ids) - 1 - n : len(ids) - 1] @ weight[:V].T).float()  # (n, V)
+            logits = (x[len(ids) - 1 - n : len(ids) - 1] @ weight[:vocab_size].T).float()  # (n, V)
             chosen = logits.log_softmax(-1).gather(1, targets[:, None])
             yield Score(chosen.sum().item(), bool((logits.argmax(-1) == targets).all()))
 
