@@ -94,6 +94,14 @@ def _attention(D: int, dtype: torch.dtype, causal: bool = True, dropout_p: float
         OPS["attention_qkv_backward"](out, qkv, out, lse, H, causal, D**-0.5, dropout_p, seed, deterministic)
 
 
+def _attention_of_later_queries(D: int, dtype: torch.dtype) -> None:
+    """The last quarter of the positions, as when a prompt is read in pieces."""
+    q, k = (_empty(B, C // D, n, D, dtype=dtype) for n in (T // 4, T))
+    out, lse = OPS["attention"](q, k, k, True, D**-0.5, 0.0, None)
+    for deterministic in (True, False):
+        OPS["attention_backward"](out, q, k, k, out, lse, True, D**-0.5, 0.0, None, deterministic)
+
+
 def _layer_norm(width: int) -> None:
     """With all optional arguments: residual, bias, gradient of the sum."""
     x, w = _empty(B, T, width), _empty(width)
@@ -151,6 +159,8 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"attention bf16 D{D}": lambda D=D: _attention(D, BF16) for D in (32, 64, 96, 128, 256)},
     **{f"attention fp32 D{D}": lambda D=D: _attention(D, FP32) for D in (32, 64, 128)},
     **{f"attention bf16 D{D}, copied": lambda D=D: _attention(D, BF16) for D in (40, 72, 200)},
+    "attention bf16 D64 later queries": lambda: _attention_of_later_queries(64, BF16),
+    "attention fp32 D64 later queries": lambda: _attention_of_later_queries(64, FP32),
     "attention bf16 D64 full": lambda: _attention(64, BF16, causal=False),
     **{f"attention bf16 D{D} dropout": lambda D=D: _attention(D, BF16, dropout_p=0.1) for D in (32, 64, 128, 256)},
     **{f"attention fp32 D{D} dropout": lambda D=D: _attention(D, FP32, dropout_p=0.1) for D in (32, 64, 128)},

@@ -80,7 +80,7 @@ def _work(
     if kernel.startswith("attention"):
         # take the loop without a mask for both loops; the masked one has a compare and a select more for each element
         loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
-        if not loops:
+        if not loops or not options["SQUARE"]:  # the work is stated for as many keys as queries only
             return None
         # the number of tensors of the size of q, and further bytes per element of q: the sums of dq, in fp32, enter L2
         # once and leave it once

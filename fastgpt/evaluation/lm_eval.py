@@ -28,7 +28,7 @@ NEW_TOKENS = 256  # that are generated where a task does not say; the harness's 
 
 
 @register_model("fastgpt")
-class FastGPT(TemplateLM):  # type: ignore[misc]
+class FastGPT(TemplateLM):
     """A model for the harness.
 
     Args:

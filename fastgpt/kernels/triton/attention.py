@@ -25,7 +25,7 @@ q, k and v, and the gradients, are read and written wherever they lie: a packed 
 In the kernels below every (B, H, T, D) tensor has D contiguous and three strides in elements: NAME_batch, NAME_head
 and NAME_stride, from one position to the next. ``threshold`` and ``keep`` are dropout's: a weight is kept if its random
 word reaches the threshold, and then multiplied by keep = 1 / (1 - p). ``offset`` is S - T, the position of the first
-query among the keys under the causal mask. BLOCK_D is D padded to a power of two. The grid
+query among the keys under the causal mask; SQUARE says that it is 0. BLOCK_D is D padded to a power of two. The grid
 has one axis, B * H * blocks, with the blocks of one head side by side, so that they share its keys in L2.
 
 Dao, "FlashAttention-2", 2023.
@@ -132,6 +132,12 @@ def _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M: tl.constexp
 
 
 @triton.jit
+def _first_position(n_query, n_key, SQUARE: tl.constexpr):
+    """``offset``. A constant where it is known to be 0, because the register that it takes lowers the occupancy."""
+    return 0 if SQUARE else n_key - n_query
+
+
+@triton.jit
 def _visible(start_m, start_n, n_key, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N) booleans: whether the query attends to the key."""
     columns = start_n + tl.arange(0, BLOCK_N)
@@ -219,7 +225,7 @@ def _forward_kernel(
     seed,  # () int64; not read without DROPOUT
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_batch, out_head, out_stride,
     n_head, n_query, n_key, scale, threshold, keep,  # H, T, S
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    CAUSAL: tl.constexpr, SQUARE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     MASKED_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, their output and logsumexp. Grid: (B * H * cdiv(T, BLOCK_M),)."""
@@ -233,7 +239,7 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    offset = n_key - n_query
+    offset = _first_position(n_query, n_key, SQUARE)
     unmasked, end = _key_bounds(start_m, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N)
     for i in tl.static_range(2):  # the keys that need no mask and those that do; MASKED_FIRST says in which order
         begin = unmasked if (i == 0) == MASKED_FIRST else 0
@@ -291,7 +297,7 @@ def _dq_kernel(
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, dq_batch, dq_head, dq_stride,
     n_head, n_query, n_key, scale, threshold, keep,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    CAUSAL: tl.constexpr, SQUARE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     MASKED_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dq and delta of BLOCK_M queries of one head. Grid: (B * H * cdiv(T, BLOCK_M),)."""
@@ -315,7 +321,7 @@ def _dq_kernel(
     row_lse = _to_base(tl.load(lse + rows, mask=rows < n_query, other=float("inf")), FP32)
     scale_in_base = _to_base(scale, FP32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    offset = n_key - n_query
+    offset = _first_position(n_query, n_key, SQUARE)
     unmasked, end = _key_bounds(start_m, n_key, offset, CAUSAL, BLOCK_M, BLOCK_N)
     for i in tl.static_range(2):
         begin = unmasked if (i == 0) == MASKED_FIRST else 0
@@ -331,8 +337,8 @@ def _dq_kernel(
 
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, dq, k, v, q, dout, lse, delta, q_stride, dout_stride, begin, end, start_n, n_query, n_key, head, seed,
-    threshold, scale, keep,
+    dk, dv, dq, k, v, q, dout, lse, delta, q_stride, dout_stride, begin, end, start_n, n_query, n_key, offset, head,
+    seed, threshold, scale, keep,
     ADD_DQ: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     FP32: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -343,7 +349,6 @@ def _accumulate_dk_dv(
 
     k, v: (BLOCK_N, BLOCK_D), tiles. q, dout, lse, delta: pointers to a head's first row. dq: to its sums, or None.
     """
-    offset = n_key - n_query
     for start_m in range(begin, end, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
         queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
@@ -377,8 +382,9 @@ def _dk_dv_of_block(
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
     n_head, n_query, n_key, scale, threshold, keep,
-    ADD_DQ: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD_DQ: tl.constexpr, CAUSAL: tl.constexpr, SQUARE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, FP32: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The body of both kernels below: one block of keys, its dk and dv, and with ADD_DQ its share of dq.
 
@@ -402,8 +408,9 @@ def _dk_dv_of_block(
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dvalues = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     begin, unmasked = 0, 0
+    offset = _first_position(n_query, n_key, SQUARE)
     if CAUSAL:  # queries before first see none of these keys; from first + BLOCK_N - 1 on they see all
-        first = start_n - (n_key - n_query)
+        first = start_n - offset
         begin = tl.maximum(first, 0) // BLOCK_M * BLOCK_M
         unmasked = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M, n_query)
     elif ADD_DQ:  # a key beyond the end is 0, but its weight may be infinite, and 0 * infinity would be added to dq
@@ -411,13 +418,13 @@ def _dk_dv_of_block(
     if CAUSAL or ADD_DQ:
         dkeys, dvalues = _accumulate_dk_dv(
             dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, start_n,
-            n_query, n_key, head, seed_value, threshold, scale_in_base, keep,
+            n_query, n_key, offset, head, seed_value, threshold, scale_in_base, keep,
             ADD_DQ, True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     # keys beyond the end need no mask: what they gather is not stored
     dkeys, dvalues = _accumulate_dk_dv(
         dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, unmasked, n_query, start_n,
-        n_query, n_key, head, seed_value, threshold, scale_in_base, keep,
+        n_query, n_key, offset, head, seed_value, threshold, scale_in_base, keep,
         ADD_DQ, False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     _store_tile(dk, dkeys * scale, start_n, dk_stride, n_key, D, BLOCK_N, BLOCK_D)
@@ -438,7 +445,7 @@ def _dk_dv_kernel(
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
     n_head, n_query, n_key, scale, threshold, keep,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    CAUSAL: tl.constexpr, SQUARE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head. Grid: (B * H * cdiv(S, BLOCK_N),)."""
@@ -447,7 +454,7 @@ def _dk_dv_kernel(
         q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
         dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
         n_head, n_query, n_key, scale, threshold, keep,
-        False, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        False, CAUSAL, SQUARE, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -466,7 +473,7 @@ def _single_pass_kernel(
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
     n_head, n_query, n_key, scale, threshold, keep,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
+    CAUSAL: tl.constexpr, SQUARE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """_dk_dv_kernel, and the keys' share of dq as well. Grid: (B * H * cdiv(S, BLOCK_N),)."""
@@ -475,7 +482,7 @@ def _single_pass_kernel(
         q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
         dout_batch, dout_head, dout_stride, dk_batch, dk_head, dk_stride, dv_batch, dv_head, dv_stride,
         n_head, n_query, n_key, scale, threshold, keep,
-        True, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        True, CAUSAL, SQUARE, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -557,11 +564,12 @@ def _write_back(buffers: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
             x.copy_(buffer[..., : x.shape[3]])
 
 
-def _constants(q: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+def _constants(q: Tensor, k: Tensor, causal: bool, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
     """The compile-time arguments of every kernel with products."""
     fp32 = q.dtype == torch.float32
     return {
         "CAUSAL": causal,
+        "SQUARE": not causal or q.shape[2] == k.shape[2],
         "DROPOUT": dropout_p > 0.0 and seed is not None,
         # fp32 products run on the tensor cores as three in tf32, which keeps fp32's accuracy
         "PRECISION": "tf32x3" if fp32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32",
@@ -646,7 +654,7 @@ def _forward(
     q, k, v = _readable(q), _readable(k), _readable(v)
     result = _writable(out)
     H, T = q.shape[1:3]
-    constants = _constants(q, causal, dropout_p, seed)
+    constants = _constants(q, k, causal, dropout_p, seed)
     _launch(
         "attention_forward", _forward_kernel, (T, "BLOCK_M"),
         q, k, v, result, lse, lse if seed is None else seed, *_strides(q, k, v, result), H, T, k.shape[2],
@@ -665,7 +673,7 @@ def _backward(
     dq, dk, dv = (_writable(t) for t in gradients)
     H, T, S = q.shape[1], q.shape[2], k.shape[2]
     delta = torch.empty_like(lse)
-    constants = _constants(q, causal, dropout_p, seed)
+    constants = _constants(q, k, causal, dropout_p, seed)
     seed_or_any = lse if seed is None else seed  # a kernel's pointer cannot be None; without dropout it is not read
     scalars = (scale, *_dropout(dropout_p))
     if deterministic or not has_configuration(device_of(q), "attention_single_pass", _kind(constants)):
