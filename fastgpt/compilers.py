@@ -39,6 +39,14 @@ def missing_for_compile(device: torch.device) -> str | None:
     return _missing_headers("torch.compile")
 
 
+def failure(error: BaseException) -> str | None:
+    """What a compiler that is there has failed at, in a line; ``None`` if the exception means something else."""
+    if type(error).__name__ not in ("InductorError", "BackendCompilerFailed"):  # torch's, which are imported late
+        return None
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"torch.compile failed ({lines[0]}): train without --compile"
+
+
 def _missing_headers(who: str) -> str | None:
     if sys.platform != "linux":  # only distributions of Linux part them from Python
         return None

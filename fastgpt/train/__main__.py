@@ -8,7 +8,7 @@ python -m fastgpt.train --preset gpt2-124m --init_from resume
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from fastgpt import hardware, kernels, limits, output
+from fastgpt import compilers, hardware, kernels, limits, output
 from fastgpt.cli import run
 from fastgpt.data.stream import show
 from fastgpt.data.tokenizers import Tokenizer
@@ -38,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"out of memory while the model was created ({gib(total.amount)}, limited by {total.source}): "
                 "a smaller model or --state_bits 8 take less"
             ) from error
-        status = trainer.train()
+        try:
+            status = trainer.train()
+        except Exception as error:
+            failure = compilers.failure(error)
+            if failure is None:
+                raise
+            output.note(f"error: {failure}")
+            return 1
         if status == 0 and settled.tokenizer is not None:
             _show_sample(trainer.model, settled.tokenizer, prompt_of(settled.dataset), config.seed)
     return status

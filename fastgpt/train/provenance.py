@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastgpt import __version__, hardware
+from fastgpt.train.predict.roofline import Prediction
 from fastgpt.train.settle import Settled
 from fastgpt.units import dtype_name
 
@@ -42,8 +43,16 @@ def of(settled: Settled) -> dict[str, Any]:
         "predicted_tokens_per_s": (
             prediction.tokens_per_second(config.gradient_accumulation_steps) if prediction else None
         ),
-        "predicted_bytes": prediction.memory if prediction else None,
+        "predicted_bytes": prediction.held if prediction else None,
+        "predicted_ms": _by_kind(prediction, config.gradient_accumulation_steps) if prediction else None,
     }
+
+
+def _by_kind(prediction: Prediction, accumulation: int) -> dict[str, float]:
+    """Milliseconds of an update by kind of call."""
+    found = {kind: accumulation * seconds * 1e3 for kind, seconds in prediction.micro_step.items()}
+    found["optimizer"] = found.get("optimizer", 0.0) + prediction.update * 1e3
+    return found
 
 
 def now() -> str:

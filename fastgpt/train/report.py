@@ -189,6 +189,8 @@ def _table_of(runs: Sequence[Run]) -> str:
         "peak memory": lambda one: (
             size(max(peaks)) if (peaks := [e["peak_bytes"] for e in one.records["end"] if e.get("peak_bytes")]) else "-"
         ),
+        "predicted memory": lambda one: size(held) if (held := one.start.get("predicted_bytes")) else "-",
+        "predicted time by kind": _time_by_kind,
     }
     if len(runs) == 1:
         facts = "".join(
@@ -203,6 +205,12 @@ def _table_of(runs: Sequence[Run]) -> str:
     head = "".join(f'<th scope="col">{_text(names[i])}</th>' for i in kept)
     body = "".join("<tr>" + "".join(f"<td>{_text(row[i])}</td>" for i in kept) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _time_by_kind(one: Run) -> str:
+    ms = {kind: value for kind, value in (one.start.get("predicted_ms") or {}).items() if value}
+    total = sum(ms.values())
+    return ", ".join(f"{kind} {ms[kind] / total:.0%}" for kind in sorted(ms, key=lambda kind: -ms[kind])) or "-"
 
 
 def _findings(one: Run) -> str:
@@ -240,7 +248,16 @@ def _events(one: Run) -> str:
 
 def _provenance(one: Run) -> str:
     start = dict(one.start)
-    for name in ("kind", "step", "time", "predicted_bytes", "predicted_tokens_per_s", "flops_per_token", "parameters"):
+    for name in (
+        "kind",
+        "step",
+        "time",
+        "predicted_bytes",
+        "predicted_ms",
+        "predicted_tokens_per_s",
+        "flops_per_token",
+        "parameters",
+    ):
         start.pop(name, None)
     dataset = start.pop("dataset", None) or {}
     rows = {**start, "dataset": dataset.get("path"), "dataset id": dataset.get("id")}

@@ -404,6 +404,17 @@ def test_the_memory_of_a_long_run_is_flat(words):
     assert late == pytest.approx(early, rel=0.02)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a compiler that is a shell script")
+def test_a_compiler_that_fails_is_told_in_a_line(words, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    failed = process("-m", "fastgpt.train", *TRAIN_WORDS, "--compile=True", CXX=str(compiler))
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: torch.compile failed (")
+
+
 def test_a_backend_of_the_environment_that_cannot_run_here_is_refused(words):
     refused = process("-m", "fastgpt.train", *TRAIN_WORDS, FASTGPT_BACKEND="triton")
     assert refused.returncode == 2

@@ -1,5 +1,7 @@
 """The page about a run."""
 
+import dataclasses
+import html
 import json
 import re
 import shutil
@@ -117,6 +119,36 @@ def test_a_run_of_an_older_version_and_one_without_an_evaluation_have_a_page(run
     assert "Nothing has been evaluated yet." in text
     (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["kind"] in ("train", "eval")))
     assert "It has not ended." in report.page([report.read(run)])
+
+
+def test_what_the_model_wrote_at_each_evaluation_is_shown(run):
+    samples = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = {record["step"]: record for record in samples if record["kind"] == "sample"}
+    assert sorted(samples) == [0, 4, 8]
+    assert len({record["text"] for record in samples.values()}) > 1
+    assert len({record["prompt"] for record in samples.values()}) == 1
+    text = (run / "report.html").read_text()
+    assert text.count('<pre><span class="prompt">') == 3
+    assert html.escape(samples[8]["text"]) in text
+
+
+def test_of_many_samples_the_first_the_last_and_some_between_are_shown(run):
+    one = report.read(run)
+    many = [{"kind": "sample", "step": i, "prompt": "<p>", "text": f"text {i}"} for i in range(100)]
+    text = report.page([dataclasses.replace(one, records=one.records | {"sample": many})])
+    shown = [int(step) for step in re.findall(r"<summary>step (\d+)</summary>", text)]
+    assert len(shown) == report.MOST_SAMPLES
+    assert (shown[0], shown[-1]) == (0, 99)
+    assert "&lt;p&gt;" in text
+    assert "<p></span>" not in text
+
+
+def test_a_prediction_stands_beside_what_was_measured(run):
+    one = report.read(run)
+    start = one.start | {"predicted_ms": {"GEMM": 30.0, "loss": 0.0, "norm": 10.0}, "predicted_bytes": 3 << 20}
+    text = report.page([dataclasses.replace(one, records=one.records | {"start": [start]})])
+    assert "GEMM 75%, norm 25%" in text
+    assert "3.00 MiB" in text
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
