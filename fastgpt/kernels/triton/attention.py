@@ -151,8 +151,8 @@ def _visible(start_m, start_n, n_key, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.
 @triton.jit
 def _key_bounds(start_m, n_key, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Two bounds: keys before the first need no mask, keys between them do, and no query of the block sees the rest."""
-    if CAUSAL:  # every query of the block sees the blocks of keys before that of query start_m's own position
-        unmasked = (start_m + offset) // BLOCK_N * BLOCK_N
+    if CAUSAL:  # query start_m sees offset + start_m + 1 keys; every query of the block sees whole blocks of these
+        unmasked = (offset + start_m + 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(start_m + offset + BLOCK_M, n_key)
     else:
         unmasked = n_key // BLOCK_N * BLOCK_N
@@ -581,10 +581,11 @@ def _constants(q: Tensor, k: Tensor, causal: bool, dropout_p: float, seed: Tenso
 
 
 def _order(q: Tensor) -> dict[str, bool]:
-    """Whether the masked keys come first. Every query sees one of them, so either order is correct.
+    """Whether the masked keys come first. Either order is correct: a query that has seen no key yet has only -inf scores.
 
     On Hopper they come first. If a loop may run zero times, ptxas serialises the asynchronous products of the loop
-    behind it. The masked loop always runs, so it goes first. On other architectures this order takes more registers.
+    behind it. With as many keys as queries the masked loop always runs, so it goes first. On other architectures this
+    order takes more registers.
     """
     return {"MASKED_FIRST": device_of(q).capability == 90}
 
