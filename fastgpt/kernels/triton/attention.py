@@ -581,7 +581,7 @@ def _constants(q: Tensor, k: Tensor, causal: bool, dropout_p: float, seed: Tenso
 
 
 def _order(q: Tensor) -> dict[str, bool]:
-    """Whether the masked keys come first. Either order is correct: before its first key a query has scores of -inf only.
+    """Whether the masked keys come first. Either order is correct: until it sees a key, a query has scores of -inf.
 
     On Hopper they come first. If a loop may run zero times, ptxas serialises the asynchronous products of the loop
     behind it. With as many keys as queries the masked loop always runs, so it goes first. On other architectures this
