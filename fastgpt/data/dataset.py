@@ -10,7 +10,8 @@ from fastgpt.data import neighbours
 from fastgpt.data.neighbours import TokenFiles
 from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, read_shard, read_tokens
 from fastgpt.data.sources import SOURCES
-from fastgpt.data.tokenizers import Tokenizer, Tokens, tokenizer_from_meta
+from fastgpt.data.tokenizer_meta import tokenizer_from_meta
+from fastgpt.data.tokenizers import Tokenizer, Tokens
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.files import reachable
 

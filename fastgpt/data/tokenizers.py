@@ -247,22 +247,6 @@ def build_tokenizer(name: str, text: str) -> Tokenizer:
     raise RequestError(f"no tokenizer '{name}' (there are {', '.join(TOKENIZERS)}){did_you_mean(name, TOKENIZERS)}")
 
 
-def tokenizer_from_meta(meta: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``Tokenizer.to_meta`` described. ``RequestError`` if it is unknown."""
-    name, vocabulary = meta.get("name"), meta.get("vocabulary")
-    if not isinstance(name, str):
-        raise RequestError(f"the tokenizer's description has no name: {str(meta)[:60]}")
-    if name == "json":
-        from fastgpt.data.tokenizer_json import JsonTokenizer  # which imports this file
-
-        return JsonTokenizer(json.dumps(meta.get("content")), "the tokenizer of meta.json or config.json")
-    if name != CharTokenizer.name:
-        return build_tokenizer(name, "")
-    if not isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary) or not vocabulary:
-        raise RequestError("the tokenizer's vocabulary is not a text of different characters")
-    return CharTokenizer(vocabulary)
-
-
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 

@@ -11,7 +11,8 @@ import torch
 
 from fastgpt.data.neighbours import META_PICKLE, read_meta_pickle
 from fastgpt.data.tokenizer_json import FILE, JsonTokenizer
-from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_meta
+from fastgpt.data.tokenizer_meta import tokenizer_from_meta
+from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.files import reachable
 from fastgpt.model import GPT, huggingface

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastgpt.data.tokenizer_json import END_OF_TEXT, JsonTokenizer
-from fastgpt.data.tokenizers import tokenizer_from_meta
+from fastgpt.data.tokenizer_meta import tokenizer_from_meta
 from fastgpt.errors import RequestError
 
 pytest.importorskip("tokenizers")

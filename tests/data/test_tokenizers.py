@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastgpt.data import tokenizers
+from fastgpt.data.tokenizer_meta import tokenizer_from_meta
 from fastgpt.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -16,7 +17,6 @@ from fastgpt.data.tokenizers import (
     build_tokenizer,
     encoded,
     in_order,
-    tokenizer_from_meta,
 )
 from fastgpt.errors import RequestError
 
