@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="train nothing; show what is there")
     parser.epilog = "all other flags are those of fastgpt.train, one or more of them with a list of values: 1,4,6"
     options, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if options.prompt == "":
+        parser.error("--prompt is empty")
+    if options.max_new_tokens < 1:
+        parser.error("--max_new_tokens must be at least 1")
     plans, folder = plan(rest, options.together)
     folder.mkdir(parents=True, exist_ok=True)
     failed = [] if options.report else [one.name for one in plans if not train(one)]
@@ -286,10 +290,13 @@ def write_samples(plans: Sequence[Planned], prompt: str | None, max_new_tokens: 
         if opened.tokenizer is None:
             continue
         with redirect_stdout(StringIO()) as text:
-            show(
-                opened.model, opened.tokenizer, encode_prompt(opened.tokenizer, prompt), max_new_tokens=max_new_tokens,
-                seed=1337,
-            )  # fmt: skip
+            try:
+                show(
+                    opened.model, opened.tokenizer, encode_prompt(opened.tokenizer, prompt),
+                    max_new_tokens=max_new_tokens, seed=1337,
+                )  # fmt: skip
+            except RequestError as error:  # it has diverged, or does not know the prompt's characters
+                print(f"no sample: {error}")
         texts.append(f"==== {one.name} ====\n{text.getvalue()}")
     if texts:
         path.write_text("\n".join(texts), encoding="utf-8")
