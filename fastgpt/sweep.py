@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.max_new_tokens < 1:
         parser.error("--max_new_tokens must be at least 1")
     plans, folder = plan(rest, options.together)
-    folder.mkdir(parents=True, exist_ok=True)
     failed = [] if options.report else [one.name for one in plans if not train(one)]
     rows = [row for one in plans if (row := summary(one)) is not None]
     if not rows:

@@ -121,6 +121,12 @@ def test_a_run_that_cannot_be_sampled_leaves_the_others(flags, trained, tmp_path
     assert "table: " in capsys.readouterr().out
 
 
+def test_a_report_of_nothing_leaves_nothing(flags, tmp_path):
+    with pytest.raises(RequestError, match=r"no run in .* has been evaluated yet"):
+        sweep.main(["--report", *flags, "--n_layer=1,2"])
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_signal_ends_the_sweep(flags, monkeypatch):
     monkeypatch.setattr(sweep, "launch", lambda command: 130)
     with pytest.raises(SystemExit) as ended:

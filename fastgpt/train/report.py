@@ -95,6 +95,7 @@ def write(runs: Sequence[Path], out: Path) -> None:
         OSError: the page cannot be written.
     """
     text = page([replace(read(path), name=name) for path, name in zip(runs, _names(runs), strict=True)])
+    out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -151,6 +151,9 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(run, tmp_path):
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(RequestError, match="is not a run"):
         command.main([str(tmp_path)])
+    with pytest.raises(RequestError, match="is not a run"):
+        command.main([str(tmp_path / "typo")])
+    assert not (tmp_path / "typo").exists()
     (tmp_path / "config.json").write_text('{"n_layer": 2, "bos_token_id": 1}')
     with pytest.raises(RequestError, match=r"is not a run: another program wrote its config\.json"):
         command.main([str(tmp_path)])
