@@ -8,7 +8,6 @@ A MODEL is a run's folder, a folder with config.json and model.safetensors, or a
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from fastgpt import hardware
+from fastgpt import hardware, output
 from fastgpt.cli import Parser, run
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.tokenizer_json import END_OF_TEXT
@@ -34,7 +31,6 @@ from fastgpt.units import count
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT_FILES = (".txt", ".md", ".text")  # no dataset is called so
-WIDE = 200  # characters of a table in a file or a pipe
 
 
 @dataclass(frozen=True)
@@ -195,20 +191,17 @@ def _evaluate(opened: OpenedModel, text: Text | None, options: Any) -> dict[str,
 
 
 def _show(text: Text | None, rows: list[dict[str, Any]]) -> None:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
-    table = Table(title=f"on {text.name}" if text is not None else None, title_justify="left")
-    table.add_column("model", overflow="fold")
-    for column in _cells(rows[0]):
-        table.add_column(column, justify="right")
+    output.table(
+        ["model", *_cells(rows[0])],
+        [[row["model"], *_cells(row).values()] for row in rows],
+        f"on {text.name}" if text is not None else None,
+    )
     for row in rows:
-        table.add_row(row["model"], *_cells(row).values())
-    console.print(table)
-    for row in rows:
-        console.print(f"{row['model']}: {row['origin']}")
+        print(f"{row['model']}: {row['origin']}")
     if text is not None and text.tokens is not None and text.documents is None:
-        console.print(f"{text.name}: its tokenizer is unknown, so its tokens are taken for each model's own")
+        print(f"{text.name}: its tokenizer is unknown, so its tokens are taken for each model's own")
     if text is not None and len({row["tokenizer"] for row in rows}) > 1:
-        console.print("loss and perplexity count tokens, which differ here; bits a byte compare all models")
+        print("loss and perplexity count tokens, which differ here; bits a byte compare all models")
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -19,10 +19,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from fastgpt import json_files
+from fastgpt import json_files, output
 from fastgpt.cli import Parser, run
 from fastgpt.data.stream import show
 from fastgpt.errors import RequestError
@@ -37,7 +34,6 @@ from fastgpt.train.resume import parse
 from fastgpt.units import count, duration, size
 
 TABLE, PLOT, SAMPLES = "sweep.json", "sweep.png", "samples.txt"
-WIDE = 200  # characters of a table in a file or a pipe
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 
 
@@ -208,27 +204,26 @@ def summary(one: Planned) -> dict[str, Any] | None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
-    table = Table()
-    table.add_column("run", overflow="fold")
-    columns = ["parameters", "ms a step", "tokens/s", "peak memory", "time", "train loss", "val loss", "best"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = ["run", "parameters", "ms a step", "tokens/s", "peak memory", "time", "train loss", "val loss", "best"]
+    cells = []
     for row in rows:
         error = row["val_loss_error"]
-        table.add_row(
-            row["name"],
-            count(row["parameters"], 2),
-            _or_dash(row["ms"], lambda ms: f"{ms:,.1f}"),
-            _or_dash(row["tokens_per_s"], lambda rate: f"{rate:,.0f}"),
-            _or_dash(row["peak_bytes"], size),
-            _or_dash(row["seconds"], duration),
-            _or_dash(row["train_loss"], lambda loss: f"{loss:.4f}"),
-            _or_dash(row["val_loss"], lambda loss: f"{loss:.4f}") + (f" ± {error:.4f}" if error is not None else ""),
-            _or_dash(row["best_val_loss"], lambda loss: f"{loss:.4f}") + f" at {row['best_step']:,}",
+        cells.append(
+            [
+                row["name"],
+                count(row["parameters"], 2),
+                _or_dash(row["ms"], lambda ms: f"{ms:,.1f}"),
+                _or_dash(row["tokens_per_s"], lambda rate: f"{rate:,.0f}"),
+                _or_dash(row["peak_bytes"], size),
+                _or_dash(row["seconds"], duration),
+                _or_dash(row["train_loss"], lambda loss: f"{loss:.4f}"),
+                _or_dash(row["val_loss"], lambda loss: f"{loss:.4f}")
+                + (f" ± {error:.4f}" if error is not None else ""),
+                _or_dash(row["best_val_loss"], lambda loss: f"{loss:.4f}") + f" at {row['best_step']:,}",
+            ]
         )
-    console.print()
-    console.print(table)
+    print()
+    output.table(columns, cells)
 
 
 def _or_dash(value: Any, shown: Any) -> str:

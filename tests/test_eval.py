@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fastgpt import eval
+from fastgpt import eval, output
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import write_shard
 from fastgpt.data.tokenizer_json import JsonTokenizer
@@ -56,6 +56,16 @@ def test_models_with_different_tokenizers_are_compared_by_bits_a_byte(runs, data
 def test_one_tokenizer_needs_no_warning(runs, datasets, capsys):
     eval.main([runs[0], runs[0], "--data", "words", "--data_dir", str(datasets), "--device", "cpu"])
     assert "which differ here" not in capsys.readouterr().out
+
+
+def test_on_a_narrow_terminal_no_number_is_cut(runs, datasets, capsys, monkeypatch):
+    data = ["--data", "words", "--data_dir", str(datasets), "--device", "cpu"]
+    loss = report(capsys, runs[0], *data[:4])["models"][0]["loss"]
+    monkeypatch.setattr(output, "WIDE", 40)
+    eval.main([runs[0], *data])
+    said = capsys.readouterr().out
+    assert f"{loss['nats']:.4f} ± {loss['error']:.4f}" in said
+    assert "…" not in said
 
 
 def test_a_text_file_a_token_budget_and_windows(runs, datasets, tmp_path, capsys):
