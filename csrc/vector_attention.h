@@ -143,25 +143,45 @@ void forward(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* ls
 
 // ---- few queries ----
 //
-// As when a text is generated: one query and many keys. Here a key is read once for each query, so that packing the
-// keys would cost more than it saves: they are read where they lie.
+// As when a text is generated: one query and many keys. A value is read once for each query, so that packing the values
+// would cost more than it saves: they are read where they lie. So are keys of 16 bits. Those of fp32 are packed: the
+// backward computes the scores again, from packed keys, and any difference from the scores here would be an error of
+// its weights, which at fp32's precision shows.
 
 constexpr int64_t kFewQueries = 8;  // from here on blocks are faster
 
+// scores[i * stride + key] of all queries of a head; `keys` is scratch for a block of keys. stride: a multiple of
+// kKeyBlock.
 template <class T>
-void forward_row(
-    const Problem& p, int64_t head, int64_t row, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<T> out,
-    float* lse, float* query, float* weights, float* keep) {
-  const int64_t n = p.visible(row);
-  pack(q, row, 1, p, p.scale, query);
-  float top = -INFINITY;
-  for (int64_t key = 0; key < n; ++key) {
-    Vec products{};
-    for_each_vector(
-        p.head_dim, [&](int64_t d, int64_t lanes) { products += load(query + d) * load(k[key] + d, lanes); });
-    weights[key] = sum(products);
-    top = std::max(top, weights[key]);
+void score_few(const Problem& p, Rows<const T> k, const float* queries, float* keys, float* scores, int64_t stride) {
+  for (int64_t key = 0; key < p.n_key; key += kKeyBlock) {
+    const int64_t n = std::min(kKeyBlock, p.n_key - key);
+    if constexpr (std::is_same_v<T, float>) {
+      pack_transposed(k, key, n, p, keys);
+      gemm(
+          {p.n_query, round_up(n, kLanes), p.head_dim, queries, p.padded_dim, 1, keys, kKeyBlock, scores + key, stride,
+           false});
+    } else {
+      for (int64_t j = key; j < key + n; ++j)
+        for (int64_t i = 0; i < p.n_query; ++i) {
+          Vec products{};
+          for_each_vector(p.head_dim, [&](int64_t d, int64_t lanes) {
+            products += load(queries + i * p.padded_dim + d) * load(k[j] + d, lanes);
+          });
+          scores[i * stride + j] = sum(products);
+        }
+    }
   }
+}
+
+// The output of one query from its scores, which become its weights.
+template <class T>
+void attend_row(
+    const Problem& p, int64_t head, int64_t row, Rows<const T> v, float* weights, float* keep, Rows<T> out,
+    float* lse) {
+  const int64_t n = p.visible(row);
+  float top = -INFINITY;
+  for (int64_t j = 0; j < n; ++j) top = std::max(top, weights[j]);
   const float subtracted = finite_or_zero(top);
   Vec totals{};
   for_each_vector(n, [&](int64_t j, int64_t lanes) {
@@ -178,12 +198,12 @@ void forward_row(
   for (int64_t d = 0; d < p.head_dim; d += kLanes) {
     const int64_t lanes = std::min<int64_t>(kLanes, p.head_dim - d);
     Vec even{}, odd{};  // two sums, because each addition waits for the one before
-    int64_t key = 0;
-    for (; key + 2 <= n; key += 2) {
-      even += weights[key] * load(v[key] + d, lanes);
-      odd += weights[key + 1] * load(v[key + 1] + d, lanes);
+    int64_t j = 0;
+    for (; j + 2 <= n; j += 2) {
+      even += weights[j] * load(v[j] + d, lanes);
+      odd += weights[j + 1] * load(v[j + 1] + d, lanes);
     }
-    if (key < n) even += weights[key] * load(v[key] + d, lanes);
+    if (j < n) even += weights[j] * load(v[j] + d, lanes);
     store(out[row] + d, (even + odd) * (1.0f / total), lanes);
   }
 }
@@ -191,13 +211,15 @@ void forward_row(
 template <class T>
 void forward_few(const Problem& p, const Inputs<const T>& x, Heads<T> out, float* lse) {
   torch::stable::parallel_for(0, p.n_heads, 1, [&](int64_t begin, int64_t end) {
-    const int64_t n = round_up(p.n_key, kLanes);
-    const Scratch query = scratch(p.padded_dim), weights = scratch(n), keep = scratch(p.dropout ? n : 0);
-    for (int64_t head = begin; head < end; ++head)
+    const int64_t stride = round_up(p.n_key, kKeyBlock);
+    const Scratch queries = scratch(p.n_query * p.padded_dim), scores = scratch(p.n_query * stride);
+    const Scratch keys = scratch(kKeyBlock * p.padded_dim), keep = scratch(p.dropout ? stride : 0);
+    for (int64_t head = begin; head < end; ++head) {
+      pack(x.q[head], 0, p.n_query, p, p.scale, queries.get());
+      score_few(p, x.k[head], queries.get(), keys.get(), scores.get(), stride);
       for (int64_t row = 0; row < p.n_query; ++row)
-        forward_row(
-            p, head, row, x.q[head], x.k[head], x.v[head], out[head], lse + head * p.n_query, query.get(),
-            weights.get(), keep.get());
+        attend_row(p, head, row, x.v[head], scores.get() + row * stride, keep.get(), out[head], lse + head * p.n_query);
+    }
   });
 }
 

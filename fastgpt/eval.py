@@ -8,7 +8,6 @@ A MODEL is a run's folder, a folder with config.json and model.safetensors, or a
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from fastgpt import hardware
+from fastgpt import hardware, output
 from fastgpt.cli import Parser, run
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.tokenizer_json import END_OF_TEXT
@@ -33,7 +30,7 @@ from fastgpt.train.models import CHECKPOINTS, OpenedModel, open_model
 from fastgpt.units import count
 
 DTYPES = ("float32", "bfloat16", "float16")
-WIDE = 200  # characters of a table in a file or a pipe
+TEXT_FILES = (".txt", ".md", ".text")  # no dataset is called so
 
 
 @dataclass(frozen=True)
@@ -42,34 +39,44 @@ class Text:
 
     Attributes:
         name: in words.
-        text: ``None`` for tokens whose tokenizer is unknown.
+        documents: their texts; ``None`` for tokens whose tokenizer is unknown.
         tokens: as a dataset has them; ``None`` for text files.
         tokenizer: that made ``tokens``.
     """
 
     name: str
-    text: str | None
+    documents: list[str] | None
     tokens: Tokens | None
     tokenizer: Tokenizer | None
 
     @property
     def n_bytes(self) -> int | None:
         """In UTF-8, without the marks between documents."""
-        return len(self.text.replace(END_OF_TEXT, "").encode()) if self.text is not None else None
+        return len("".join(self.documents).encode()) if self.documents is not None else None
 
     def tokens_for(self, opened: OpenedModel) -> Tokens:
-        """The text in the tokens of a model.
+        """The text in the tokens of a model, with its own mark between documents, if it has one.
 
         Raises:
-            RequestError: the model's tokenizer is unknown, or does not know all characters.
+            RequestError: the model's tokenizer is unknown, or does not know all characters; or the tokens are of an
+                unknown tokenizer, and not all in the model's vocabulary.
         """
         own = opened.tokenizer
         if self.tokens is not None and _same(own, self.tokenizer):
+            V = opened.model.config.vocab_size
+            if self.tokens.max(initial=0) >= V:
+                raise RequestError(
+                    f"{self.name} has the token {self.tokens.max()}, and {opened.name} knows {V} only: they are of "
+                    "another tokenizer"
+                )
             return self.tokens
-        if self.text is None or own is None:
+        if self.documents is None or own is None:
             raise RequestError(f"the tokenizer of {opened.name if own is None else self.name} is unknown")
+        mark = [] if own.eot is None else [own.eot]
         try:
-            return own.encode(self.text)
+            parts = [own.encode(document) for document in self.documents]
+            between = np.array(mark, dtype=np.uint16)
+            return np.concatenate([part for encoded in parts for part in (between, encoded)][1:])
         except RequestError as error:
             raise RequestError(f"{opened.name} cannot read {self.name}: {error}") from error
 
@@ -134,16 +141,24 @@ def open_text(data: str, data_dir: str | Path, split: str, max_tokens: int | Non
         if max_tokens is not None:
             raise RequestError(f"--max_tokens counts a dataset's tokens, and {path} is a text; --windows takes a part")
         try:
-            return Text(str(path), path.read_text(encoding="utf-8-sig"), None, None)
+            return Text(str(path), path.read_text(encoding="utf-8-sig").split(END_OF_TEXT), None, None)
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if path.suffix in TEXT_FILES and not any(place.exists() for place in (path, Path(data_dir, data))):
+        raise RequestError(f"{path} cannot be read: No such file or directory")
     dataset = open_dataset(data, data_dir)
     tokens = np.concatenate([np.asarray(shard) for shard in getattr(dataset, split)])[:max_tokens]
     tokenizer = dataset.tokenizer()
     name = f"the {'validation' if split == 'val' else 'training'} split of {data}"
-    # a token budget may end inside a character
-    text = tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}") if tokenizer is not None else None
-    return Text(name, text, tokens, tokenizer)
+    return Text(name, None if tokenizer is None else _documents(tokenizer, tokens), tokens, tokenizer)
+
+
+def _documents(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
+    """The texts between the marks."""
+    ends = np.flatnonzero(tokens == tokenizer.eot) if tokenizer.eot is not None else np.array([], dtype=np.int64)
+    texts = [tokenizer.decode(part[part != tokenizer.eot]) for part in np.split(tokens, ends)]
+    texts[-1] = texts[-1].rstrip("\N{REPLACEMENT CHARACTER}")  # a token budget may end inside a character
+    return texts
 
 
 def _same(one: Tokenizer | None, other: Tokenizer | None) -> bool:
@@ -176,18 +191,17 @@ def _evaluate(opened: OpenedModel, text: Text | None, options: Any) -> dict[str,
 
 
 def _show(text: Text | None, rows: list[dict[str, Any]]) -> None:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
-    table = Table(title=f"on {text.name}" if text is not None else None, title_justify="left")
-    table.add_column("model", overflow="fold")
-    for column in _cells(rows[0]):
-        table.add_column(column, justify="right")
+    output.table(
+        ["model", *_cells(rows[0])],
+        [[row["model"], *_cells(row).values()] for row in rows],
+        f"on {text.name}" if text is not None else None,
+    )
     for row in rows:
-        table.add_row(row["model"], *_cells(row).values())
-    console.print(table)
-    for row in rows:
-        console.print(f"{row['model']}: {row['origin']}")
+        print(f"{row['model']}: {row['origin']}")
+    if text is not None and text.tokens is not None and text.documents is None:
+        print(f"{text.name}: its tokenizer is unknown, so its tokens are taken for each model's own")
     if text is not None and len({row["tokenizer"] for row in rows}) > 1:
-        console.print("loss and perplexity count tokens, which differ here; bits a byte compare all models")
+        print("loss and perplexity count tokens, which differ here; bits a byte compare all models")
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -2,7 +2,14 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+WIDE = 200  # characters of a table in a file or a pipe
 
 
 def make_safe() -> None:
@@ -41,3 +48,26 @@ def flush() -> None:
         sys.stdout.flush()
     except (AttributeError, OSError, ValueError):
         abandon()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table. On a terminal that is too narrow for it, each row becomes a list of names and values."""
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
+    whole = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        whole.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        whole.add_row(*row)
+    if Measurement.get(console, console.options.update(max_width=10_000), whole).maximum <= console.width:
+        console.print(whole)
+        return
+    if title is not None:
+        console.print(title)
+    for row in rows:
+        facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        facts.add_column(overflow="fold")
+        facts.add_column(overflow="fold")
+        for name, value in zip(columns, row, strict=True):
+            facts.add_row(name, value)
+        console.print(facts)
+        console.print()

@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = runs[0] / run_folder.REPORT if len(runs) == 1 else run_folder.REPORT
     out = Path(options.out or default)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         report.write(runs, out)
     except OSError as error:
         raise RequestError(f"cannot write {out}: {error.strerror}") from error

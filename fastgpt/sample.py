@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--seed must be from 0 to 2**62")
     if "" in options.stop:
         parser.error("--stop is empty")
+    if options.model and (options.out_dir or options.init_from != "resume"):
+        parser.error(f"{options.model} is the model already: leave out --out_dir and --init_from")
     name = options.model or (options.init_from if options.init_from != "resume" else options.out_dir)
     if name is None:
         parser.error("give the MODEL to sample from, such as runs/quickstart")

@@ -19,10 +19,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from fastgpt import json_files
+from fastgpt import json_files, output
 from fastgpt.cli import Parser, run
 from fastgpt.data.stream import show
 from fastgpt.errors import RequestError
@@ -37,7 +34,6 @@ from fastgpt.train.resume import parse
 from fastgpt.units import count, duration, size
 
 TABLE, PLOT, SAMPLES = "sweep.json", "sweep.png", "samples.txt"
-WIDE = 200  # characters of a table in a file or a pipe
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 
 
@@ -69,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="train nothing; show what is there")
     parser.epilog = "all other flags are those of fastgpt.train, one or more of them with a list of values: 1,4,6"
     options, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if options.prompt == "":
+        parser.error("--prompt is empty")
+    if options.max_new_tokens < 1:
+        parser.error("--max_new_tokens must be at least 1")
     plans, folder = plan(rest, options.together)
-    folder.mkdir(parents=True, exist_ok=True)
     failed = [] if options.report else [one.name for one in plans if not train(one)]
     rows = [row for one in plans if (row := summary(one)) is not None]
     if not rows:
@@ -205,27 +204,26 @@ def summary(one: Planned) -> dict[str, Any] | None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
-    table = Table()
-    table.add_column("run", overflow="fold")
-    columns = ["parameters", "ms a step", "tokens/s", "peak memory", "time", "train loss", "val loss", "best"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = ["run", "parameters", "ms a step", "tokens/s", "peak memory", "time", "train loss", "val loss", "best"]
+    cells = []
     for row in rows:
         error = row["val_loss_error"]
-        table.add_row(
-            row["name"],
-            count(row["parameters"], 2),
-            _or_dash(row["ms"], lambda ms: f"{ms:,.1f}"),
-            _or_dash(row["tokens_per_s"], lambda rate: f"{rate:,.0f}"),
-            _or_dash(row["peak_bytes"], size),
-            _or_dash(row["seconds"], duration),
-            _or_dash(row["train_loss"], lambda loss: f"{loss:.4f}"),
-            _or_dash(row["val_loss"], lambda loss: f"{loss:.4f}") + (f" ± {error:.4f}" if error is not None else ""),
-            _or_dash(row["best_val_loss"], lambda loss: f"{loss:.4f}") + f" at {row['best_step']:,}",
+        cells.append(
+            [
+                row["name"],
+                count(row["parameters"], 2),
+                _or_dash(row["ms"], lambda ms: f"{ms:,.1f}"),
+                _or_dash(row["tokens_per_s"], lambda rate: f"{rate:,.0f}"),
+                _or_dash(row["peak_bytes"], size),
+                _or_dash(row["seconds"], duration),
+                _or_dash(row["train_loss"], lambda loss: f"{loss:.4f}"),
+                _or_dash(row["val_loss"], lambda loss: f"{loss:.4f}")
+                + (f" ± {error:.4f}" if error is not None else ""),
+                _or_dash(row["best_val_loss"], lambda loss: f"{loss:.4f}") + f" at {row['best_step']:,}",
+            ]
         )
-    console.print()
-    console.print(table)
+    print()
+    output.table(columns, cells)
 
 
 def _or_dash(value: Any, shown: Any) -> str:
@@ -286,10 +284,13 @@ def write_samples(plans: Sequence[Planned], prompt: str | None, max_new_tokens: 
         if opened.tokenizer is None:
             continue
         with redirect_stdout(StringIO()) as text:
-            show(
-                opened.model, opened.tokenizer, encode_prompt(opened.tokenizer, prompt), max_new_tokens=max_new_tokens,
-                seed=1337,
-            )  # fmt: skip
+            try:
+                show(
+                    opened.model, opened.tokenizer, encode_prompt(opened.tokenizer, prompt),
+                    max_new_tokens=max_new_tokens, seed=1337,
+                )  # fmt: skip
+            except RequestError as error:  # it has diverged, or does not know the prompt's characters
+                print(f"no sample: {error}")
         texts.append(f"==== {one.name} ====\n{text.getvalue()}")
     if texts:
         path.write_text("\n".join(texts), encoding="utf-8")

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from fastgpt import eval
+from fastgpt import eval, output
 from fastgpt.data.prepare import prepare
 from fastgpt.data.shards import write_shard
+from fastgpt.data.tokenizer_json import JsonTokenizer
+from fastgpt.data.tokenizers import ByteTokenizer, GPT2Tokenizer
 from fastgpt.errors import RequestError
+from fastgpt.train.models import OpenedModel
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,7 @@ def test_models_with_different_tokenizers_are_compared_by_bits_a_byte(runs, data
     assert [model["tokenizer"] for model in found["models"]] == ["char", "byte"]
     assert a["tokens"] == b["tokens"]  # ASCII text
     for loss in (a, b):
-        n_bytes = loss["tokens"] + 1
-        assert loss["bits_per_byte"] == pytest.approx(loss["nats"] * loss["tokens"] / n_bytes / math.log(2))
+        assert loss["bits_per_byte"] == pytest.approx(loss["nats"] / math.log(2))
         assert loss["perplexity"] == pytest.approx(math.exp(loss["nats"]))
     eval.main([*runs, "--data", "words", "--data_dir", str(datasets), "--device", "cpu"])
     said = capsys.readouterr().out
@@ -54,6 +56,16 @@ def test_models_with_different_tokenizers_are_compared_by_bits_a_byte(runs, data
 def test_one_tokenizer_needs_no_warning(runs, datasets, capsys):
     eval.main([runs[0], runs[0], "--data", "words", "--data_dir", str(datasets), "--device", "cpu"])
     assert "which differ here" not in capsys.readouterr().out
+
+
+def test_on_a_narrow_terminal_no_number_is_cut(runs, datasets, capsys, monkeypatch):
+    data = ["--data", "words", "--data_dir", str(datasets), "--device", "cpu"]
+    loss = report(capsys, runs[0], *data[:4])["models"][0]["loss"]
+    monkeypatch.setattr(output, "WIDE", 40)
+    eval.main([runs[0], *data])
+    said = capsys.readouterr().out
+    assert f"{loss['nats']:.4f} ± {loss['error']:.4f}" in said
+    assert "…" not in said
 
 
 def test_a_text_file_a_token_budget_and_windows(runs, datasets, tmp_path, capsys):
@@ -77,6 +89,44 @@ def test_tokens_without_a_tokenizer_are_read_with_the_models(runs, datasets, tmp
     assert model["loss"]["bits_per_byte"] is None
 
 
+def test_tokens_of_another_tokenizer_are_named(runs, datasets, tmp_path, capsys):
+    for name in ("train.bin", "val.bin"):
+        write_shard(tmp_path / name, np.array([1, 60_000, 2] * 10, dtype=np.uint16))
+    data = ["--data", str(tmp_path / "train.bin"), "--device", "cpu"]
+    with pytest.raises(RequestError, match=r"has the token 60000, and .* knows .* only: they are of another tokenizer"):
+        eval.main([runs[1], *data])
+    write_shard(tmp_path / "val.bin", np.arange(10, dtype=np.uint16))
+    eval.main([runs[1], *data])
+    assert "its tokenizer is unknown, so its tokens are taken for each model's own" in capsys.readouterr().out
+
+
+def test_a_mark_between_documents_is_each_models_own(tmp_path):
+    """A model without one reads none, and one with another number reads that, not the letters of its name."""
+    (tmp_path / "t.txt").write_text("one two<|endoftext|>three")
+    text = eval.open_text(str(tmp_path / "t.txt"), tmp_path, "val")
+    learnt = JsonTokenizer.train(["one two three"], 300)
+    for tokenizer in (ByteTokenizer(), GPT2Tokenizer(), learnt):
+        mark = [] if tokenizer.eot is None else [tokenizer.eot]
+        expected = [*tokenizer.encode("one two"), *mark, *tokenizer.encode("three")]
+        assert text.tokens_for(OpenedModel("m", "a model", None, tokenizer)).tolist() == expected
+    assert text.n_bytes == 12
+
+    (tmp_path / "a.txt").write_text("eins zwei")
+    (tmp_path / "b.txt").write_text("drei vier")
+    prepare(
+        "text",
+        [tmp_path / "a.txt"],
+        val_files=[tmp_path / "a.txt", tmp_path / "b.txt"],
+        tokenizer="gpt2",
+        name="marked",
+        data_dir=tmp_path,
+    )
+    text = eval.open_text("marked", tmp_path, "val")
+    assert text.documents == ["eins zwei", "drei vier"]
+    found = text.tokens_for(OpenedModel("m", "a model", None, learnt)).tolist()
+    assert found == [*learnt.encode("eins zwei"), learnt.eot, *learnt.encode("drei vier")]
+
+
 def test_tasks_are_scored(runs, tmp_path, capsys):
     (tmp_path / "l.jsonl").write_text(json.dumps({"text": "eta oin eta"}) + "\n")
     line = {"activity_label": "e", "ctx_a": "eta", "ctx_b": "oin", "endings": ["eta", "oin"], "label": 0}
@@ -95,6 +145,7 @@ def test_tasks_are_scored(runs, tmp_path, capsys):
     [
         ([], "nothing to evaluate on"),
         (["--data", "none"], "no dataset 'none'"),
+        (["--data", "none.txt"], "none.txt cannot be read: No such file or directory"),
         (["--data", "words", "--stride", "17"], "--stride must be from 1 to the model's context of 16"),
         (["--data", "words", "--windows", "0"], "--windows must be at least 1"),
         (["--data", "latin"], "cannot be read as UTF-8 text"),

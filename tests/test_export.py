@@ -5,12 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastgpt import export
 from fastgpt.data.tokenizer_json import JsonTokenizer, to_json
 from fastgpt.data.tokenizers import BYTE_SPELLING, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from fastgpt.errors import RequestError
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT, GPTConfig, huggingface
 from fastgpt.train.models import OpenedModel, open_model
 
 transformers = pytest.importorskip("transformers")
@@ -153,6 +154,18 @@ def test_the_command_writes_a_run_and_replaces_nothing_unasked(trainer, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot write to"):
         export.main([run, str(tmp_path / "file" / "m")])
+
+
+def test_a_full_disk_is_told_in_a_line(trainer, tmp_path, monkeypatch):
+    assert trainer().train() == 0
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(RequestError, match=r"cannot write to .*out: .*No space left on device"):
+        export.main([str(tmp_path / "run"), str(tmp_path / "out")])
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_model_without_a_tokenizer_goes_out_without_one(tmp_path):

@@ -190,6 +190,8 @@ def test_several_prompts_and_samples_come_one_after_another(run, capsys, tmp_pat
         (["RUN", "--top_p=0"], "--top_p must be above 0"),
         (["RUN", "--repetition_penalty=nan"], "--repetition_penalty must be above 0"),
         (["RUN", "--stop="], "--stop is empty"),
+        (["RUN", "--out_dir=other"], "is the model already: leave out --out_dir and --init_from"),
+        (["RUN", "--init_from=gpt2"], "is the model already: leave out --out_dir and --init_from"),
         (["RUN", "--prompt=FILE:none.txt"], "none.txt cannot be read: No such file"),
         (["RUN", "--prompt", "sea " * 5, "--long_prompt=refuse"], "has 20 tokens, more than the model's context of 16"),
         (["RUN", "--checkpoint=5"], "no checkpoint of step 5"),

@@ -63,6 +63,8 @@ def test_any_flag_may_vary(flags):
         (["--n_embd=16,17"], "n_embd=17 is not divisible"),
         (["--n_layer=1,2", "--init_from=resume"], "--init_from has no place in a sweep"),
         (["here", "--n_layer=1,2"], "unexpected argument 'here'"),
+        (["--n_layer=1,2", "--prompt="], "--prompt is empty"),
+        (["--n_layer=1,2", "--max_new_tokens=0"], "--max_new_tokens must be at least 1"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(flags, trained, argv, message):
@@ -110,6 +112,19 @@ def test_a_run_that_fails_leaves_the_others_and_the_status_tells(flags, trained,
     assert "failed: dataset-none" in captured.err
     (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
     assert row["values"] == {"dataset": "words"}
+
+
+def test_a_run_that_cannot_be_sampled_leaves_the_others(flags, trained, tmp_path, capsys):
+    assert sweep.main([*flags, "--n_layer=1,2", "--prompt=Ж"]) == 0
+    samples = (tmp_path / "sweep" / "samples.txt").read_text()
+    assert samples.count("no sample: the character 'Ж' is not among") == 2
+    assert "table: " in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_leaves_nothing(flags, tmp_path):
+    with pytest.raises(RequestError, match=r"no run in .* has been evaluated yet"):
+        sweep.main(["--report", *flags, "--n_layer=1,2"])
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_signal_ends_the_sweep(flags, monkeypatch):

@@ -33,7 +33,7 @@ from fastgpt.data import text, tokenizers
 from fastgpt.data.progress import Progress
 from fastgpt.data.shards import META_FILE, PREPARE, DatasetMeta, Shard, ShardWriter, check_ids
 from fastgpt.data.sources import FINEWEB_SHARDS, SOURCES, Corpus, Request, Split
-from fastgpt.data.tokenizers import MOST_IDS, TRAINED, build_tokenizer
+from fastgpt.data.tokenizers import MOST_IDS, TOKENIZERS, TRAINED
 from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.files import Lock, reachable
 
@@ -145,8 +145,12 @@ def _check_request(request: Request) -> None:
         file = request.files[0]
         raise RequestError(f"{name} takes no files, but {file} was given; for your own text: {PREPARE} text {file}")
     if tokenizer is not None:
-        if tokenizer != TRAINED and not Path(tokenizer).exists():
-            build_tokenizer(tokenizer, "")  # so that a wrong name is found before any work
+        known = (*TOKENIZERS, TRAINED)
+        if tokenizer not in known and not Path(tokenizer).exists():  # found before any work
+            near = did_you_mean(tokenizer, known)
+            raise RequestError(
+                f"no tokenizer '{tokenizer}' (there are {', '.join(known)}, and files such as tokenizer.json){near}"
+            )
         if source.text is None and tokenizer != source.tokenizer:
             raise RequestError(f"{name} uses the {source.tokenizer} tokenizer, not {tokenizer}")
     if request.vocab_size is not None:
@@ -198,7 +202,10 @@ def _spooled(request: Request) -> Iterator[Request]:
         files, val_files = (
             [copy if str(name) == "-" else name for name in names] for names in (request.files, request.val_files)
         )
-        yield dataclasses.replace(request, files=files, val_files=val_files)
+        try:
+            yield dataclasses.replace(request, files=files, val_files=val_files)
+        except RequestError as error:
+            raise RequestError(str(error).replace(str(copy), "standard input")) from error
 
 
 @contextmanager

@@ -303,7 +303,10 @@ def _json_rows(file: Path, text_field: str) -> Iterator[str]:
                 row = json.loads(line.removeprefix(BYTE_ORDER_MARK))
             except ValueError as error:
                 raise RequestError(f"{file}, line {number}: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            if isinstance(row, dict) and text_field in row and not isinstance(row[text_field], str):
+                shown = json.dumps(row[text_field])[:40]
+                raise RequestError(f"{file}, line {number}: {text_field} is not a text, but {shown}")
+            if not isinstance(row, dict) or text_field not in row:
                 known = f" (it has {', '.join(map(str, row))[:100]})" if isinstance(row, dict) else ""
                 raise RequestError(f"{file}, line {number}: no text named {text_field}{known}: pass --text_field")
             yield _HALF_PAIR.sub("\ufffd", row[text_field])

@@ -31,7 +31,8 @@ class Loss:
         error: standard error of that mean; ``None`` for a single window. Windows are taken for independent of each
             other, which neighbours in a document are not quite.
         tokens: that were predicted.
-        n_bytes: of their text; ``None`` if unknown. If not all windows were taken, in the proportion of their tokens.
+        n_bytes: of their text; ``None`` if unknown. The first token is never predicted, and not all windows need be
+            taken: so these are the bytes of the whole text, in the proportion of tokens.
     """
 
     nats: float
@@ -93,7 +94,7 @@ def text_loss(
         residuals = sums - nats * counts
         error = math.sqrt(len(sums) / (len(sums) - 1) * float(residuals @ residuals)) / float(counts.sum())
     total = int(counts.sum())
-    return Loss(nats, error, total, n_bytes and n_bytes * total / (len(tokens) - 1))
+    return Loss(nats, error, total, n_bytes and n_bytes * total / len(tokens))
 
 
 def _windows(n: int, T: int, stride: int) -> Iterator[Window]:

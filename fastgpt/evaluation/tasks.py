@@ -97,7 +97,7 @@ def hellaswag(model: GPT, tokenizer: Tokenizer, path: Path, *, limit: int | None
         endings, label = line.get("endings"), line.get("label")
         if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
             raise RequestError(f"{where}: endings is not a list of texts")
-        if not str(label).isdigit() or int(str(label)) >= len(endings):
+        if not str(label).isdecimal() or int(str(label)) >= len(endings):
             raise RequestError(f"{where}: label {label!r} is not the number of an ending")
         plain = [_plain(ending) for ending in endings]
         pairs += [(context, f" {ending}") for ending in plain]
@@ -170,7 +170,7 @@ def _plain(text: str) -> str:
 def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a JSONL file, with its place."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, which JSON may have
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     numbered = [(f"{path}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()][:limit]

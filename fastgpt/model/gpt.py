@@ -181,11 +181,13 @@ class GPT(nn.Module):
             0-dim fp32 loss in nats, or logits ``(B, vocab_size)``.
 
         Raises:
-            ValueError: the sequence is longer than ``block_size``.
+            ValueError: the sequence is longer than ``block_size``, or than ``cache`` has room for.
         """
         length = idx.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise ValueError(f"idx: {length} positions, but block_size is {self.config.block_size}")
+        if cache is not None and length > cache.store.shape[4]:
+            raise ValueError(f"cache: it has room for {cache.store.shape[4]} positions, and {length} are asked for")
         x = self.transformer(idx, cache)  # (B, T, C)
         output = self.transformer.wte.weight  # (V, C), tied
         if targets is None:

@@ -113,6 +113,9 @@ def save(
         config: the architecture.
         vocab_size: of the tokenizer. Rows of the embedding beyond it are padding, and left out.
         end_of_text: the token at which generation stops; ``None`` for none.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     tensors = {}
     for name, shape in _expected(config, vocab_size).items():
@@ -124,7 +127,10 @@ def save(
         t = t[:vocab_size] if name == "transformer.wte.weight" else t
         tensors[name] = (t.T if _CONV1D.search(name) else t).contiguous()
     with written_whole(folder / WEIGHTS) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(str(error)) from error
     content = {
         "architectures": ["GPT2LMHeadModel"],
         **{name: allowed[0] for name, allowed in ONLY.items()},

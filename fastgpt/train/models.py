@@ -92,8 +92,17 @@ def check_name(name: str, others: tuple[str, ...] = ()) -> None:
 
 
 def _open_run(name: str, path: Path, which: str) -> OpenedModel:
-    tokenizer = run_folder.read_config(path).tokenizer
     found = _checkpoint_of(path, which)
+    try:
+        return _open_checkpoint(name, path, found)
+    except RequestError:
+        if found.exists():
+            raise
+        return _open_run(name, path, which)  # the run goes on, and has removed it meanwhile
+
+
+def _open_checkpoint(name: str, path: Path, found: Path) -> OpenedModel:
+    tokenizer = run_folder.read_config(path).tokenizer
     config = checkpoint.load_state(found).model
     if config.n_params != checkpoint.n_parameters(found):
         raise RequestError(
@@ -184,7 +193,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # requests, httpx and the hub each raise their own
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        subject = name if name in HUB_NAMES else f"there is no folder {name}, and it"
         raise RequestError(
-            f"{name} cannot be had from the Hugging Face hub ({why[:120]}); a folder with its config.json and "
+            f"{subject} cannot be had from the Hugging Face hub ({why[:120]}); a folder with its config.json and "
             "model.safetensors serves as well"
         ) from error

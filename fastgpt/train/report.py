@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class Run:
         return [e for e in self.records["eval"] if e["val_loss"] is not None]
 
     @property
+    def diverged(self) -> bool:
+        """Whether the loss of its last evaluation is not finite."""
+        return bool(self.records["eval"]) and self.records["eval"][-1]["val_loss"] is None
+
+    @property
     def seconds(self) -> float | None:
         """All its processes took, as far as they ended by themselves."""
         return sum(end.get("seconds", 0.0) for end in self.records["end"]) if self.records["end"] else None
@@ -89,9 +94,21 @@ def write(runs: Sequence[Path], out: Path) -> None:
         RequestError: one of ``runs`` is not a run, or has logged nothing yet.
         OSError: the page cannot be written.
     """
-    text = page([read(path) for path in runs])
+    text = page([replace(read(path), name=name) for path, name in zip(runs, _names(runs), strict=True)])
+    out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Of the folders; with as many of the folders above them as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    longest = max(map(len, parts))
+    for n in range(1, longest + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return list(map(str, paths))
 
 
 def read(path: Path) -> Run:
@@ -140,16 +157,28 @@ def verdict(runs: Sequence[Run]) -> str:
     evaluated = [one for one in runs if one.evaluations]
     if not evaluated:
         return "Nothing has been evaluated yet."
-    best = min(evaluated, key=lambda one: one.evaluations[-1]["val_loss"])
+    finite = [one for one in evaluated if not one.diverged]
+    best = min(finite or evaluated, key=lambda one: one.evaluations[-1]["val_loss"])
     last = best.evaluations[-1]
     loss = _with_error(last["val_loss"], last.get("val_loss_error"))
     steps, tokens = f"{last['step']:,}", _tokens(last["step"] * best.tokens_per_step)
     took = f", {duration(best.seconds)}" if best.seconds is not None else ""
     if len(runs) > 1:
-        return f"{best.name} has the lowest last validation loss: {loss} after {steps} steps, {tokens} tokens{took}."
+        found = f"{best.name} has the lowest last validation loss: {loss} after {steps} steps, {tokens} tokens{took}."
+        if not finite:
+            found = "No run has a finite loss at its last evaluation."
+        if len({(one.start.get("dataset") or {}).get("id") for one in runs}) > 1:
+            found += " The runs have different data, so their losses do not compare; python -m fastgpt.eval does."
+        return found
     device = f" on {best.start['device']}" if "device" in best.start else ""
     perplexity = math.exp(min(last["val_loss"], 700.0))
     ends = best.records["end"]
+    if best.diverged:
+        last = best.records["eval"][-1]
+        return (
+            f"The loss is not finite at the last evaluation, step {last['step']:,}. "
+            f"Before, it was {loss} at step {steps}."
+        )
     state = "It is complete." if _is_complete(best) else f"It {ends[-1]['reason']}." if ends else "It has not ended."
     return (
         f"Validation loss {loss} nats a token (perplexity {perplexity:,.2f}) after {steps} steps, {tokens} tokens"
@@ -166,17 +195,23 @@ def _table_of(runs: Sequence[Run]) -> str:
         values = [u[name] for u in one.records["train"] if u.get(name) is not None]
         return statistics.median(values[len(values) // 10 :]) if values else None
 
+    def last(one: Run, name: str) -> str:
+        if not one.records["eval"]:
+            return "-"
+        evaluation = one.records["eval"][-1]
+        return (
+            _with_error(evaluation[name], evaluation.get(f"{name}_error"))
+            if evaluation[name] is not None
+            else "not finite"
+        )
+
     columns: dict[str, Callable[[Run], str]] = {
         "run": lambda one: one.name,
         "parameters": lambda one: count(one.config.model.n_params, 2),
         "steps": lambda one: f"{one.records['train'][-1]['step']:,}" if one.records["train"] else "0",
         "tokens": lambda one: _tokens(one.records["train"][-1]["tokens"]) if one.records["train"] else "0",
-        "train loss": lambda one: _with_error(one.evaluations[-1]["train_loss"], None) if one.evaluations else "-",
-        "validation loss": lambda one: (
-            _with_error(one.evaluations[-1]["val_loss"], one.evaluations[-1].get("val_loss_error"))
-            if one.evaluations
-            else "-"
-        ),
+        "train loss": lambda one: last(one, "train_loss"),
+        "validation loss": lambda one: last(one, "val_loss"),
         "best": lambda one: (
             "{val_loss:.4f} at {step:,}".format(**min(one.evaluations, key=lambda e: e["val_loss"]))
             if one.evaluations

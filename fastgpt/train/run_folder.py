@@ -160,4 +160,7 @@ def read_config(run_dir: Path) -> RunConfig:
     path = reachable(run_dir / CONFIG)
     if not path.is_file():
         raise RequestError(f"{run_dir} is not a run: it has no {CONFIG}")
-    return json_files.build(RunConfig, json_files.read(path), str(path))
+    content = json_files.read(path)
+    if not content.keys() & {"train", "model"}:
+        raise RequestError(f"{run_dir} is not a run: another program wrote its {CONFIG}")
+    return json_files.build(RunConfig, content, str(path))

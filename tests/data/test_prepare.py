@@ -198,7 +198,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, content, said):
         (("shakespear-char",), {}, "did you mean shakespeare-char"),
         (("book.txt",), {}, "prepare text book.txt"),
         (("stdlib", ["book.txt"]), {}, "stdlib takes no files"),
-        (("stdlib",), {"tokenizer": "bpe"}, "no tokenizer 'bpe'"),
+        (("stdlib",), {"tokenizer": "bpe"}, "no tokenizer 'bpe' (there are char, byte, gpt2, train, and files such as"),
         (("stdlib",), {"val_fraction": 1.0}, "val_fraction"),
         (("stdlib",), {"val_fraction": 0.0}, "val_fraction"),
         (("stdlib",), {"val_fraction": -0.1}, "val_fraction"),

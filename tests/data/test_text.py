@@ -312,6 +312,8 @@ def test_standard_input_is_a_file_too(monkeypatch):
     train, val, used = tokens_of("stdin")
     assert used.decode(np.concatenate([train, val])) == UNIFIED
     assert [entry.name for entry in path.parent.iterdir()] == ["stdin"]
+    with pytest.raises(RequestError, match=r"^standard input is empty$"):  # it has been read to its end
+        prepare("text", ["-"], tokenizer="byte")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,12 @@ def test_standard_input_is_a_file_too(monkeypatch):
         (
             "x.jsonl",
             b'{"text": "a"}\n{"text": 3}',
-            r"x.jsonl, line 2: no text named text .it has text.: pass --text_field",
+            r"x.jsonl, line 2: text is not a text, but 3",
+        ),
+        (
+            "x.jsonl",
+            b'{"content": "a"}',
+            r"x.jsonl, line 1: no text named text .it has content.: pass --text_field",
         ),
         ("x.jsonl", b'{"text": "a"}\nnothing', "x.jsonl, line 2: "),
         ("x.jsonl", b"[1]", "x.jsonl, line 1: no text named text: pass"),

@@ -46,7 +46,7 @@ def test_every_token_but_the_first_is_predicted_once(model, n, stride):
     assert found.tokens == n - 1
     assert found.nats == pytest.approx(np.mean(expected), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-4)
-    assert found.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / 100, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(np.mean(expected) * n / math.log(2) / 100, rel=1e-5)
 
 
 def test_the_error_is_that_of_the_mean_of_windows(model):
@@ -61,10 +61,15 @@ def test_the_error_is_that_of_the_mean_of_windows(model):
 def test_some_windows_are_spread_evenly_and_their_bytes_counted_in_proportion(model):
     tokens = text(T * 40 + 1)
     means = np.array(one_by_one(model, tokens, T)).reshape(40, T).mean(1)
-    found = text_loss(model, tokens, T * 40 * 3, n_windows=4)
+    found = text_loss(model, tokens, len(tokens) * 3, n_windows=4)
     assert found.nats == pytest.approx(means[[5, 15, 25, 35]].mean(), rel=1e-5)
     assert (found.tokens, found.n_bytes) == (4 * T, 4 * T * 3)
     assert text_loss(model, tokens, 100, n_windows=1000) == text_loss(model, tokens, 100)
+
+
+def test_with_a_byte_a_token_the_bits_are_those_of_the_loss(model):
+    found = text_loss(model, text(3), 3)  # of which two are predicted
+    assert found.bits_per_byte == pytest.approx(found.nats / math.log(2))
 
 
 def test_bytes_may_be_unknown(model):

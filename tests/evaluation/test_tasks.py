@@ -60,6 +60,14 @@ def test_lambada_asks_for_the_last_word(model, tmp_path, monkeypatch):
     assert lambada(model, ByteTokenizer(), tmp_path / "l.jsonl", limit=1)["accuracy"].examples == 1
 
 
+def test_a_line_may_have_a_byte_order_mark_and_unicodes_line_breaks(model, tmp_path):
+    lines = [
+        json.dumps({"text": text}, ensure_ascii=False) for text in ("one\u2028two three", "four\x85 five", "six seven")
+    ]
+    (tmp_path / "l.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert lambada(model, ByteTokenizer(), tmp_path / "l.jsonl")["accuracy"].examples == 3
+
+
 def test_lambadas_accuracy_counts_words_that_the_model_would_write(tmp_path):
     """A model that always writes the same letter."""
     tokenizer = CharTokenizer(" abx")
@@ -117,6 +125,7 @@ def test_a_rates_error_is_that_of_a_proportion():
         (lambada, "", r"has no lines"),
         (hellaswag, json.dumps(example(endings="x")), r"endings is not a list of texts"),
         (hellaswag, json.dumps(example(label=4)), r"label 4 is not the number of an ending"),
+        (hellaswag, json.dumps(example(label="²")), r"label '²' is not the number of an ending"),
         (hellaswag, json.dumps(example(ctx_b=None)), r"ctx_b is missing"),
     ],
 )

@@ -204,3 +204,11 @@ def test_a_repetition_penalty_makes_the_tokens_of_the_context_less_likely(model,
     long = written(model, prompt, 10, temperature=0.0, repetition_penalty=1e6)
     for row in range(3):  # all logits of new tokens are larger than the suppressed ones, if one is positive
         assert len(set(long[row].tolist())) == 10
+
+
+def test_a_cache_that_is_too_short_is_named(model):
+    cache = KVCache(CONFIG, 1, model.transformer.wte.weight, 3)
+    model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match="cache: it has room for 3 positions, and 4 are asked for"):
+        model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+    assert cache.length == 2

@@ -55,6 +55,21 @@ def test_a_checkpoint_that_is_not_there_is_refused(run, which, message):
         open_model(str(run), which)
 
 
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_missed(run, monkeypatch):
+    loaded = checkpoint.load_state
+    reads = []
+
+    def removing(path):
+        reads.append(path.name)
+        if len(reads) == 2:  # the first is a look at which one is good
+            shutil.rmtree(path)
+        return loaded(path)
+
+    monkeypatch.setattr(checkpoint, "load_state", removing)
+    assert open_model(str(run)).origin == f"step 4 of {run}"
+    assert reads[:2] == ["step-0000008"] * 2
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken_but_not_for_a_step(run, capsys):
     file = checkpoint.folder(run, 8) / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -171,6 +186,8 @@ def test_a_name_comes_from_the_hub(tmp_path, monkeypatch):
     hub.snapshot_download = offline
     with pytest.raises(RequestError, match=r"gpt2 cannot be had from the Hugging Face hub \(no route to host\)"):
         open_model("gpt2")
+    with pytest.raises(RequestError, match=r"there is no folder runs/typo, and it cannot be had from the Hugging Face"):
+        open_model("runs/typo")
 
 
 def test_a_folder_is_meant_before_a_name(tmp_path, monkeypatch):

@@ -151,8 +151,42 @@ def test_a_prediction_stands_beside_what_was_measured(run):
     assert "3.00 MiB" in text
 
 
+def test_a_run_that_has_diverged_does_not_show_an_earlier_loss_as_its_last(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    evaluations[-1].update(val_loss=None, train_loss=None, val_loss_error=None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    diverged = report.read(run)
+    said = report.verdict([diverged])
+    assert said.startswith("The loss is not finite at the last evaluation, step 8. Before, it was ")
+    assert report.page([diverged]).count("<td>not finite</td>") == 2
+    assert report.verdict([diverged, diverged]) == "No run has a finite loss at its last evaluation."
+
+
+def test_runs_on_different_data_are_told_not_to_compare(run, tmp_path):
+    one = report.read(run)
+    assert "do not compare" not in report.verdict([one, one])
+    other = {**one.start, "dataset": {"path": "x", "id": "another"}}
+    two = dataclasses.replace(one, records={**one.records, "start": [other]})
+    assert "The runs have different data, so their losses do not compare" in report.verdict([one, two])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(run, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(run, tmp_path / place / "run")
+    report.write([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    assert "<h1>Comparison of a/run, b/run</h1>" in text
+
+
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(RequestError, match="is not a run"):
+        command.main([str(tmp_path)])
+    with pytest.raises(RequestError, match="is not a run"):
+        command.main([str(tmp_path / "typo")])
+    assert not (tmp_path / "typo").exists()
+    (tmp_path / "config.json").write_text('{"n_layer": 2, "bos_token_id": 1}')
+    with pytest.raises(RequestError, match=r"is not a run: another program wrote its config\.json"):
         command.main([str(tmp_path)])
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(RequestError, match="has logged nothing yet"):
