@@ -1,5 +1,6 @@
 """The micro-batch and the recomputation that are chosen for a device."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,16 @@ from fastgpt.train.presets import PRESETS
 
 GPT2 = GPTConfig(bias=False)
 GB = 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """The dry run of each step once for all tests here: it depends on nothing that they change."""
+    once = functools.cache(trace_step)
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (micro_batch, roofline):
+            patch.setattr(user, "trace_step", once)
+        yield
 
 
 def gpt2(name, **options):
