@@ -7,7 +7,9 @@
 //   takes a temporary and two more passes. MKL's products of fp32 do not use the tiles.
 // - AVX-512 on AMD's CPUs (vector_product.h): operands of fp32, for which MKL stops at AVX2, half of what Zen 4 and 5
 //   can do; and operands of bf16 whose product is added to fp32.
+// - A few rows (few_rows.h): a weight is read once, and not packed. MKL reads it at half the memory's rate.
 #include "amx_product.h"
+#include "few_rows.h"
 #include "vector_product.h"
 
 namespace fastgpt {
@@ -45,6 +47,7 @@ constexpr int64_t kDeepestUnrounded = 0;
 
 template <class T, class Out>
 void multiply(const Product<T, Out>& p) {
+  if (is_few_rows(p)) return multiply_few_rows(p);
 #if defined(FASTGPT_AMX)
   if (has_amx()) return in_parallel(p, amx::kLanesOfPanel, amx::kLanesOfPanel, amx::multiply<T, Out>);
 #endif

@@ -10,6 +10,9 @@ from fastgpt.kernels.dry_run import on_gpu
 # With fewer rows or columns a product is bound by reading the other operand, and packing costs more than it saves.
 SMALLEST_PACKED = 16
 
+# Fewer rows than this are multiplied by a transposed weight without packing it, as when a text is generated.
+FEW_ROWS = 8
+
 
 def matmul_into(
     out: Tensor,
@@ -30,8 +33,13 @@ def matmul_into(
         accumulate: add to what ``out`` holds; excludes ``bias``.
         row_sums: ``(M,)``, dtype of ``a`` or fp32, or ``None``: receives ``a.sum(1)``, added with ``accumulate``.
     """
-    packable = min(out.shape) >= SMALLEST_PACKED and (a.dtype, out.dtype) in dispatch.EXTENSION.products
-    multiply = dispatch.resolve("matmul_", a) if packable else torch_matmul.matmul_
+    products = dispatch.EXTENSION.products
+    packable = min(out.shape) >= SMALLEST_PACKED and (a.dtype, out.dtype) in products
+    few_rows = (
+        len(out) < FEW_ROWS and a.stride(1) == b.stride(0) == 1 and not accumulate and row_sums is None
+        and bool(products) and a.dtype == out.dtype and a.dtype in dispatch.COMPILED_DTYPES["cpp"]
+    )  # fmt: skip
+    multiply = dispatch.resolve("matmul_", a) if packable or few_rows else torch_matmul.matmul_
     multiply(out, a, b, bias, accumulate, row_sums)
     return out
 

@@ -251,6 +251,28 @@ def test_matmul_into_writes_every_element(device, dtype, rule, M, K, N, kind):
     rule.error("out", out, [plain(*tensors)], plain(*(t.double() for t in tensors)), dtype, rule.output)
 
 
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 1, 1), (1, 127, 5), (2, 48, 64), (3, 640, 63), (7, 321, 130), (8, 64, 50)]
+)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_few_rows_are_multiplied_by_a_transposed_weight(device, dtype, rule, M, K, N, has_bias):
+    """As when a text is generated. What lies around the operands and the result is NaN, and stays it."""
+    around = [torch.full((n + 2, m + 5), torch.nan, device=device).to(dtype) for n, m in ((M, K), (N, K), (M, N))]
+    a, weight, out = (t[1:-1, 2:-3] for t in around)
+    for t in (a, weight):
+        t.copy_(torch.randn(t.shape, device=device))
+    bias = torch.randn(N, device=device).to(dtype) if has_bias else None
+    matmul_into(out, a, weight.T, bias)
+    assert around[2].isnan().sum() == around[2].numel() - M * N
+
+    def plain(a, weight, bias):
+        return a @ weight.T if bias is None else torch.addmm(bias, a, weight.T)
+
+    inputs = a.contiguous(), weight.contiguous(), bias
+    truth = plain(*(None if t is None else t.double() for t in inputs))
+    rule.error("out", out, [plain(*inputs)], truth, dtype, rule.output)
+
+
 @pytest.mark.parametrize("kind", ["plain", "accumulate"])
 def test_matmul_into_takes_operands_and_a_result_of_any_row_stride(device, rule, strided, kind):
     a, b = torch.randn(40, 70, device=device), torch.randn(70, 50, device=device)
