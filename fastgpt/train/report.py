@@ -22,6 +22,7 @@ from fastgpt.units import count, duration, size
 
 MOST_POINTS = 1500  # of a line in a plot
 MOST_SAMPLES = 8  # of a run's text
+TIME_UNITS = (("hours", 1), ("minutes", 60), ("seconds", 3600))  # and how many an hour has
 COLORS = (
     "#0072b2",
     "#d55e00",
@@ -369,14 +370,17 @@ def _plots(runs: Sequence[Run]) -> list[str]:
         losses(axes, lambda one: lambda step: step * one.tokens_per_step)
         axes.set_xlabel("tokens")
 
-    def by_hours(axes: Any) -> None:
-        losses(axes, lambda one: one.hours_at)
-        axes.set_xlabel("hours of training, without evaluations")
+    longest = max((one.hours_at(u[-1]["step"]) for one in runs if (u := one.records["train"])), default=0.0)
+    unit, per_hour = next(unit for unit in TIME_UNITS if longest * unit[1] >= 2 or unit is TIME_UNITS[-1])
+
+    def by_time(axes: Any) -> None:
+        losses(axes, lambda one: lambda step: one.hours_at(step) * per_hour)
+        axes.set_xlabel(f"{unit} of training, without evaluations")
 
     numbers = "Numbers mark the findings below." if len(runs) == 1 and runs[0].records["finding"] else ""
     return [
         _figure("Loss over tokens", numbers, by_tokens),
-        _figure("Loss over time", "", by_hours),
+        _figure("Loss over time", "", by_time),
         _figure("Learning rate", "", lambda axes: lines(axes, "lr")),
         _figure("Gradient norm, before clipping", "", lambda axes: lines(axes, "grad_norm")),
         _figure(

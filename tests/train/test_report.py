@@ -13,15 +13,16 @@ import pytest
 
 from fastgpt import report as command
 from fastgpt.errors import RequestError
-from fastgpt.train import report
+from fastgpt.train import report, samples
 from tests.train.test_trainer import stop_after
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
-def run(trainer, tmp_path):
+def run(trainer, tmp_path, monkeypatch):
     """A run that was stopped and resumed, and has a finding."""
+    monkeypatch.setattr(samples, "NEW_TOKENS", 40)  # so many that they show the training
     one = trainer(max_iters=8, lr_decay_iters=800)
     stop_after(one, 5, signal.SIGTERM)
     one.train()
@@ -177,6 +178,14 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(run, tmp_path):
     report.write([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text()
     assert "<h1>Comparison of a/run, b/run</h1>" in text
+
+
+@pytest.mark.parametrize(("ms", "unit"), [(5.0, "seconds"), (60e3, "minutes"), (3600e3, "hours")])
+def test_time_is_shown_in_a_unit_that_fits(run, ms, unit):
+    one = report.read(run)
+    updates = [update | {"ms": ms} for update in one.records["train"]]
+    text = report.page([dataclasses.replace(one, records=one.records | {"train": updates})])
+    assert f"{unit} of training, without evaluations" in text
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
