@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.pages import aligned, table
 from bench.records import begin, conditions, results_folder, write
-from bench.timing import figures, interleave, wall_ms
+from bench.timing import contenders, wall_ms
 from fastgpt.cli import Parser, run
 from fastgpt.hardware import find_device
 from fastgpt.model import GPT, huggingface
@@ -43,22 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = GPTConfig(block_size=1024, vocab_size=50304, n_layer=flags.n_layer, n_head=12, n_embd=768)
     model = GPT(config).to(device).eval()
     prompt = torch.randint(config.vocab_size, (1, flags.prompt_tokens), device=device)
-    contenders = writers(model, prompt, flags.new_tokens)
+    texts = writers(model, prompt, flags.new_tokens)
     written: dict[str, Tensor] = {}
 
     def turn(name: str) -> list[float]:
-        ms, written[name] = wall_ms(contenders[name], device)
+        ms, written[name] = wall_ms(texts[name], device)
         return [ms]
 
-    turns = {name: lambda name=name: turn(name) for name in contenders}
+    turns = {name: lambda name=name: turn(name) for name in texts}
     for warm_up in turns.values():
         warm_up()
-    found = {}
-    for name, readings in interleave(turns, 0.0, (flags.rounds, flags.rounds)).items():
-        if readings.failure is not None:
-            raise readings.failure
-        found[name] = {"ours": name == OURS, "whole": True, "failure": None} | figures(readings.ms)
-        found[name]["tokens_per_s"] = flags.new_tokens / found[name]["ms"] * 1e3
+    found = contenders(turns, flags.rounds, OURS)
+    for one in found.values():
+        one["tokens_per_s"] = flags.new_tokens / one["ms"] * 1e3
     record = begin("generation", "bench.generate", argv, device, "float32")
     record["versions"]["transformers"] = version("transformers")
     shapes = {"batch_size": 1, "block_size": flags.prompt_tokens + flags.new_tokens, "new_tokens": flags.new_tokens}

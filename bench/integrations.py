@@ -16,7 +16,7 @@ import torch
 from bench.contenders import AGREE, difference
 from bench.pages import aligned, table
 from bench.records import begin, conditions, results_folder, write
-from bench.timing import CPUTimer, CUDATimer, Timer, Unit, figures, interleave, turn_of
+from bench.timing import CPUTimer, CUDATimer, Timer, Unit, contenders, turn_of
 from fastgpt.cli import Parser, run
 from fastgpt.hardware import find_device
 from fastgpt.integrations import patch_gpt2
@@ -59,18 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warmed in units.values():
         timer.warm_up(warmed)
     turns = {name: turn_of(unit, timer) for name, unit in units.items()}
-    contenders = {}
-    for name, readings in interleave(turns, 0.0, (flags.rounds, flags.rounds)).items():
-        if readings.failure is not None:
-            raise readings.failure
-        about = {"ours": name == "patched", "whole": True, "failure": None}
-        contenders[name] = about | figures(readings.ms) | {"losses": losses[name]}
+    found = contenders(turns, flags.rounds, "patched")
+    for name, one in found.items():
+        one["losses"] = losses[name]
     record = begin("integrations", "bench.integrations", argv, device, "float32")
     record["versions"]["transformers"] = version("transformers")
     shapes = {"batch_size": flags.batch_size, "block_size": flags.block_size, **plain.config.to_diff_dict()}
-    record["comparisons"] = [
-        {"name": "gpt2", "shapes": shapes, "ceilings": {}, "ours": "patched", "contenders": contenders}
-    ]
+    record["comparisons"] = [{"name": "gpt2", "shapes": shapes, "ceilings": {}, "ours": "patched", "contenders": found}]
     write(record, results_folder(device) / f"gpt2{conditions(device)}")
     print(aligned(table(record["comparisons"])))
     apart = difference(losses["patched"], losses["transformers"])

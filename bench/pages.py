@@ -181,7 +181,8 @@ LEGEND = {
     "error": "*error* is the largest error, divided by the largest true value.",
 }
 TITLES = {
-    "steps": "Training steps", "kernels": "Kernels", "integrations": "GPT-2 of transformers", "generation": "Text",
+    "steps": "Training steps", "kernels": "Kernels", "integrations": "GPT-2 of transformers",
+    "generation": "Generating text",
 }  # fmt: skip
 
 

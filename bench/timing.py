@@ -72,6 +72,19 @@ def interleave(
     return readings
 
 
+def contenders(turns: Mapping[str, Turn], rounds: int, ours: str) -> dict[str, dict[str, Any]]:
+    """Run ``rounds`` rounds of contenders that all do the whole work, and return them as a record has them.
+
+    A contender that raises ends the measurement with its exception.
+    """
+    found = {}
+    for name, readings in interleave(turns, 0.0, (rounds, rounds)).items():
+        if readings.failure is not None:
+            raise readings.failure
+        found[name] = {"ours": name == ours, "whole": True, "failure": None} | figures(readings.ms)
+    return found
+
+
 def figures(ms: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles of at least two readings, as a record has them."""
     return {"ms": median(ms), "quartiles_ms": quantiles(ms, n=4)[::2], "readings": len(ms)}

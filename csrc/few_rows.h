@@ -8,8 +8,8 @@
 namespace fastgpt {
 
 constexpr int64_t kFewRows = 8;  // from here on packing pays
-constexpr int64_t kColumnsAtOnce =
-    4;  // of B: that many streams of memory, and as many sums that do not wait for each other
+// Columns of B: that many streams of memory, and as many sums that do not wait for each other.
+constexpr int64_t kColumnsAtOnce = 4;
 
 // Whether both operands are contiguous along the depth, and C is a few rows that nothing is added to.
 template <class T, class Out>

@@ -50,6 +50,17 @@ void unpack(const float* from, int64_t first, int64_t n, const Problem& p, Rows<
 using Scratch = std::unique_ptr<float[]>;
 inline Scratch scratch(int64_t n) { return Scratch(new float[n]); }
 
+// Turns the first n of a row of scores into weights, exp(score - subtracted). Returns their sums, one for each lane.
+FASTGPT_INLINE Vec weigh(float* row, int64_t n, float subtracted) {
+  Vec total{};
+  for_each_vector(n, [&](int64_t j, int64_t lanes) {
+    const Vec weight = keep_first(exp_nonpositive(load(row + j) - subtracted), lanes);
+    total += weight;
+    store(row + j, weight);
+  });
+  return total;
+}
+
 // Forward of query rows [first, first + n) of one head. `keys_transposed` and `values` hold the head's packed blocks,
 // as pack_transposed and pack write them. lse: (n_query). Online softmax: when a row's maximum grows, its sum and its
 // result so far are multiplied by exp(old - new maximum).
@@ -78,13 +89,7 @@ void forward_block(
       for_each_vector(
           visible, [&](int64_t j, int64_t lanes) { top = max(top, keep_first(load(row + j), lanes, row_max[i])); });
       const float new_max = max(top);
-      const float subtracted = finite_or_zero(new_max);
-      Vec total{};
-      for_each_vector(visible, [&](int64_t j, int64_t lanes) {
-        const Vec weight = keep_first(exp_nonpositive(load(row + j) - subtracted), lanes);
-        total += weight;
-        store(row + j, weight);
-      });
+      const Vec total = weigh(row, visible, finite_or_zero(new_max));
       for (int64_t j = round_up(visible, kLanes); j < columns; j += kLanes) store(row + j, Vec{});
       const float shrink = row_max[i] == new_max ? 1.0f : std::exp(row_max[i] - new_max);
       row_sum[i] = row_sum[i] * shrink + total;
@@ -182,14 +187,7 @@ void attend_row(
   const int64_t n = p.visible(row);
   float top = -INFINITY;
   for (int64_t j = 0; j < n; ++j) top = std::max(top, weights[j]);
-  const float subtracted = finite_or_zero(top);
-  Vec totals{};
-  for_each_vector(n, [&](int64_t j, int64_t lanes) {
-    const Vec weight = keep_first(exp_nonpositive(load(weights + j) - subtracted), lanes);
-    totals += weight;
-    store(weights + j, weight);
-  });
-  const float total = sum(totals);
+  const float total = sum(weigh(weights, n, finite_or_zero(top)));
   lse[row] = top + std::log(total);
   if (p.dropout) {
     p.dropout.factors(head, row, 0, round_up(n, kLanes), keep);
