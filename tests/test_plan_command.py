@@ -1,6 +1,5 @@
 """``python -m fastgpt.plan``: what a run will take, said before it runs."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -11,16 +10,12 @@ from fastgpt import hardware, limits, plan
 from fastgpt.errors import RequestError
 from fastgpt.model import GPTConfig
 from fastgpt.train.predict import fit, micro_batch, points, roofline
-from fastgpt.train.predict.trace import trace_step
+from tests.train.predict.traced_once import traced_once
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """The dry run of each step once for all tests here: it depends on nothing that they change."""
-    once = functools.cache(trace_step)
-    with pytest.MonkeyPatch.context() as patch:
-        for user in (plan, micro_batch, roofline):
-            patch.setattr(user, "trace_step", once)
+def one_trace_a_setup():
+    with traced_once(plan, micro_batch, roofline):
         yield
 
 

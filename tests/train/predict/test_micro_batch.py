@@ -1,6 +1,5 @@
 """The micro-batch and the recomputation that are chosen for a device."""
 
-import functools
 from dataclasses import replace
 
 import pytest
@@ -11,18 +10,15 @@ from fastgpt.train.config import TrainConfig
 from fastgpt.train.predict import micro_batch, roofline, trace
 from fastgpt.train.predict.trace import Setup, trace_step
 from fastgpt.train.presets import PRESETS
+from tests.train.predict.traced_once import traced_once
 
 GPT2 = GPTConfig(bias=False)
 GB = 2**30
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """The dry run of each step once for all tests here: it depends on nothing that they change."""
-    once = functools.cache(trace_step)
-    with pytest.MonkeyPatch.context() as patch:
-        for user in (micro_batch, roofline):
-            patch.setattr(user, "trace_step", once)
+def one_trace_a_setup():
+    with traced_once(micro_batch, roofline):
         yield
 
 
