@@ -74,6 +74,8 @@ TINY = ("--preset", "quickstart", "--device", "cpu", "--n_layer", "1", "--n_head
 BATCH, KERNELS_BATCH = "BATCH", "KERNELS_BATCH"  # placeholders for numbers that depend on the GPU's memory
 GPT2 = ("--preset", "gpt2-124m", "--batch_size", BATCH)
 SMOKE = "tests/kernels/test_at_gpt2_size.py"
+RUN = "build/gpu-run"  # of the stage "trainer"
+TINY_RUN = ("--device", "cpu", "--n_layer", "1", "--eval_iters", "2", "--eval_interval", "4")
 
 # All tests that run on a GPU; those of the stage "operators" have run by then.
 TESTS = (
@@ -97,8 +99,7 @@ STAGES: dict[str, tuple[Command, ...]] = {
     "operators": (
         Command("smoke", "pytest", (SMOKE, "--tb=short"), 80, (SMOKE, "-k", "gelu")),
     ),
-    # whole steps of GPT-2 124M, the time by kind of kernel, and the losses; torch.compile, which is slow to compile,
-    # comes last
+    # whole steps of GPT-2 124M, the time by kind of kernel, and the losses
     "step": (
         Command(
             "mfu", "bench.mfu",
@@ -106,9 +107,21 @@ STAGES: dict[str, tuple[Command, ...]] = {
              "--contenders", "fastgpt", "fastgpt, no graphs", "eager"),
             100, (*TINY, "--profile", "--loss_steps", "5", "--contenders", "fastgpt", "eager"),
         ),
+    ),
+    # a whole run as a user starts it, with data, evaluations and checkpoints; then more of it; then its text
+    "trainer": (
         Command(
-            "mfu-compiled", "bench.mfu",
-            (*GPT2, "--seconds", "10", "--profile", "--contenders", "fastgpt", "compile", "strongest"), 150, None,
+            "train", "fastgpt.train",
+            ("--preset", "quickstart", "--device", "cuda", "--out_dir", RUN, "--overwrite"),
+            50, ("--preset", "quickstart", *TINY_RUN, "--max_iters", "4", "--out_dir", RUN, "--overwrite"),
+        ),
+        Command(
+            "train-resumed", "fastgpt.train", ("--init_from", "resume", "--max_iters", "1000", "--out_dir", RUN),
+            40, ("--init_from", "resume", "--max_iters", "8", "--out_dir", RUN),
+        ),
+        Command(
+            "sample", "fastgpt.sample", (RUN, "--prompt", "def ", "--max_new_tokens", "100", "--device", "cuda"),
+            25, (RUN, "--prompt", "def ", "--max_new_tokens", "8"),
         ),
     ),
     # each kernel against its best peers
@@ -118,6 +131,13 @@ STAGES: dict[str, tuple[Command, ...]] = {
             ("--batch_size", KERNELS_BATCH, "--seconds", "60", "--ops", "attention_qkv", "linear_cross_entropy",
              "adamw_flat", "add_layer_norm", "gelu_bias", "attention", "layer_norm", "gelu", "linear"),
             80, ("--device", "cpu", "--block_size", "32", "--seconds", "0", "--ops", "layer_norm"),
+        ),
+    ),
+    # whole steps against torch.compile, which is slow to compile
+    "compile": (
+        Command(
+            "mfu-compiled", "bench.mfu",
+            (*GPT2, "--seconds", "10", "--profile", "--contenders", "fastgpt", "compile", "strongest"), 150, None,
         ),
     ),
     # the remaining tests and timings, in the time that is left
