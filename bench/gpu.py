@@ -60,7 +60,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: ``passed``, ``failed``, ``stopped`` by its time limit, or ``no time``, which is not run."""
+    """How a command ended: ``passed``, ``failed``, ``stopped`` by its time limit, or ``no time``, which is not run.
+
+    ``output`` is the file with its output, in the folder of the records.
+    """
 
     stage: str
     command: str
@@ -198,7 +201,11 @@ def arguments(
         if NO_GRAPHS not in flags:  # so that no stage is left without a contender of ours
             flags.insert(flags.index("--contenders") + 1, NO_GRAPHS)
     if command.module.startswith("bench."):
-        flags += ["--out", str(folder)]
+        # a record names its command, which should not depend on where the repository lies
+        flags += ["--out", str(folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder)]
+    label = command.name.removeprefix("mfu-")
+    if label != command.name:  # so that its record does not replace that of the command "mfu"
+        flags += ["--label", label]
     if command.module == "pytest":
         flags += ["-p", "no:cacheprovider"]
         if find_spec("pytest_timeout"):  # by a thread, because a process that waits for a GPU ignores interrupts
@@ -270,7 +277,8 @@ def run_stages(
                 print(f"{stage}: {command.name}, at most {limit:.0f} s", flush=True)
                 line = arguments(command, rehearsal, graphs, folder, workers, batch_size)
                 status = execute(line, output, limit)
-            outcomes.append(Outcome(stage, command.name, status, time.monotonic() - start, str(output)))
+            shown = output.relative_to(folder).as_posix()
+            outcomes.append(Outcome(stage, command.name, status, time.monotonic() - start, shown))
             note(outcomes)
             print(f"{stage}: {command.name} {status} after {outcomes[-1].seconds:.0f} s", flush=True)
             if command.name == "first-step" and not graphs_work(newest(folder, "mfu-*.json", started)):
@@ -307,10 +315,11 @@ def summary(outcomes: Sequence[Outcome], folder: Path, so_far: bool = False) -> 
     lines = [f"{o.stage:<10} {o.command:<14} {o.status:<8} {o.seconds:5.0f} s" for o in outcomes]
     for o in outcomes:
         if o.command in SHOWN and o.status != "no time":
-            lines += ["", *tail(Path(o.output), SHOWN[o.command])]
+            lines += ["", *tail(folder / o.output, SHOWN[o.command])]
     bad = [o for o in outcomes if o.status in ("failed", "stopped")]
     for o in [o for o in bad if o.command not in SHOWN][:3]:
-        lines += ["", f"{o.command} {o.status}; {o.output} ends:", *(f"  {line}" for line in tail(Path(o.output), 3))]
+        end = tail(folder / o.output, 3)
+        lines += ["", f"{o.command} {o.status}; {o.output} ends:", *(f"  {line}" for line in end)]
     if bad:
         last = f"next: fix {bad[0].command}, then run python -m bench.gpu --stages {bad[0].stage}"
     else:

@@ -21,8 +21,8 @@ product in the same run.
 that fits. ``--profile`` adds the time by kind of kernel. ``--loss_steps N`` also trains each contender for N updates,
 and plain PyTorch in fp32 for comparison.
 
-Writes mfu-PRESET.json, .md and .png (the names also have the micro-batch and the dtype, and a CPU's the threads) into
-bench/results/DEVICE. Exit status: 0 done; 1 fastgpt failed, the losses disagree, or no requested baseline could be
+Writes mfu-PRESET.json, .md and .png into bench/results/DEVICE; the names also have the micro-batch, the dtype, a CPU's
+threads and the label. Exit status: 0 done; 1 fastgpt failed, the losses disagree, or no requested baseline could be
 timed; 2 the request was wrong.
 """
 
@@ -98,12 +98,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def comparison_of(contenders: dict[str, Contender], request: Request, best: dict[str, float]) -> Record:
-    """The comparison, and what the plan predicts for fastgpt from the ceilings ``best``."""
+    """The comparison, and what the plan predicts for fastgpt; for a device that it does not know, from ``best``."""
     cuda, peak = request.device.type == "cuda", hardware.peak_flops(request.device, request.dtype)
     setup = request.setup()
     traced = trace_step(setup)
     n_sm = torch.cuda.get_device_properties(request.device).multi_processor_count if cuda else None
-    machine = roofline.measured(hardware.device_name(request.device), best["gemm_flops"], best["bandwidth"], peak, n_sm)
+    rates = best["gemm_flops"], best["bandwidth"]
+    machine = roofline.machine_of(hardware.device_name(request.device), request.dtype, *rates, peak, n_sm)
     predicted = roofline.predict(setup, machine, traced)
     return {
         **compare(request, contenders, {**best, "peak_flops": peak}),
@@ -210,6 +211,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--profile", action="store_true", help="also measure the time by kind of kernel")
     parser.add_argument("--loss_steps", type=int, default=0, help="also train each contender for N updates")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/DEVICE")
+    parser.add_argument("--label", help="the end of the record's name, to keep it apart from others")
     return parser.parse_args(argv)
 
 
@@ -226,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = dtype_name(request.dtype)
     size = f"{request.batch_size}x{request.config.block_size}"
     name = f"mfu-{request.name}-{size}-{dtype}{conditions(request.device)}"
+    if flags.label:
+        name += f"-{flags.label}"
     stem = (flags.out or results_folder(request.device)) / name
     leave_default_stream(request.device)
     record = begin("steps", "bench.mfu", argv, request.device, dtype)

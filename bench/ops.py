@@ -272,16 +272,17 @@ def adamw(s: Setting, flat: bool = False, dtype: torch.dtype = torch.float32) ->
 
     fused = optimizer(ours.FusedAdamW, max_grad_norm=1.0, copies=dict(zip(copied, copies, strict=True)))
     plain = optimizer(torch.optim.AdamW, fused=True)
-    fused.step()  # creates the state, which both share
-    plain.state.update({p: fused.state[p] for p in params})
+    fused.step()  # creates the state, whose moments both share
+    # Each counts its own steps: FusedAdamW would otherwise wait for the device, to read what the other has counted.
+    plain.state.update({p: fused.state[p] | {"step": fused.state[p]["step"].clone()} for p in params})
 
     def before() -> None:
         """Set up the tenth step, with moments as nine steps might have left them."""
         torch._foreach_copy_(params, first)
         torch._foreach_copy_(grads, drawn)
         for p, g in zip(params, drawn, strict=True):
-            # by .data, which keeps the version; otherwise FusedAdamW would wait for the device to count again
-            fused.state[p]["step"].data.fill_(9.0)
+            for each in (fused, plain):
+                each.state[p]["step"].data.fill_(9.0)  # by .data, which keeps the version, for the same reason
             fused.state[p]["exp_avg"].copy_(g)
             torch.mul(g, g, out=fused.state[p]["exp_avg_sq"])
 

@@ -230,7 +230,7 @@ def ceiling_words(comparison: Record) -> str:
 def prediction(comparison: Record) -> str:
     """The step time and memory that the plan predicts for fastgpt, next to the measured ones."""
     p, c = comparison["predicted"], comparison["contenders"].get("fastgpt", {})
-    text = f"The plan, from this run's ceilings, predicts {number(p['ms'])} ms and {size(p['peak_bytes'])}"
+    text = f"The plan predicts {number(p['ms'])} ms and {size(p['peak_bytes'])}"
     if c.get("ms") is not None:
         text += f"; measured {number(c['ms'])} ms ({p['ms'] / c['ms'] - 1:+.1%})"
         if c["peak_bytes"] is not None:

@@ -43,7 +43,8 @@ class RunLog:
         self._unwritten = b""  # lines, or the rest of one, that the disk had no room for
         self._shown = True  # until nobody reads the console any more
         self._max_iters = max_iters
-        self._step_ms: float | None = None  # running mean
+        self._n_logged = 0  # updates
+        self._step_ms = 0.0  # running mean
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "RunLog":
@@ -141,8 +142,10 @@ class RunLog:
 
     def _progress(self, values: dict[str, Any]) -> str:
         step = values["step"]
-        # Over the last ten logged updates or so: steady to read, and soon right after a change.
-        self._step_ms = values["ms"] if self._step_ms is None else 0.9 * self._step_ms + 0.1 * values["ms"]
+        # Over the last ten logged updates or so: steady to read, and soon right after a change. The first time includes
+        # compilation, so the second replaces it.
+        self._n_logged += 1
+        self._step_ms = values["ms"] if self._n_logged <= 2 else 0.9 * self._step_ms + 0.1 * values["ms"]
         left = self._step_ms / 1e3 * (self._max_iters - step)  # without evaluations
         speed = f"MFU {values['mfu']:.1%}" if values["mfu"] is not None else f"{values['tflops']:.3g} TFLOP/s"
         return (

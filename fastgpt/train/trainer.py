@@ -114,6 +114,7 @@ class Trainer:
         # by batch, so each must see the same tokens.
         self.eval_batch_size = config.micro_batch_size
         self.step = self.tokens = 0
+        self._n_evaluations = 0  # in this process
         self.val_loss: tuple[int, float] | None = None  # of the last evaluation, and its step
         self.best_val_loss: float | None = None  # among the checkpoints
         self.best_step: int | None = None
@@ -389,7 +390,7 @@ class Trainer:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         train, val = (self._in_memory(partial(self.evaluate, split)) for split in ("train", "val"))
-        self.monitor.time_spent(EVALUATION, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         self.val_loss = self.step, fmean(val)
         self.log.evaluate(
             step=self.step,
@@ -398,18 +399,22 @@ class Trainer:
             val_loss_error=standard_error(val) if len(val) > 1 else None,
         )
         self._report(self.monitor.evaluation(self.step, train, val))
+        start = time.perf_counter()
         self._sample()
+        seconds += time.perf_counter() - start
+        if self._n_evaluations:  # not the first, which compiles kernels; the first update does not count either
+            self.monitor.time_spent(EVALUATION, seconds)
+        self._n_evaluations += 1
 
     def _sample(self) -> None:
         """Write down what the model writes at this step, for the report."""
-        tokenizer, start = self.settled.tokenizer, time.perf_counter()
+        tokenizer = self.settled.tokenizer
         if tokenizer is None:
             return
         prompt = samples.prompt_of(self.settled.dataset)
         text = samples.sample(self.model, tokenizer, prompt, self.config.seed, self.stop.check)
         if text is not None:
             self.log.note("sample", step=self.step, prompt=tokenizer.decode(prompt), text=text)
-        self.monitor.time_spent(EVALUATION, time.perf_counter() - start)
 
     # ---- logging ----
 

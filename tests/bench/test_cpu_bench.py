@@ -68,6 +68,14 @@ def test_a_loss_that_is_not_finite_agrees_with_none():
     assert contenders.difference([2.0, 4.0], [2.0, 3.2]) == pytest.approx(0.25)
     assert contenders.difference([2.0, 4.0], [2.0, float("nan")]) == float("inf")
     assert contenders.difference([], [2.0]) == float("inf")
+    late = [2.0] * contenders.COMPARED + [float("nan")]
+    assert contenders.difference(late, late) == float("inf")
+
+
+def test_losses_that_rounding_has_driven_apart_by_then_are_not_compared():
+    same = [2.0] * contenders.COMPARED
+    assert contenders.difference([*same, 2.5], [*same, 2.0]) == 0.0
+    assert contenders.difference([*same[1:], 2.5], same) == pytest.approx(0.25)
 
 
 def test_losses_are_compared_with_plain_pytorchs_or_else_with_ours():

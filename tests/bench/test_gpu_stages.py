@@ -123,6 +123,18 @@ def test_if_graphs_fail_every_stage_has_the_contender_without_them(tmp_path, one
     assert set(request.contenders) == others | {"fastgpt, no graphs"}
 
 
+def test_no_command_replaces_the_record_of_another(tmp_path):
+    requests = [mfu.parse(gpu.arguments(one, False, True, tmp_path, 1, 16)[3:]) for one in MFU]
+    names = [(r.preset, r.n_layer, r.label) for r in requests]
+    assert len(set(names)) == len(names) == 5
+
+
+def test_a_record_does_not_say_where_the_repository_lies():
+    folder = gpu.REPOSITORY / "bench" / "results" / "a-gpu"
+    line = gpu.arguments(MFU[0], False, True, folder, 1, 16)
+    assert line[line.index("--out") + 1] == "bench/results/a-gpu"
+
+
 @pytest.mark.parametrize(
     ("gib", "sequences"),
     [(79.2, 16), (39.4, 16), (23.5, 8), (19.6, 8), (15.6, 4), (11.99, 2), (7.6, 2)],  # as cards of 80 GB … report

@@ -286,6 +286,15 @@ def test_the_time_left_is_that_of_the_steps_to_come(metrics):
     assert "1m 20s left" in log.console.file.getvalue()
 
 
+def test_the_time_left_soon_forgets_the_first_updates_which_compile(metrics):
+    log = log_to(metrics, max_iters=100)
+    with log:
+        for step, ms in ((10, 60_000.0), (20, 1000.0), (30, 2000.0)):
+            log.train(**{**UPDATE, "step": step, "ms": ms})
+    lines = log.console.file.getvalue().splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == ["1h 30m left", "1m 20s left", "1m 17s left"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
