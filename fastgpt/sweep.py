@@ -9,6 +9,7 @@ place in the lists. Runs that are complete already are not repeated; one that wa
 
 import itertools
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -70,12 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.max_new_tokens < 1:
         parser.error("--max_new_tokens must be at least 1")
     plans, folder = plan(rest, options.together)
-    failed = [] if options.report else [one.name for one in plans if not train(one)]
+    failed, stopped = [], 0
+    for one in plans if not options.report else ():
+        status = train(one)
+        if status > 128:  # a signal that was meant for all of them
+            stopped = status
+            break
+        if status:
+            failed.append(one.name)
     rows = [row for one in plans if (row := summary(one)) is not None]
+    if not rows and stopped:
+        return stopped
     if not rows:
         raise RequestError(f"no run in {folder} has been evaluated yet")
     json_files.write(folder / TABLE, {"varied": list(plans[0].values), "rows": rows})
     _print_table(rows)
+    if stopped:  # soon: whoever sent the signal may not wait for pictures
+        print(f"\ntable so far: {folder / TABLE}; the same command continues")
+        return stopped
     plot(plans, rows, folder / PLOT)
     page = folder / run_folder.REPORT
     report.write([one.run_dir for one in plans if one.name in {row["name"] for row in rows}], page)
@@ -147,23 +160,34 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], str | 
     return fixed, varied, out_dir
 
 
-def train(one: Planned) -> bool:
-    """Train a run to its end unless it is there; whether it is complete."""
+def train(one: Planned) -> int:
+    """Train a run to its end unless it is there; the status of its command, 0 if it is complete."""
     print(f"\n{one.name}", flush=True)
     if is_complete(one):
         print("is complete")
-        return True
+        return 0
     command = [sys.executable, "-m", "fastgpt.train", *one.argv]
     print(shlex.join(["python", *command[1:]]), flush=True)
-    status = launch(command)
-    if status > 128 or status < 0:  # a signal that was meant for all of them
-        raise SystemExit(status if status > 0 else 128 - status)
-    return status == 0
+    return launch(command)
 
 
 def launch(command: list[str]) -> int:
-    """Run a command to its end; its status."""
-    return subprocess.run(command).returncode
+    """Run a command to its end; its status, 128 + N if signal N ended it, or was sent to this process meanwhile.
+
+    Training saves a checkpoint when it is told to stop, which takes as long as it takes: it is waited for.
+    """
+    told = 0
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:  # a terminal sends Ctrl-C to the command as well
+                told = 128 + signal.SIGINT
+            except SystemExit as end:  # kill, which only this process got
+                told = int(end.code or 0)
+                process.send_signal(told - 128)
+    return told or (status if status >= 0 else 128 - status)
 
 
 def is_complete(one: Planned) -> bool:

@@ -1,6 +1,11 @@
 """``python -m fastgpt.sweep``."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -127,8 +132,44 @@ def test_a_report_of_nothing_leaves_nothing(flags, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_signal_ends_the_sweep(flags, monkeypatch):
+def test_a_signal_ends_the_sweep_with_the_table_of_what_is_there(flags, trained, tmp_path, monkeypatch, capsys):
+    here = sweep.launch
     monkeypatch.setattr(sweep, "launch", lambda command: 130)
-    with pytest.raises(SystemExit) as ended:
-        sweep.main([*flags, "--n_layer=1,2"])
-    assert ended.value.code == 130
+    assert sweep.main([*flags, "--n_layer=1,2"]) == 130
+    monkeypatch.setattr(sweep, "launch", lambda command: here(command) or 130)  # after the first run
+    assert sweep.main([*flags, "--n_layer=1,2"]) == 130
+    assert len(trained) == 1
+    rows = json.loads((tmp_path / "sweep" / sweep.TABLE).read_text())["rows"]
+    assert [row["name"] for row in rows] == ["n_layer-1"]
+    assert f"table so far: {tmp_path / 'sweep' / sweep.TABLE}" in capsys.readouterr().out
+
+
+# Saves for a second after a signal, and notes then that it has.
+SAVES = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(1.0)
+    pathlib.Path("saved").touch()
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+pathlib.Path("ready").touch()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM), (os.killpg, signal.SIGTERM)],
+    ids=["Ctrl-C", "kill", "kill of the group"],
+)
+def test_a_run_that_is_told_to_stop_may_save(tmp_path, send, number):
+    launched = f"sweep.launch([sys.executable, '-c', {SAVES!r}])"
+    code = f"import sys; from fastgpt import cli, sweep; cli.run(lambda _: {launched})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    send(process.pid, number)
+    assert process.wait(60) == 128 + number
+    assert (tmp_path / "saved").exists()
