@@ -19,6 +19,7 @@ import torch
 
 from fastgpt import hardware, output
 from fastgpt.cli import Parser, run
+from fastgpt.data import text as texts
 from fastgpt.data.dataset import open_dataset
 from fastgpt.data.tokenizer_json import END_OF_TEXT
 from fastgpt.data.tokenizers import Tokenizer, Tokens
@@ -85,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of the models, or JSON."""
     parser = Parser(prog="python -m fastgpt.eval", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="what to evaluate")
-    parser.add_argument("--data", metavar="TEXT", help="a dataset's name or folder, or a text file")
+    parser.add_argument(
+        "--data", metavar="TEXT", help="a dataset's name or folder, or a file: text, .jsonl or .parquet"
+    )
+    parser.add_argument("--text_field", default="text", metavar="NAME", help="of .jsonl and .parquet (text)")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="of the dataset (val)")
     parser.add_argument("--data_dir", default="data", help="folder of prepared datasets (data)")
     parser.add_argument(
@@ -111,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     hardware.use_threads()
     device = hardware.find_device(options.device)
-    text = open_text(options.data, options.data_dir, options.split, options.max_tokens) if options.data else None
+    text = None
+    if options.data:
+        text = open_text(options.data, options.data_dir, options.split, options.max_tokens, options.text_field)
     rows = []
     for name in options.models:
         opened = open_model(name, options.checkpoint, options.data_dir)
@@ -124,14 +130,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show(text, rows)
 
 
-def open_text(data: str, data_dir: str | Path, split: str, max_tokens: int | None = None) -> Text:
+def open_text(
+    data: str, data_dir: str | Path, split: str, max_tokens: int | None = None, text_field: str = "text"
+) -> Text:
     """The text of ``--data``.
 
     Args:
-        data: a text file, or a dataset's name or path.
+        data: a file of text or of rows, or a dataset's name or path.
         data_dir: folder of datasets.
         split: of a dataset.
         max_tokens: of a dataset, from its start; ``None`` for all.
+        text_field: of a row, which is a document.
 
     Raises:
         RequestError: there is no such text.
@@ -140,10 +149,8 @@ def open_text(data: str, data_dir: str | Path, split: str, max_tokens: int | Non
     if path.is_file() and path.suffix != ".bin":
         if max_tokens is not None:
             raise RequestError(f"--max_tokens counts a dataset's tokens, and {path} is a text; --windows takes a part")
-        try:
-            return Text(str(path), path.read_text(encoding="utf-8-sig").split(END_OF_TEXT), None, None)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        documents = texts.documents(texts.of_files([path], text_field))
+        return Text(str(path), [part for each in documents for part in each.split(END_OF_TEXT)], None, None)
     if path.suffix in TEXT_FILES and not any(place.exists() for place in (path, Path(data_dir, data))):
         raise RequestError(f"{path} cannot be read: No such file or directory")
     dataset = open_dataset(data, data_dir)

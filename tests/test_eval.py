@@ -127,6 +127,15 @@ def test_a_mark_between_documents_is_each_models_own(tmp_path):
     assert found == [*learnt.encode("eins zwei"), learnt.eot, *learnt.encode("drei vier")]
 
 
+def test_each_row_of_json_lines_is_a_document(tmp_path):
+    rows = [{"text": "one", "body": "eins"}, {"text": "two<|endoftext|>three", "body": "zwei"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert eval.open_text(str(tmp_path / "t.jsonl"), tmp_path, "val").documents == ["one", "two", "three"]
+    assert eval.open_text(str(tmp_path / "t.jsonl"), tmp_path, "val", text_field="body").documents == ["eins", "zwei"]
+    with pytest.raises(RequestError, match=r"no text named title"):
+        eval.open_text(str(tmp_path / "t.jsonl"), tmp_path, "val", text_field="title")
+
+
 def test_tasks_are_scored(runs, tmp_path, capsys):
     (tmp_path / "l.jsonl").write_text(json.dumps({"text": "eta oin eta"}) + "\n")
     line = {"activity_label": "e", "ctx_a": "eta", "ctx_b": "oin", "endings": ["eta", "oin"], "label": 0}
@@ -148,7 +157,7 @@ def test_tasks_are_scored(runs, tmp_path, capsys):
         (["--data", "none.txt"], "none.txt cannot be read: No such file or directory"),
         (["--data", "words", "--stride", "17"], "--stride must be from 1 to the model's context of 16"),
         (["--data", "words", "--windows", "0"], "--windows must be at least 1"),
-        (["--data", "latin"], "cannot be read as UTF-8 text"),
+        (["--data", "latin"], "is UTF-16 text: save it as UTF-8"),
         (["--data", "other"], "cannot read .*other: the character"),
         (["--data", "other", "--max_tokens", "5"], "counts a dataset's tokens"),
     ],

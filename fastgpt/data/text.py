@@ -183,6 +183,17 @@ def of_files(names: Sequence[str | Path], text_field: str = "text") -> Text:
     return Text(shown, pieces)
 
 
+def documents(text: Text) -> list[str]:
+    """The documents of a text that is without markers."""
+    found: list[list[str]] = [[]]
+    for piece in text.pieces():
+        if piece is None:
+            found.append([])
+        elif isinstance(piece, str):
+            found[-1].append(piece)
+    return ["".join(pieces) for pieces in found]
+
+
 def of_string(text: str, origin: str) -> Text:
     """A text that is in memory."""
     return Text(origin, lambda: _sliced(text))
