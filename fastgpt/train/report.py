@@ -167,10 +167,10 @@ def verdict(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         found = f"{best.name} has the lowest last validation loss: {loss} after {steps} steps, {tokens} tokens{took}."
         if not finite:
-            found = "No run has a finite loss at its last evaluation."
+            return "No run has a finite loss at its last evaluation."
         if len({(one.start.get("dataset") or {}).get("id") for one in runs}) > 1:
-            found += " The runs have different data, so their losses do not compare; python -m fastgpt.eval does."
-        return found
+            return f"{found} The runs have different data, so their losses do not compare; python -m fastgpt.eval does."
+        return found + _not_told_apart(best, [one for one in finite if one is not best])
     device = f" on {best.start['device']}" if "device" in best.start else ""
     perplexity = math.exp(min(last["val_loss"], 700.0))
     ends = best.records["end"]
@@ -185,6 +185,22 @@ def verdict(runs: Sequence[Run]) -> str:
         f"Validation loss {loss} nats a token (perplexity {perplexity:,.2f}) after {steps} steps, {tokens} tokens"
         f"{took}{device}. {state}"
     )
+
+
+def _not_told_apart(best: Run, others: Sequence[Run]) -> str:
+    """A sentence about the runs whose last losses may be higher than that of ``best`` by chance; empty for none.
+
+    That is: by less than two standard errors of the difference. The evaluations are taken for independent. Those on the
+    same batches are not, and then tell more apart.
+    """
+    close = []
+    for one in others:
+        (a, error_a), (b, error_b) = (
+            (last["val_loss"], last.get("val_loss_error")) for last in (best.evaluations[-1], one.evaluations[-1])
+        )
+        if error_a is not None and error_b is not None and b - a < 2 * math.hypot(error_a, error_b):
+            close.append(f"{one.name} ({b - a:.4f} ± {math.hypot(error_a, error_b):.4f} higher)")
+    return f" That may be chance beside {' and '.join(close)}: a larger --eval_iters tells them apart." if close else ""
 
 
 def _is_complete(one: Run) -> bool:

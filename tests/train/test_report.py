@@ -104,6 +104,24 @@ def test_several_runs_are_compared(run, trainer, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "pages" / "one.html").read_text() == (run / "report.html").read_text()
 
 
+def with_last_loss(run, loss, error):
+    return dataclasses.replace(
+        run, name=str(loss), records=run.records | {"eval": [{"step": 8, "val_loss": loss, "val_loss_error": error}]}
+    )
+
+
+def test_a_lead_that_may_be_chance_is_told_as_that(run):
+    read = report.read(run)
+    best, close, far = (with_last_loss(read, loss, error) for loss, error in ((4.0, 0.03), (4.05, 0.04), (4.11, 0.04)))
+    found = report.verdict([far, close, best])
+    assert found.startswith("4.0 has the lowest last validation loss: 4.0000 ± 0.0300 after 8 steps")
+    assert found.endswith(
+        " That may be chance beside 4.05 (0.0500 ± 0.0500 higher): a larger --eval_iters tells them apart."
+    )
+    assert "chance" not in report.verdict([best, far])
+    assert "chance" not in report.verdict([best, with_last_loss(read, 4.05, None)])  # of one batch
+
+
 def test_no_spike_is_lost_in_a_long_run():
     points = [(step, 1.0) for step in range(100_000)]
     points[54_321] = (54_321, 9.0)
