@@ -1,11 +1,24 @@
 """Examples on which a fuzzer once failed; each is checked before any is drawn."""
 
-from bench.robustness.fuzz_files import SMALL, Damage, Entry, Line
+from dataclasses import replace
 
+from bench.robustness.fuzz_files import SMALL, Damage, Entry, Line
+from bench.robustness.fuzz_kernels import Call, Floats, Steps
+
+ONE = Floats((1,), "float32", "contiguous", "normal", True)
 LONG = "x" * 300  # than a file's name may be
 
 EXAMPLES = {
-    "kernels": [],
+    "kernels": [
+        # float64's own gradient was wrong, with a mean rounded to fp32
+        Call(
+            "add_layer_norm",
+            {"x": ONE, "residual": replace(ONE, fill="large"), "weight": None, "bias": None, "eps": 1e-12},
+            "contiguous",
+        ),
+        # an error that named no argument
+        Steps((replace(ONE, shape=(), layout="negative"),), (replace(ONE, shape=()),), {}, {}, 1),
+    ],
     "files": [
         Damage("run/config.json", (Entry(at=0, how="rename", value="é\n"),)),  # an error of two lines
         Damage("run/metrics.jsonl", "folder"),

@@ -112,9 +112,9 @@ class FusedAdamW(Optimizer):
     Raises:
         TypeError: an argument has a wrong type, or a parameter a dtype other than the above.
         ValueError: a hyperparameter is out of range, here or in a group; an option is not supported; there is no
-            parameter; a parameter is not contiguous, given twice, or not bf16 under ``stochastic_rounding``; a DTensor
-            is a partial sum, or ``state_bits`` is 8; ``copies`` lacks a parameter, or has a tensor for something that
-            is not a parameter.
+            parameter; a parameter is not contiguous, has its sign still to be flipped (``torch.resolve_neg`` does),
+            is given twice, or is not bf16 under ``stochastic_rounding``; a DTensor is a partial sum, or ``state_bits``
+            is 8; ``copies`` lacks a parameter, or has a tensor for something that is not a parameter.
     """
 
     def __init__(
@@ -212,6 +212,10 @@ class FusedAdamW(Optimizer):
         checks.floating(params=param)
         if not sharded.local(param).is_contiguous():
             raise ValueError(f"params: a parameter of shape {shape} is not contiguous")
+        if sharded.local(param).is_neg():
+            raise ValueError(
+                f"params: a parameter of shape {shape} is a view with its sign still to be flipped; clone it"
+            )
         if sharded.is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
             raise ValueError(f"params: a DTensor of shape {shape} is a partial sum; redistribute it first")
         if sharded.is_dtensor(param) and self.state_bits == 8:

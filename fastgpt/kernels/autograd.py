@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -38,12 +38,17 @@ def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """Return ``function.apply(*args)``, without binding the arguments to its signature.
+    """Return ``function.apply(*args)``, without binding the arguments to its signature, or without autograd at all.
 
-    ``Function.apply`` binds them only for functorch, and that takes longer than a small op.
+    ``Function.apply`` binds them only for functorch, and that takes longer than a small op. So does the rest of it,
+    which nobody needs where nothing is differentiated, as while text is generated.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    forward_takes_no_context = function.setup_context is not Function.setup_context
+    differentiating = torch.is_grad_enabled() or forward_ad._current_level >= 0  # forward mode ignores torch.no_grad
+    if forward_takes_no_context and not differentiating:
+        return function.forward(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 

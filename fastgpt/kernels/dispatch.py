@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -126,10 +127,15 @@ def _natural_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str
     if torch.version.hip is not None:
         return "reference", "no compiled kernels for AMD's GPUs"
     # Dynamo cannot trace this query. While it compiles, the GPU is assumed to be new enough; launch.py raises if not.
-    known = not torch.compiler.is_compiling() and torch.cuda.is_available()
-    if known and torch.cuda.get_device_capability(device) < (8, 0):
+    if not torch.compiler.is_compiling() and _too_old(device):
         return "reference", "the Triton kernels need compute capability 8.0 (Ampere) or newer"
     return "triton", "NVIDIA GPU"
+
+
+@cache
+def _too_old(device: torch.device) -> bool:
+    """Whether this GPU does not run the kernels. To ask it at every call would take as long as a launch."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def backend_of(device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.main_grad import main_grad_of
 from fastgpt.kernels.matmul import matmul_into
-from fastgpt.kernels.ops import loss_dtype
+from fastgpt.kernels.ops import statistics_dtype
 
 # Bytes of logits that exist at a time on a CPU: 330 rows of fp32 at GPT-2's vocabulary. Each chunk reads the weight
 # twice and adds to its gradient once; with 160 rows a step takes a tenth longer.
@@ -54,7 +54,7 @@ def chunked(
         dweight: ``(V, C)``, any float dtype, or ``None`` if not needed.
     """
     N, V = x.shape[0], weight.shape[0]
-    total = x.new_zeros((), dtype=loss_dtype(x.dtype))
+    total = x.new_zeros((), dtype=statistics_dtype(x.dtype))
     inverse_count = torch.count_nonzero(targets != ignore_index).to(total.dtype).reciprocal()
     scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
     rows = chunk_rows(x, V)

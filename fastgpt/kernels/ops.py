@@ -10,7 +10,7 @@ Notation: B batch, H heads, T queries, S keys, D head size, C width, V vocabular
 tensor that is changed in place. Conventions, unless an entry says otherwise:
 
 - Floating-point tensors have one dtype, that of the first: fp32, bf16, fp16 or fp64. Arithmetic is fp32, and fp64 for
-  fp64. Statistics (``mean``, ``rstd``, ``lse``, losses, norms) are fp32 whatever that dtype is.
+  fp64. Statistics (``mean``, ``rstd``, ``lse``, losses) likewise; norms of gradients are fp32 whatever that dtype is.
 - Arguments may have any strides; results are new and contiguous.
 - A ``main_grad`` is contiguous fp32. A gradient is added to it unrounded, and an empty tensor, shape (0,), is returned
   in the gradient's place.
@@ -61,17 +61,12 @@ def operator(name: str, schema: str, kind: str = "other") -> Callable[[Callable[
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """One fp32 number for each row of ``x``."""
-    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+    """One number for each row of ``x``: fp64 if they are, otherwise fp32."""
+    return x.new_empty(x.shape[:-1], dtype=statistics_dtype(x.dtype))
 
 
-def _losses(logits: Tensor) -> Tensor:
-    """One number for each row of ``logits``: fp64 if they are, otherwise fp32."""
-    return logits.new_empty(logits.shape[:-1], dtype=loss_dtype(logits.dtype))
-
-
-def loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses of inputs of ``dtype``: fp64 for fp64, otherwise fp32."""
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of inputs of ``dtype``: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -117,7 +112,7 @@ def _(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """y = (x - mean) * rstd * weight + bias, with the mean and rstd = 1 / sqrt(variance + eps) of each row.
 
-    x, y: (..., C). weight, bias: (C,). mean, rstd: (...) fp32.
+    x, y: (..., C). weight, bias: (C,). mean, rstd: (...) fp32, or fp64 if x is.
     """
     return x.new_empty(x.shape), _statistics(x), _statistics(x)
 
@@ -131,7 +126,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tenso
 def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     """sum = x + residual, rounded to the dtype of x; y, mean and rstd are those of layer_norm(sum).
 
-    x, residual, y, sum: (..., C). weight, bias: (C,). mean, rstd: (...) fp32.
+    x, residual, y, sum: (..., C). weight, bias: (C,). mean, rstd: (...) fp32, or fp64 if x is.
     """
     return x.new_empty(x.shape), x.new_empty(x.shape), _statistics(x), _statistics(x)
 
@@ -149,7 +144,7 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of layer_norm; of add_layer_norm, if x is its sum and dsum the sum's own gradient.
 
-    dy, dsum, x, dx: (..., C). mean, rstd: (...) fp32, as the forward returned them. weight: (C,).
+    dy, dsum, x, dx: (..., C). mean, rstd: (...), as the forward returned them. weight: (C,).
     dweight: (C,), empty with weight_main_grad. dbias: (C,), empty with bias_main_grad or without needs_dbias.
     weight_main_grad, bias_main_grad: (C,) fp32.
     dx_sums: (C,) fp32, contiguous; += dx.sum over all rows, of dx before it is rounded.
@@ -220,9 +215,9 @@ def _(
 
     q: (B, H, T, D). k, v: (B, H, S, D); with causal S >= T, and query t sees the keys up to t + S - T.
     seed: () int64, or None without dropout.
-    out: (B, H, T, D), laid out in memory as (B, T, H, D). lse: (B, H, T) fp32.
+    out: (B, H, T, D), laid out in memory as (B, T, H, D). lse: (B, H, T) fp32, or fp64 if q is.
     """
-    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_heads(q), _statistics(q)
 
 
 @operator(
@@ -237,7 +232,8 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of attention; its arguments and results are those of the forward.
 
-    dout, out, q, dq: (B, H, T, D). k, v, dk, dv: (B, H, S, D). lse: (B, H, T) fp32. seed: () int64, or None.
+    dout, out, q, dq: (B, H, T, D). k, v, dk, dv: (B, H, S, D). lse: (B, H, T), as the forward returned it.
+    seed: () int64, or None.
     dq, dk and dv are laid out in memory as (B, T, H, D). deterministic=False lets dq be added up in any order.
     """
     return empty_heads(q), empty_heads(k), empty_heads(v)
@@ -253,10 +249,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     """Attention of q, k and v packed side by side; head h of each is columns h D to (h + 1) D of its C.
 
-    qkv: (B, T, 3C). out: (B, T, C). lse: (B, n_head, T) fp32. seed: () int64, or None without dropout.
+    qkv: (B, T, 3C). out: (B, T, C). lse: (B, n_head, T) fp32, or fp64 if qkv is.
+    seed: () int64, or None without dropout.
     """
     B, T, C3 = qkv.shape
-    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=statistics_dtype(qkv.dtype))
 
 
 @operator(
@@ -271,7 +268,8 @@ def _(
 ) -> Tensor:  # fmt: skip
     """The gradient of attention_qkv, packed like its input.
 
-    dout, out: (B, T, C). qkv, result: (B, T, 3C). lse: (B, n_head, T) fp32. seed: () int64, or None.
+    dout, out: (B, T, C). qkv, result: (B, T, 3C). lse: (B, n_head, T), as the forward returned it.
+    seed: () int64, or None.
     deterministic: as in attention_backward.
     """
     return qkv.new_empty(qkv.shape)
@@ -288,7 +286,7 @@ def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
 
     logits: (N, V). targets: (N,) int64. losses, lse: (N,) fp32, or fp64 if the logits are.
     """
-    return _losses(logits), _losses(logits)
+    return _statistics(logits), _statistics(logits)
 
 
 @operator(
@@ -315,7 +313,7 @@ def _(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tens
     logits: (N, V), contiguous. targets: (N,) int64. scale: () fp32. losses: (N,) fp32, or fp64 if
     the logits are.
     """
-    return _losses(logits)
+    return _statistics(logits)
 
 
 @operator(
@@ -334,7 +332,7 @@ def _(
     loss: () fp32, or fp64 if x is. dx is empty without needs_dx, dweight without needs_dweight.
     """
     return (
-        x.new_empty((), dtype=loss_dtype(x.dtype)),
+        x.new_empty((), dtype=statistics_dtype(x.dtype)),
         x.new_empty(x.shape if needs_dx else (0,)),
         weight.new_empty(weight.shape if needs_dweight else (0,)),
     )

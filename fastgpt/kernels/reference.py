@@ -15,6 +15,7 @@ from fastgpt.kernels import torch_matmul
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.heads import split_heads
 from fastgpt.kernels.moments_8bit import MOMENT_BLOCK, decode_moment, encode_moment
+from fastgpt.kernels.ops import statistics_dtype
 from fastgpt.kernels.philox import dropout_factors, philox
 from fastgpt.kernels.torch_matmul import with_zeros_behind
 
@@ -57,7 +58,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
     y = (wide - mean) * rstd * _wide(weight)
     if bias is not None:
         y = y + _wide(bias)
-    return _result(y, x.dtype), _result(mean.squeeze(-1), torch.float32), _result(rstd.squeeze(-1), torch.float32)
+    mean, rstd = (_result(t.squeeze(-1), statistics_dtype(x.dtype)) for t in (mean, rstd))
+    return _result(y, x.dtype), mean, rstd
 
 
 def add_layer_norm(
@@ -147,7 +149,7 @@ def attention(
     weights, lse = _weights(q, k, causal, scale)
     if dropout_p > 0.0 and seed is not None:
         weights = weights * dropout_factors(seed, dropout_p, *weights.shape).to(weights.dtype)
-    return _time_major((weights @ _wide(v)).to(q.dtype)), _result(lse, torch.float32)
+    return _time_major((weights @ _wide(v)).to(q.dtype)), _result(lse, statistics_dtype(q.dtype))
 
 
 def attention_backward(

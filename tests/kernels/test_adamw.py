@@ -1010,6 +1010,11 @@ def test_a_parameter_that_is_not_contiguous_is_refused():
         FusedAdamW([Parameter(torch.ones(3, 4).t())])
 
 
+def test_a_parameter_whose_sign_is_still_to_be_flipped_is_refused():
+    with pytest.raises(ValueError, match=r"params: a parameter of shape \(3,\) is a view with its sign still"):
+        FusedAdamW([torch._neg_view(torch.ones(3)).requires_grad_()])
+
+
 @pytest.mark.parametrize(
     "twin",
     [torch.empty(3), torch.empty(2, dtype=torch.bfloat16), torch.empty(6, dtype=torch.bfloat16)[::2]],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fastgpt.kernels import (
     add_layer_norm,
@@ -90,6 +91,26 @@ def test_nothing_that_asks_means_no_graph(backend, device, ours, plain, shapes):
     assert not ours(*tensors).requires_grad
     with torch.no_grad():
         assert not ours(*(t.requires_grad_() for t in tensors)).requires_grad
+
+
+@functions
+def test_where_nothing_is_differentiated_the_bits_are_the_same(backend, device, ours, plain, shapes):
+    tensors = [t.requires_grad_() for t in inputs(shapes, device)]
+    with_graph = ours(*tensors)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert torch.equal(ours(*tensors), with_graph)
+
+
+@functions
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_refused(backend, device, ours, plain, shapes, gradients):
+    """Also where gradients are off: forward mode does not ask whether they are."""
+    tensors = inputs(shapes, device)
+    with gradients(), forward_ad.dual_level():
+        tensors[0] = forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0]))
+        with pytest.raises(NotImplementedError, match=r"implement the jvp"):
+            ours(*tensors)
 
 
 @by_argument

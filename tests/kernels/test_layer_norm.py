@@ -356,6 +356,23 @@ def test_a_wrong_residual_is_named(backend, error, residual):
         add_layer_norm(torch.randn(3, 8), residual, torch.randn(8))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [layer_norm, lambda x, *rest: add_layer_norm(x / 2, x / 2, *rest)[0]],
+    ids=["layer_norm", "add_layer_norm"],
+)
+def test_float64_has_statistics_in_float64(function):
+    """A mean that is rounded to fp32 is off by more here than these numbers differ from it."""
+    inputs = [1000.0 + 1e-5 * torch.randn(3, 8, dtype=torch.float64), *torch.randn(2, 8, dtype=torch.float64)]
+    gradients = []
+    for norm in (lambda x, w, b: function(x, w, b, 1e-12), lambda x, w, b: F.layer_norm(x, (8,), w, b, 1e-12)):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        norm(*leaves).backward(torch.arange(24.0, dtype=torch.float64).view(3, 8).sin())
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0.0)
+
+
 def test_float64_gradients_agree_with_finite_differences():
     def random(*shape):
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)

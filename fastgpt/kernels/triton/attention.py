@@ -43,7 +43,15 @@ from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.heads import empty_heads, split_heads
 from fastgpt.kernels.philox import dropout_threshold
 from fastgpt.kernels.triton import autotune
-from fastgpt.kernels.triton.launch import configuration, device_of, has_configuration, kernel, launch
+from fastgpt.kernels.triton.launch import (
+    cdiv,
+    configuration,
+    device_of,
+    has_configuration,
+    kernel,
+    launch,
+    next_power_of_2,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
 LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) ln(2)
@@ -576,7 +584,7 @@ def _constants(q: Tensor, k: Tensor, causal: bool, dropout_p: float, seed: Tenso
         "FP32": fp32,
         "D": q.shape[3],
         # tiles have sides that are powers of two; shipped configurations begin at 32
-        "BLOCK_D": max(32, triton.next_power_of_2(q.shape[3])),
+        "BLOCK_D": max(32, next_power_of_2(q.shape[3])),
     }
 
 
@@ -613,10 +621,10 @@ def _launch(
     (length, block), n_heads = along, q.shape[0] * q.shape[1]
 
     def run(config: dict[str, int]) -> None:
-        launch(kernel, (triton.cdiv(length, config[block]) * n_heads,), q, *args, **constants, **config)
+        launch(kernel, (cdiv(length, config[block]) * n_heads,), q, *args, **constants, **config)
 
     config = configuration(device_of(q), name, _kind(constants))
-    config = _tuned(q, kernel, f"{name} {q.dtype} {tuple(q.shape)} along {length} {constants}", config, run)
+    config = _tuned(q, kernel, (name, length, constants), config, run)
     if before is not None:
         before()
     run(config)
@@ -629,19 +637,22 @@ def _kind(constants: dict[str, Any]) -> str:
 
 
 def _tuned(
-    q: Tensor, kernel: Any, case: str, config: dict[str, int], run: Callable[[dict[str, int]], None]
-) -> dict[str, int]:
-    """``config``; or, with FASTGPT_AUTOTUNE, the fastest one measured on this device."""
+    q: Tensor, kernel: Any, case: tuple[str, int, dict[str, Any]], config: dict[str, int],
+    run: Callable[[dict[str, int]], None],
+) -> dict[str, int]:  # fmt: skip
+    """``config``; or, with FASTGPT_AUTOTUNE, the fastest one that was measured on this device."""
     if not (q.is_cuda and autotune.enabled()):
         return config
+    name, length, constants = case
+    key = f"{kernel.cache_key[:12]} {name} {q.dtype} {tuple(q.shape)} along {length} {constants}"
     with torch.cuda.device(q.device):
-        return autotune.best(device_of(q), f"{kernel.cache_key[:12]} {case}", config, run)
+        return autotune.best(device_of(q), key, config, run)
 
 
 def _launch_on_rows(kernel: Any, like: Tensor, *args: Any, D: int, BLOCK_D: int) -> None:
     """Launch a kernel without products on tensors shaped like ``like``, (B, H, T, D). A program takes BLOCK_M rows."""
     config = configuration(device_of(like), "attention_rows", f"D{BLOCK_D}")
-    grid = (triton.cdiv(like.shape[2], config["BLOCK_M"]) * like.shape[0] * like.shape[1],)
+    grid = (cdiv(like.shape[2], config["BLOCK_M"]) * like.shape[0] * like.shape[1],)
     launch(kernel, grid, like, *args, D=D, BLOCK_D=BLOCK_D, **config)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch
+from fastgpt.kernels.triton.launch import cdiv, configuration, device_of, kernel, launch
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def sum_of_shares(shares: Tensor, dtype: torch.dtype, main_grads: Sequence[Tenso
     config = configuration(device_of(shares), "sum_of_shares", "any")
     # (sums * 3)[:3]: the kernel has three pointers; those beyond K are repeated and not used
     launch(
-        _sum_kernel, (triton.cdiv(C, config["BLOCK_COLUMNS"]), K),
+        _sum_kernel, (cdiv(C, config["BLOCK_COLUMNS"]), K),
         shares, *(sums * 3)[:3], n_shares, C, **{f"ADD_{k}": (adds * 3)[k] for k in range(3)}, **config,
     )  # fmt: skip
     return [shares.new_empty(0, dtype=dtype) if add else total for add, total in zip(adds, sums, strict=True)]

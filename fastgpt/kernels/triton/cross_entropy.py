@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
+from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, next_power_of_2, rows_of
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
 LN2 = tl.constexpr(0.6931471805599453)  # log(x) = log2(x) ln(2)
@@ -125,7 +125,7 @@ def _in_place_kernel(
 
 def _configuration(logits: Tensor) -> dict[str, int]:
     """The shipped configuration; for a vocabulary smaller than its block, one block of the vocabulary's size."""
-    width = triton.next_power_of_2(logits.shape[1])
+    width = next_power_of_2(logits.shape[1])
     config = configuration(device_of(logits), "cross_entropy", "any")
     return config if width >= config["BLOCK"] else {"BLOCK": max(width, 128), "num_warps": 4}
 

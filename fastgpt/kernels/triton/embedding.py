@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.triton.columns import check_main_grad
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
+from fastgpt.kernels.triton.launch import cdiv, configuration, device_of, kernel, launch, rows_of
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def embedding_backward_(main_grad: Tensor, dy: Tensor, index: Tensor) -> None:
     tokens, order = torch.sort(index.to(torch.int32), stable=True)  # sorting int32 takes half the passes of int64
     config = configuration(device_of(dy), "embedding_backward", "any")
     n_parts = config.pop("BLOCKS")
-    n_blocks, across = triton.cdiv(n_rows, config["ROWS"]), triton.cdiv(n_columns, config["COLUMNS"])
+    n_blocks, across = cdiv(n_rows, config["ROWS"]), cdiv(n_columns, config["COLUMNS"])
     parts = dy.new_empty((n_blocks, 2, n_columns), dtype=torch.float32)
     launch(
         _runs_kernel, (n_blocks, across),

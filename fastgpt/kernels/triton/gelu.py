@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.triton.columns import sum_of_shares
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
+from fastgpt.kernels.triton.launch import cdiv, configuration, device_of, kernel, launch, rows_of
 
 TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi), so that 2u needs no product of its own
 CUBIC = tl.constexpr(0.044715)  # the coefficient of the approximation, from the paper
@@ -140,19 +140,19 @@ def _bias_backward_kernel(
 
 
 def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return y
     if bias is None:
         config = configuration(device_of(x), "gelu", "any")
         n = x.numel()
-        launch(_forward_kernel, (triton.cdiv(n, config["BLOCK"]),), x.contiguous(), y, n, TANH=tanh, **config)
+        launch(_forward_kernel, (cdiv(n, config["BLOCK"]),), x.contiguous(), y, n, TANH=tanh, **config)
         return y
     rows = rows_of(x)
     n_rows, n_columns = rows.shape
     config = configuration(device_of(x), "bias_gelu", "any")
     config.pop("programs_per_sm")
-    grid = (triton.cdiv(n_rows, config["ROWS"]) * triton.cdiv(n_columns, config["COLUMNS"]),)
+    grid = (cdiv(n_rows, config["ROWS"]) * cdiv(n_columns, config["COLUMNS"]),)
     launch(
         _bias_forward_kernel, grid,
         rows, bias.contiguous(), y, rows.stride(0), n_rows, n_columns, TANH=tanh, **config,
@@ -163,14 +163,14 @@ def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, _backward(dy, x, bias, tanh, bias_main_grad, dx, None)
 
 
 def gelu_backward_recompute_(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, _backward(dy, x, bias, tanh, bias_main_grad, dy, y)
 
 
@@ -186,7 +186,7 @@ def _backward(
     if bias is None:
         config = configuration(device_of(x), "gelu", "any")
         n = x.numel()
-        grid = (triton.cdiv(n, config["BLOCK"]),)
+        grid = (cdiv(n, config["BLOCK"]),)
         launch(
             _backward_kernel, grid,
             dy.contiguous(), x.contiguous(), dx, dx if y is None else y, n, TANH=tanh, AGAIN=y is not None, **config,
@@ -196,9 +196,9 @@ def _backward(
     n_rows, n_columns = x_rows.shape
     device = device_of(x)
     config = configuration(device, "bias_gelu", "any")
-    n_blocks = triton.cdiv(n_columns, config["COLUMNS"])
-    wanted = triton.cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)  # fill every multiprocessor
-    n_shares = min(triton.cdiv(n_rows, config["ROWS"]), wanted)
+    n_blocks = cdiv(n_columns, config["COLUMNS"])
+    wanted = cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)  # fill every multiprocessor
+    n_shares = min(cdiv(n_rows, config["ROWS"]), wanted)
     shares = x.new_empty((1, n_shares, n_columns), dtype=torch.float32)
     launch(
         _bias_backward_kernel, (n_blocks, n_shares),

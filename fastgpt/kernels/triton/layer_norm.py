@@ -15,13 +15,12 @@ gradient of the sum 4 C s.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import reference, slow_path
 from fastgpt.kernels.triton.columns import sum_of_shares
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
+from fastgpt.kernels.triton.launch import cdiv, configuration, device_of, kernel, launch, next_power_of_2, rows_of
 
 # The most columns that a shipped configuration takes, because a program holds whole rows in registers. Wider rows run
 # on plain PyTorch.
@@ -130,18 +129,19 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the sum (y itself without a residual), mean and rstd."""
-    y = x.new_empty(x.shape)
-    total = y if residual is None else x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = y if residual is None else torch.empty_like(y)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return y, total, mean, rstd
     rows = rows_of(x)
     added = rows if residual is None else rows_of(residual)
     n_rows, C = rows.shape
-    block = triton.next_power_of_2(C)
+    block = next_power_of_2(C)
     config = configuration(device_of(x), "layer_norm_forward", str(max(block, 64)))
     launch(
-        _forward_kernel, (triton.cdiv(n_rows, config["ROWS"]),),
+        _forward_kernel, (cdiv(n_rows, config["ROWS"]),),
         rows, added, weight.contiguous(), weight if bias is None else bias.contiguous(), y, total, mean, rstd,
         rows.stride(0), added.stride(0), n_rows, eps,
         C=C, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, BLOCK_C=block, **config,
@@ -180,14 +180,14 @@ def layer_norm_backward(
         return reference.layer_norm_backward(
             dy, dsum, x, weight, mean, rstd, needs_dbias, weight_main_grad, bias_main_grad, dx_sums
         )
-    dx = x.new_empty(x.shape)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dy_rows, x_rows = rows_of(dy), rows_of(x)
     dsum_rows = dy_rows if dsum is None else rows_of(dsum)
     n_rows, C = x_rows.shape
-    block = triton.next_power_of_2(C)
+    block = next_power_of_2(C)
     device = device_of(x)
     config = configuration(device, "layer_norm_backward", str(max(block, 64)))
-    n_programs = min(triton.cdiv(n_rows, config["ROWS"]), device.n_sm * config.pop("programs_per_sm"))
+    n_programs = min(cdiv(n_rows, config["ROWS"]), device.n_sm * config.pop("programs_per_sm"))
     sums = [weight_main_grad] + [bias_main_grad] * needs_dbias + [dx_sums] * (dx_sums is not None)
     shares = x.new_empty((len(sums), n_programs, C), dtype=torch.float32)
     launch(

@@ -5,12 +5,11 @@ A program owns a block of columns and walks down a share of the rows, which it s
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.triton.columns import check_main_grad, sum_of_shares
-from fastgpt.kernels.triton.launch import configuration, device_of, kernel, launch, rows_of
+from fastgpt.kernels.triton.launch import cdiv, configuration, device_of, kernel, launch, rows_of
 
 
 @kernel
@@ -43,9 +42,9 @@ def add_column_sums_(sums: Tensor, x: Tensor) -> None:
     n_rows, n_columns = rows.shape
     device = device_of(x)
     config = configuration(device, "column_sums", "any")
-    n_blocks = triton.cdiv(n_columns, config["COLUMNS"])
-    wanted = triton.cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)
-    n_shares = min(triton.cdiv(n_rows, config["ROWS"]), wanted)
+    n_blocks = cdiv(n_columns, config["COLUMNS"])
+    wanted = cdiv(device.n_sm * config.pop("programs_per_sm"), n_blocks)
+    n_shares = min(cdiv(n_rows, config["ROWS"]), wanted)
     shares = sums if n_shares == 1 else x.new_empty((1, n_shares, n_columns), dtype=torch.float32)
     launch(
         _column_sums_kernel, (n_blocks, n_shares),
