@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from bench.robustness.fuzz_files import SMALL, Damage, Entry, Line
-from bench.robustness.fuzz_kernels import Call, Floats, Steps
+from bench.robustness.fuzz_kernels import Call, Floats, Steps, Wrong
 
-ONE = Floats((1,), "float32", "contiguous", "normal", True)
+ONE, HALF = Floats((1,)), Floats((1,), "bfloat16")
 LONG = "x" * 300  # than a file's name may be
 
 EXAMPLES = {
@@ -18,6 +18,8 @@ EXAMPLES = {
         ),
         # an error that named no argument
         Steps((replace(ONE, shape=(), layout="negative"),), (replace(ONE, shape=()),), {}, {}, 1),
+        Steps((HALF,), (HALF,), {"stochastic_rounding": Wrong("text")}, {}, 1),
+        Steps((ONE,), (ONE,), {}, {"zero_grad": Wrong("text")}, 1),
     ],
     "files": [
         Damage("run/config.json", (Entry(at=0, how="rename", value="é\n"),)),  # an error of two lines

@@ -356,7 +356,7 @@ def steps(of: Any) -> Steps:
     }  # fmt: skip
     chosen = of(st.sets(st.sampled_from(sorted(defaults))))
     options = {name: defaults[name] for name in sorted(chosen)}
-    step = {"grad_scale": draw.option(1.0, 1.0, 0.5, Floats((), asks=False)), "zero_grad": of(st.booleans())}
+    step = {"grad_scale": draw.option(1.0, 1.0, 0.5, Floats((), asks=False)), "zero_grad": draw.option(False, True)}
     return Steps(params, grads, options, step, of(st.integers(1, 3)))
 
 
@@ -500,7 +500,7 @@ def compare(what: str, result: Tensor, truths: Sequence[Tensor], floor: float) -
 
 ADAMW_NAMES = {
     "params", "lr", "betas", "eps", "weight_decay", "max_grad_norm", "copies", "state_bits", "stochastic_rounding",
-    "skip_nonfinite", "grad", "exp_avg", "grad_scale", "step",
+    "skip_nonfinite", "grad", "exp_avg", "grad_scale", "step", "zero_grad",
 }  # fmt: skip
 
 

@@ -147,11 +147,12 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"state_bits: expected 8 or 32, got {state_bits}")
         if not isinstance(copies, Mapping | None):
             raise TypeError(f"copies: expected a dict from parameters to tensors, got {type(copies).__name__}")
+        checks.boolean("stochastic_rounding", stochastic_rounding)
+        checks.boolean("skip_nonfinite", skip_nonfinite)
         self.max_grad_norm = max_grad_norm
         self.copies = dict(copies or {})
         self.state_bits = state_bits
         self.stochastic_rounding = stochastic_rounding
-        checks.boolean("skip_nonfinite", skip_nonfinite)
         self.skip_nonfinite = skip_nonfinite
         self.grad_norm: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -341,11 +342,12 @@ class FusedAdamW(Optimizer):
         Raises:
             ValueError: an option that is not supported has been set in a group, or ``skip_above`` is given without
                 ``skip_nonfinite``.
-            TypeError: the kernels of a parameter do not take the dtype of its gradient, or ``grad_scale`` or
-                ``skip_above`` is not a number.
+            TypeError: the kernels of a parameter do not take the dtype of its gradient, ``grad_scale`` or
+                ``skip_above`` is not a number, or ``zero_grad`` not a bool.
             RuntimeError: a gradient is sparse; a gradient or state does not fit its parameter, for example because the
                 model was cast or moved after its first step; or a CUDA graph captures a step too early.
         """
+        checks.boolean("zero_grad", zero_grad)
         if skip_above is not None and not self.skip_nonfinite:
             raise ValueError("skip_above: needs skip_nonfinite=True")
         loss = None

@@ -1005,6 +1005,13 @@ def test_a_wrong_hyperparameter_is_named(name, value):
         FusedAdamW([Parameter(torch.ones(3))], **{name: value})
 
 
+@pytest.mark.parametrize("name", ["stochastic_rounding", "skip_nonfinite", "zero_grad"])
+def test_what_is_true_or_false_takes_nothing_else(name):
+    param = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=rf"^{name}: expected a bool, got str"):
+        FusedAdamW([param]).step(zero_grad="yes") if name == "zero_grad" else FusedAdamW([param], **{name: "yes"})
+
+
 def test_a_parameter_that_is_not_contiguous_is_refused():
     with pytest.raises(ValueError, match=r"^params: "):
         FusedAdamW([Parameter(torch.ones(3, 4).t())])
