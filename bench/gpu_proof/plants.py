@@ -163,7 +163,7 @@ SMALL_PLANTS = [
     Plant("linear: two programs, one share", "race", linear, SMALL["linear bias"],
           {"shares + share * n_columns": "shares + share // 2 * n_columns"}),
     Plant("columns: the last columns left out", "unwritten", columns, SMALL["sum_of_shares"],
-          {"triton.cdiv(C, config": "(C // config"}),
+          {"(cdiv(C, config": "((C // config"}),
     Plant("attention: delta never stored", "unwritten", attention, SMALL["attention fp32 D32"],
           {"tl.store(delta + rows, row_delta, mask=rows < n_query)": "pass"}),
     Plant("attention: dq added to without atomics", "race", attention, SMALL["attention single pass"],
@@ -194,8 +194,8 @@ LARGE_PLANTS = [
     Plant("gelu: rows on the grid's second axis", "grid", gelu, LARGE["gelu bias, 2**18 rows"],
           {"tl.program_id(0) % n_blocks * COLUMNS": "tl.program_id(0) * COLUMNS",
            "(tl.program_id(0) // n_blocks).to(tl.int64)": "tl.program_id(1).to(tl.int64)",
-           'grid = (triton.cdiv(n_rows, config["ROWS"]) * triton.cdiv(n_columns, config["COLUMNS"]),)':
-           'grid = (triton.cdiv(n_columns, config["COLUMNS"]), triton.cdiv(n_rows, config["ROWS"]))'}),
+           'grid = (cdiv(n_rows, config["ROWS"]) * cdiv(n_columns, config["COLUMNS"]),)':
+           'grid = (cdiv(n_columns, config["COLUMNS"]), cdiv(n_rows, config["ROWS"]))'}),
 ]  # fmt: skip
 
 BARRIER_PLANTS = [
