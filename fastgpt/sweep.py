@@ -74,19 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed, stopped = [], 0
     for one in plans if not options.report else ():
         status = train(one)
-        if status > 128:  # a signal that was meant for all of them
+        if status > 128:  # a signal, which ends the whole sweep
             stopped = status
             break
         if status:
             failed.append(one.name)
     rows = [row for one in plans if (row := summary(one)) is not None]
-    if not rows and stopped:
-        return stopped
     if not rows:
+        if stopped:
+            return stopped
         raise RequestError(f"no run in {folder} has been evaluated yet")
     json_files.write(folder / TABLE, {"varied": list(plans[0].values), "rows": rows})
     _print_table(rows)
-    if stopped:  # soon: whoever sent the signal may not wait for pictures
+    if stopped:  # without plots and samples, which would delay the end
         print(f"\ntable so far: {folder / TABLE}; the same command continues")
         return stopped
     plot(plans, rows, folder / PLOT)
@@ -172,9 +172,9 @@ def train(one: Planned) -> int:
 
 
 def launch(command: list[str]) -> int:
-    """Run a command to its end; its status, 128 + N if signal N ended it, or was sent to this process meanwhile.
+    """Run a command and return its exit status: 128 + N if signal N ended it or reached this process.
 
-    Training saves a checkpoint when it is told to stop, which takes as long as it takes: it is waited for.
+    A run that receives a signal saves a checkpoint before it ends. This function waits until it has ended.
     """
     told = 0
     with subprocess.Popen(command) as process:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import index
-from bench.records import RESULTS
+from bench.records import RESULTS, collect
 
 CONFIG = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 10, "vocab_size": 5}
 
@@ -105,6 +105,8 @@ def test_predictions_are_not_in_the_index():
     rows = [line for line in index.INDEX.read_text().splitlines() if line.startswith("|")]
     assert len(rows) > 50
     assert not [row for row in rows if "ahead_of_time" in row]
+    measured = {index.device_of([found]) for _, found in collect(RESULTS)}
+    assert all(any(device in row for device in measured) for row in rows if "NVIDIA" in row)
 
 
 def test_a_gpu_is_named_with_its_capability():
