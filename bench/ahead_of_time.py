@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,7 @@ from triton.runtime import driver
 
 from bench import bounds, sass
 from bench.bounds import GPUS, blocks_per_sm, bound
-from fastgpt import gpus, limits
-from fastgpt.kernels import heads
+from fastgpt import limits
 from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
@@ -232,15 +232,20 @@ def compile_case(name: str, arch: int, overrides: dict[str, int] | None = None) 
                 tensor=machine.count("tensor"),
                 serialised=machine.serialised,
                 loops=[dict(sass.pipes(loop)) for loop in machine.loops],
-                bounds=bound(gpu, kernel_name(kernel), machine, grid, args, options),
+                bounds=bound(gpu, bounds.Launch(kernel_name(kernel), machine, grid, args, options)),
             )
         )
 
-    device = launch.Device(gpu.name, arch, gpu.n_sm, gpu.shared_memory)
-    with launch.ahead_of_time(device, compile):
+    with launch.ahead_of_time(_device(arch), compile):
         CASES[name]()
     unique = {(r.kernel, json.dumps(r.config), r.registers, r.shared): r for r in rows}
     return list(unique.values())
+
+
+def _device(arch: int) -> launch.Device:
+    """The card that stands for an architecture, as a launch sees it."""
+    gpu = GPUS[arch]
+    return launch.Device(gpu.name, arch, gpu.n_sm, gpu.shared_memory)
 
 
 CONFIGURED = (
@@ -269,20 +274,36 @@ def compile_all(jobs: list[tuple[str, int, dict[str, int]]]) -> Iterator[Row]:
 # ---- the record of what was compiled ----
 
 
-def op_of(case: str) -> str:
-    """The file of fastgpt/kernels/triton/ with the kernels that a case launches."""
-    return case.partition(" ")[0].removesuffix("_8bit")
-
-
 def digest(case: str, arch: int) -> str:
-    """A digest of all that a case's rows depend on: Triton, the op's kernels and configurations, and this reader."""
-    folder, others = Path(launch.__file__).parent, {op_of(name) for name in CASES} - {op_of(case)}
-    sources = [path for path in sorted(folder.glob("*.py")) if path.stem not in others]
-    sources += [folder / "configs" / f"{name}.json" for name in ("any", f"sm_{arch}")]
-    sources += [Path(str(module.__file__)) for module in (sys.modules[__name__], bounds, sass, gpus)]
-    layouts = [inspect.getsource(function) for function in (heads.empty_heads, heads.split_heads)]
-    everything = [triton.__version__, *layouts, *(path.read_text() for path in sources)]
-    return hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
+    """A digest of all that a case's rows depend on: Triton, what the case launches on ``arch``, and how it is read."""
+    launches: list[Any] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        # cache_key: Triton's own digest of a kernel's source and of all that it calls
+        work_of = bounds.WORK.get(kernel_name(kernel).split()[0])
+        launches.append((kernel_name(kernel), kernel.cache_key, grid, [_described(a) for a in args], options))
+        launches.append(inspect.getsource(work_of) if work_of else None)
+
+    with launch.ahead_of_time(_device(arch), note):
+        CASES[case]()
+    everything = [triton.__version__, GPUS[arch], launches, _reader()]
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+@cache
+def _reader() -> list[Any]:
+    """All that turns a launch into a row, but for ``bounds.WORK``: what one op's work is says nothing of another's."""
+    works, of_bounds = set(bounds.WORK.values()), vars(bounds)
+    functions = [f for f in of_bounds.values() if inspect.isfunction(f) and f not in works]
+    constants = {name: of_bounds[name] for name in of_bounds if name.isupper() and name not in ("GPUS", "WORK", "GPU")}
+    return [CONFIGURED, constants, *map(inspect.getsource, [*functions, Row, compile_case, sass])]
+
+
+def _described(argument: Any) -> Any:
+    """All of an argument that a kernel is compiled for, and its size."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, tuple(argument.shape), argument.stride(), argument.storage_offset()
+    return argument
 
 
 def recorded() -> dict[tuple[str, int], list[Row]]:

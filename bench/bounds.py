@@ -7,7 +7,9 @@ in proportion to their width. Atomic additions count as stores, because NVIDIA d
 adds. So kernels with atomics may be further from their bound than others.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from bench.sass import Instruction, Machine
 from fastgpt import gpus
@@ -44,15 +46,33 @@ def blocks_per_sm(gpu: GPU, registers: int, shared: int, warps: int) -> int:
     )
 
 
-def bound(
-    gpu: GPU, kernel: str, machine: Machine, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-) -> dict[str, float]:
+class Launch(NamedTuple):
+    """A kernel, what it was compiled to, and what it is given."""
+
+    kernel: str  # file and function
+    machine: Machine
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        """How many there are."""
+        return math.prod(self.grid)
+
+
+# The instructions of one repeat, the number of repeats in the whole launch, and the bytes that must be moved.
+Work = tuple[list[Instruction], float, float]
+
+
+def bound(gpu: GPU, launch: Launch) -> dict[str, float]:
     """Microseconds that each resource needs at least; empty for kernels that take no time in a training step."""
-    work = _work(kernel, machine, grid, args, options)
+    work_of = WORK.get(launch.kernel.split()[0])
+    work = work_of(launch) if work_of else None
     if work is None:
         return {}
     instructions, repeats, n_bytes = work
-    warps = options.get("num_warps", 4) * repeats
+    warps = launch.options.get("num_warps", 4) * repeats
     per_second = gpu.n_sm * gpu.boost_mhz * 1e6
     flops = sum(_mma_flops(i) for i in instructions)
     special = 32 * sum(i.pipe == "special" for i in instructions)  # one result for each thread of a warp
@@ -66,64 +86,96 @@ def bound(
     return {name: 1e6 * s for name, s in seconds.items() if s > 0.0}
 
 
-def _work(
-    kernel: str, machine: Machine, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[list[Instruction], float, float] | None:
-    """The instructions of one repeat, the number of repeats in the whole launch, and the bytes that must be moved."""
-    programs = grid[0] * (grid[1] if len(grid) > 1 else 1)
+def _attention(launch: Launch) -> Work | None:
+    kernel, machine, grid, args, options = launch
     if kernel == "attention delta":
         out = args[0]
-        return machine.code, programs, out.numel() * (2 * out.element_size() + 4)
+        return machine.code, launch.programs, out.numel() * (2 * out.element_size() + 4)
     if kernel == "attention round_dq":
         sums, dq = args[:2]
-        return machine.code, programs, sums.numel() * (4 + dq.element_size())
-    if kernel.startswith("attention"):
-        # take the loop without a mask for both loops; the masked one has a compare and a select more for each element
-        loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
-        if not loops or not options["SQUARE"]:  # the work is stated for as many keys as queries only
-            return None
-        # the number of tensors of the size of q, and further bytes per element of q: the sums of dq, in fp32, enter L2
-        # once and leave it once
-        moved, besides = {"forward": (4, 0), "dq": (6, 0), "dk_dv": (6, 0), "single_pass": (6, 8)}[kernel.split()[1]]
-        q = args[0]
-        n_bytes = q.numel() * (moved * q.element_size() + besides)
-        return min(loops, key=len), _tiles(kernel, q.shape, grid, options), n_bytes
-    if kernel.startswith("layer_norm"):
-        x = args[0]
-        passes = {"forward": 2 + 2 * options.get("HAS_RESIDUAL", 0), "backward": 3 + options.get("HAS_DSUM", 0)}
-        n_bytes = passes[kernel.split()[1]] * x.numel() * x.element_size()
-        if kernel == "layer_norm forward":
-            return machine.code, programs, n_bytes
-        return _looped(machine), -(-x.shape[0] // options["ROWS"]), n_bytes
-    if kernel.startswith("gelu"):
-        x = args[0]
-        n_bytes = (2 if "forward" in kernel else 3 + options["AGAIN"]) * x.numel() * x.element_size()
-        if kernel == "gelu bias_backward":
-            blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
-            return _looped(machine), blocks, n_bytes
-        return machine.code, programs, n_bytes
-    if kernel == "linear column_sums":
-        x = args[0]
-        blocks = -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
-        return _looped(machine), blocks, x.numel() * x.element_size()
-    if kernel == "embedding runs":
-        dy, _, _, main_grad = args[:4]
-        n_tokens = min(main_grad.shape[0], dy.shape[0])  # at most, if all are different
-        n_bytes = dy.numel() * dy.element_size() + 8 * n_tokens * dy.shape[1]
-        return _looped(machine), dy.shape[0] * -(-dy.shape[1] // options["COLUMNS"]), n_bytes
-    if kernel.startswith("cross_entropy"):
-        logits = args[1] if kernel == "cross_entropy backward" else args[0]
-        rows, classes = logits.shape
-        n_bytes = (1 if kernel == "cross_entropy forward" else 2) * logits.numel() * logits.element_size()
-        return _looped(machine), rows * -(-classes // options["BLOCK"]), n_bytes
+        return machine.code, launch.programs, sums.numel() * (4 + dq.element_size())
+    # take the loop without a mask for both loops; the masked one has a compare and a select more for each element
+    loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
+    if not loops or not options["SQUARE"]:  # the work is stated for as many keys as queries only
+        return None
+    # the number of tensors of the size of q, and further bytes per element of q: the sums of dq, in fp32, enter L2 once
+    # and leave it once
+    moved, besides = {"forward": (4, 0), "dq": (6, 0), "dk_dv": (6, 0), "single_pass": (6, 8)}[kernel.split()[1]]
+    q = args[0]
+    n_bytes = q.numel() * (moved * q.element_size() + besides)
+    return min(loops, key=len), _tiles(kernel, q.shape, grid, options), n_bytes
+
+
+def _layer_norm(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    x = args[0]
+    passes = {"forward": 2 + 2 * options.get("HAS_RESIDUAL", 0), "backward": 3 + options.get("HAS_DSUM", 0)}
+    n_bytes = passes[kernel.split()[1]] * x.numel() * x.element_size()
+    if kernel == "layer_norm forward":
+        return machine.code, launch.programs, n_bytes
+    return _looped(machine), -(-x.shape[0] // options["ROWS"]), n_bytes
+
+
+def _gelu(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    x = args[0]
+    n_bytes = (2 if "forward" in kernel else 3 + options["AGAIN"]) * x.numel() * x.element_size()
+    if kernel == "gelu bias_backward":
+        return _looped(machine), _blocks_of(x, options), n_bytes
+    return machine.code, launch.programs, n_bytes
+
+
+def _linear(launch: Launch) -> Work | None:
+    x = launch.args[0]
+    return _looped(launch.machine), _blocks_of(x, launch.options), x.numel() * x.element_size()
+
+
+def _embedding(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    if kernel != "embedding runs":
+        return None
+    dy, _, _, main_grad = args[:4]
+    n_tokens = min(main_grad.shape[0], dy.shape[0])  # at most, if all are different
+    n_bytes = dy.numel() * dy.element_size() + 8 * n_tokens * dy.shape[1]
+    return _looped(machine), dy.shape[0] * -(-dy.shape[1] // options["COLUMNS"]), n_bytes
+
+
+def _cross_entropy(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    logits = args[1] if kernel == "cross_entropy backward" else args[0]
+    rows, classes = logits.shape
+    n_bytes = (1 if kernel == "cross_entropy forward" else 2) * logits.numel() * logits.element_size()
+    return _looped(machine), rows * -(-classes // options["BLOCK"]), n_bytes
+
+
+def _adamw(launch: Launch) -> Work | None:
+    kernel, machine, _, _, options = launch
+    elements = launch.programs * options.get("CHUNK", 0)
     if kernel == "adamw squares":
-        return _looped(machine), programs * options["CHUNK"] // options["BLOCK"], 4 * programs * options["CHUNK"]
+        return _looped(machine), elements // options["BLOCK"], 4 * elements
     if kernel == "adamw compact":
-        return machine.code, programs, 10 * programs * options["CHUNK"]
+        return machine.code, launch.programs, 10 * elements
     if kernel == "adamw adamw":
         # bytes per parameter: 4 fp32 read and 3 written, the bf16 copy, and the zeroed fp32 gradient
-        return machine.code, programs, (28 + 2 + 4) * programs * options["CHUNK"]
+        return machine.code, launch.programs, (28 + 2 + 4) * elements
     return None
+
+
+# By file of fastgpt/kernels/triton/, the work of its launches. One without work here takes no time in a training step.
+WORK: dict[str, Callable[[Launch], Work | None]] = {
+    "attention": _attention,
+    "layer_norm": _layer_norm,
+    "gelu": _gelu,
+    "linear": _linear,
+    "embedding": _embedding,
+    "cross_entropy": _cross_entropy,
+    "adamw": _adamw,
+}
+
+
+def _blocks_of(x: Any, options: dict[str, Any]) -> int:
+    """The blocks of ROWS by COLUMNS that ``x``, (N, C), has."""
+    return -(-x.shape[1] // options["COLUMNS"]) * -(-x.shape[0] // options["ROWS"])
 
 
 def _looped(machine: Machine) -> list[Instruction]:
