@@ -374,7 +374,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if vram:
         memory = Bound(int(parse_gigabytes("vram", vram) * GIB), "--vram")
     setup = Setup(
-        model, config.batch_size or 1, device_type, dtype, config.state_bits, deterministic=config.deterministic
+        model,
+        config.batch_size or 1,
+        device_type,
+        dtype,
+        config.state_bits,
+        deterministic=config.deterministic,
+        optimizer=config.optimizer,
     )
     budget = int(parse_count("tokens", tokens)) if tokens else None
     planned = make(config, machine, setup, memory, dataset_tokens, budget, threads, loaded)

@@ -24,6 +24,7 @@ from fastgpt.kernels.modules import (
     Linear,
     LinearCrossEntropyLoss,
 )
+from fastgpt.kernels.muon import FusedMuon
 
 __all__ = [
     "GELU",
@@ -32,6 +33,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Embedding",
     "FusedAdamW",
+    "FusedMuon",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",

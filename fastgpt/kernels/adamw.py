@@ -199,16 +199,24 @@ class FusedAdamW(Optimizer):
         # without its decorator, which disables Dynamo and imports it to do so: a second, and 140 MiB
         inspect.unwrap(Optimizer.add_param_group)(self, param_group)
         group = self.param_groups.pop()  # appended again below, once it is checked
-        _check_hyperparameters(group)
+        self._check_group(group)
         for param in group["params"]:
-            self._check_parameter(param)
+            self._check_parameter(param, group)
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError("params: a parameter is given twice")
         if self._needs_adamw_8bit and "seed" not in group:
             group["seed"] = sharded.common_seed(group["params"])
         self.param_groups.append(group)
 
-    def _check_parameter(self, param: Any) -> None:
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Check the hyperparameters of a group that is added or loaded."""
+        _check_hyperparameters(group)
+
+    def _moment_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the state of a parameter of ``group`` has besides the number of steps."""
+        return "exp_avg", "exp_avg_sq"
+
+    def _check_parameter(self, param: Any, group: Mapping[str, Any]) -> None:
         shape = tuple(param.shape)
         checks.floating(params=param)
         if not sharded.local(param).is_contiguous():
@@ -248,7 +256,8 @@ class FusedAdamW(Optimizer):
             ValueError: a name, shape or dtype differs.
         """
         step = torch.zeros((), dtype=torch.float32, device=param.device)
-        for name, expected in self._new_state(torch.empty_like(param, device="meta")).items():
+        group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
+        for name, expected in self._new_state(torch.empty_like(param, device="meta"), group).items():
             given = step if name == "step" else moments.get(name)
             if given is None or given.shape != expected.shape or given.dtype != expected.dtype:
                 raise ValueError(f"moments: expected {name} of shape {tuple(expected.shape)}, {expected.dtype}")
@@ -280,14 +289,14 @@ class FusedAdamW(Optimizer):
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups, own = state_dict["param_groups"], self.param_groups
         for group in groups:
-            _check_hyperparameters(group)
+            self._check_group(group)
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
             return state_dict  # PyTorch raises the error
-        for p, state in _states_by_parameter(own, state_dict):
+        for p, state, group in _states_by_parameter(own, state_dict):
             bits = 8 if "exp_avg_scale" in state else 32
             if bits != self.state_bits:
                 raise ValueError(f"state_dict: has moments of {bits} bits, but state_bits is {self.state_bits}")
-            for name, expected in self._new_state(torch.empty_like(p, device="meta")).items():
+            for name, expected in self._new_state(torch.empty_like(p, device="meta"), group).items():
                 if name not in state:
                     raise ValueError(f"state_dict: a parameter of shape {tuple(p.shape)} has no {name}")
                 if name != "step" and state[name].shape != expected.shape:
@@ -306,10 +315,10 @@ class FusedAdamW(Optimizer):
         for group, seed in zip(self.param_groups, seeds, strict=True):
             if seed is not None:
                 group.setdefault("seed", seed)  # a state_dict of torch.optim.AdamW has none
-        for p, state in _states_by_parameter(self.param_groups, state_dict):
+        for p, state, group in _states_by_parameter(self.param_groups, state_dict):
             own = self.state[p]
             own["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device).reshape(())
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in self._moment_names(group):
                 own[name] = state[name].to(p.device, self._moment_dtype(p.dtype)).contiguous()
                 if self.state_bits == 8:
                     own[f"{name}_scale"] = state[f"{name}_scale"].to(p.device, torch.float32).contiguous()
@@ -377,6 +386,7 @@ class FusedAdamW(Optimizer):
         """The parameters of a group that have a gradient, checked, divided into what one call of a kernel takes."""
         _check_fixed_options(group)  # which other code may have set since
         batches: dict[tuple[int, torch.device, str, bool], Batch] = {}
+        first_moment = self._moment_names(group)[0]
         kind: tuple[torch.device, torch.dtype] | None = None
         for p in group["params"]:
             grad = p.grad
@@ -391,9 +401,9 @@ class FusedAdamW(Optimizer):
             if not state:
                 if capturing:
                     raise RuntimeError(CAPTURED_TOO_EARLY)
-                state |= self._new_state(p)
+                state |= self._new_state(p, group)
                 self._steps[p] = state["step"], state["step"]._version, 0
-            moment = state["exp_avg"]
+            moment = state[first_moment]
             if not (
                 moment.dtype == moment_dtype and grad.dtype == dtype and moment.device == grad.device == device
                 and moment.shape == grad.shape == p.shape and p.is_contiguous()
@@ -452,15 +462,17 @@ class FusedAdamW(Optimizer):
             raise RuntimeError(CAPTURED_TOO_EARLY)
         return int(step)  # loaded, changed by other code, or changed by a graph's replays
 
-    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
+    def _new_state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state before the first step, zeros; the keys have the order of ``torch.optim.AdamW``."""
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-        dtype = self._moment_dtype(p.dtype)
-        for name in ("exp_avg", "exp_avg_sq"):
+        dtype, names = self._moment_dtype(p.dtype), self._moment_names(group)
+        for name in names:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         if self.state_bits == 8:
-            for name in ("exp_avg_scale", "exp_avg_sq_scale"):
-                state[name] = torch.zeros(-(-p.numel() // MOMENT_BLOCK), dtype=torch.float32, device=p.device)
+            for name in names:
+                state[f"{name}_scale"] = torch.zeros(
+                    -(-p.numel() // MOMENT_BLOCK), dtype=torch.float32, device=p.device
+                )
         return state
 
     def _scale(
@@ -474,14 +486,14 @@ class FusedAdamW(Optimizer):
         measured = self.max_grad_norm is not None or self.skip_nonfinite
         if not batches or (not measured and not isinstance(grad_scale, Tensor) and grad_scale == 1.0):
             return None
-        scale = _on_device("grad_scale", grad_scale, torch.float32, batches[0].place[0])
+        scale = on_device("grad_scale", grad_scale, torch.float32, batches[0].place[0])
         if not measured:
             return scale
         self.grad_norm = _norm(batches) * scale
         if self.skip_nonfinite:
             stepping = self.grad_norm.isfinite()
             if skip_above is not None:
-                stepping &= self.grad_norm <= _on_device("skip_above", skip_above, torch.float32, scale.device)
+                stepping &= self.grad_norm <= on_device("skip_above", skip_above, torch.float32, scale.device)
             self.found_inf = stepping.logical_not().float()
         if self.max_grad_norm is None:
             return scale
@@ -500,7 +512,7 @@ class FusedAdamW(Optimizer):
         copies = [self.copies[p] for p in params] if self.copies else []
         if distributed:
             tensors, copies = [list(map(sharded.local, part)) for part in tensors], list(map(sharded.local, copies))
-        lr = _on_device("lr", group["lr"], torch.float64, device)
+        lr = on_device("lr", group["lr"], torch.float64, device)
         found_inf = None if self.found_inf is None else self.found_inf.to(device)
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
@@ -548,7 +560,7 @@ def _norm(batches: list[Batch]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 
-def _on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number or a tensor of one element as a 0-dim tensor on ``device``.
 
     A number is written by a kernel that has it as an argument, without a copy from the host. A tensor is copied only if
@@ -563,10 +575,12 @@ def _on_device(name: str, value: float | Tensor, dtype: torch.dtype, device: tor
     return value.to(device, dtype).reshape(())
 
 
-def _states_by_parameter(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
-    """The parameters of ``groups`` that have a state in ``state_dict``, each with its state."""
+def _states_by_parameter(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> list[tuple[Tensor, Any, dict[str, Any]]]:
+    """The parameters of ``groups`` that have a state in ``state_dict``, each with its state and its group."""
     return [
-        (p, state_dict["state"][index])
+        (p, state_dict["state"][index], group)
         for group, saved in zip(groups, state_dict["param_groups"], strict=True)
         for p, index in zip(group["params"], saved["params"], strict=True)
         if state_dict["state"].get(index)

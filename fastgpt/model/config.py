@@ -59,6 +59,11 @@ class GPTConfig:
         }
 
     @property
+    def n_params_of_blocks(self) -> int:
+        """Parameters in the matrices of the blocks, which Muon updates."""
+        return self.n_layer * 12 * self.n_embd * self.n_embd
+
+    @property
     def n_params(self) -> int:
         """All parameters."""
         return sum(self.parameters_by_part.values())

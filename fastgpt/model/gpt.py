@@ -72,6 +72,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, deterministic: bool) -> None:
         super().__init__()
         self.c_attn = kernels.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        # rows of q, k and v: three matrices to an optimizer
+        self.c_attn.weight.stacked = (config.n_embd,) * 3  # type: ignore[attr-defined]
         self.c_proj = kernels.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.deterministic = deterministic

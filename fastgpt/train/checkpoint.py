@@ -55,6 +55,7 @@ class State:
     loader: dict[str, int]
     model: GPTConfig
     state_bits: int = 32  # of the moments
+    optimizer: str = "adamw"
     skipped: int = 0  # updates
     skipped_in_a_row: int = 0  # just before this step, because gradients were not finite
     most_in_a_row: int = 0
@@ -75,6 +76,8 @@ class State:
             raise ValueError(f"step {self.step}, tokens {self.tokens}, skipped {self.skipped} are not those of a run")
         if self.state_bits not in (8, 32) or self.loss_scale <= 0.0:
             raise ValueError(f"state_bits {self.state_bits}, loss_scale {self.loss_scale} are not those of a run")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer {self.optimizer} is neither adamw nor muon")
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size {self.eval_batch_size} is less than 1")
 
@@ -119,7 +122,8 @@ def save(
         run_dir: the run's folder.
         state: the rest of the run's state.
         parameters: fp32, by name.
-        moments: ``exp_avg`` and ``exp_avg_sq``, and with 8 bits their scales, each by parameter name.
+        moments: ``exp_avg`` and ``exp_avg_sq``, with 8 bits their scales, and Muon's ``momentum_buffer``, each by
+            parameter name.
         keep: how many of the newest remain, with this one; the one with the best validation loss always does. ``None``
             for all.
         random: from :func:`random_state`, now if ``None``.
@@ -192,9 +196,13 @@ def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], others: di
     return target
 
 
-def n_bytes(parameters: int, state_bits: int) -> int:
-    """The size of a checkpoint of a model: fp32 parameters and two moments, in 8 bits with an fp32 scale for 256."""
-    return parameters * 4 + 2 * (parameters * 4 if state_bits == 32 else parameters + parameters // 64)
+def n_bytes(parameters: int, state_bits: int, of_muon: int = 0) -> int:
+    """The size of a checkpoint of a model: fp32 parameters and two moments, in 8 bits with an fp32 scale for 256.
+
+    Muon has one moment for each of the parameters that it updates, ``of_muon``.
+    """
+    moments = 2 * parameters - of_muon
+    return parameters * 4 + (moments * 4 if state_bits == 32 else moments + moments // 64)
 
 
 def _write(partial: Path, state: State, parameters: dict[str, Tensor], others: dict[str, Tensor]) -> None:

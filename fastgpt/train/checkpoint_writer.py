@@ -72,7 +72,7 @@ class CheckpointWriter:
         def write() -> None:
             try:
                 before_writing()
-                named = {kind: store.named(flat) for kind, flat in (copies or flats).items()}
+                named = {kind: store.named(flat, kind) for kind, flat in (copies or flats).items()}
                 parameters = named.pop("master")
                 checkpoint.save(self._run_dir, state, parameters, named, keep, random, best_before)
             except (RequestError, checkpoint.NotSaved) as error:  # for the thread that waits

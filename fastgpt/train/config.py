@@ -28,7 +28,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "total_batch_size", "warmup_iters", "checkpoint_interval", "max_hours", "learning_rate", "min_lr",
-    "weight_decay", "grad_clip", "skip_spikes",
+    "weight_decay", "grad_clip", "skip_spikes", "muon_learning_rate", "momentum",
 )  # fmt: skip
 
 # No computer takes more: a larger number is a slip, and would only be found when it has filled the memory.
@@ -80,6 +80,9 @@ class TrainConfig:
     max_hours: float = _option(0.0, "stop with a checkpoint after this many hours; 0: no limit")
 
     # optimizer
+    optimizer: Literal["adamw", "muon"] = _option(
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest; fewer tokens to the same loss"
+    )
     learning_rate: float = _option(6e-4, "peak learning rate")
     min_lr: float = _option(6e-5, "learning rate at the end of the cosine decay")
     warmup_iters: int = _option(2000, "updates of linear warm-up")
@@ -88,6 +91,10 @@ class TrainConfig:
     beta1: float = _option(0.9, "AdamW's decay rate of the first moment")
     beta2: float = _option(0.95, "AdamW's decay rate of the second moment")
     weight_decay: float = _option(0.1, "weight decay of matrices; vectors have none")
+    muon_learning_rate: float = _option(
+        0.0, "Muon's peak learning rate, on AdamW's scale (its steps are as large as AdamW's); 0: --learning_rate"
+    )
+    momentum: float = _option(0.95, "Muon's momentum")
     grad_clip: float = _option(1.0, "gradients are scaled down to at most this norm; 0: no clipping")
     max_skipped_updates: int = _option(
         10, "end the run after so many updates in a row whose gradients are not finite; each is skipped"
@@ -155,9 +162,15 @@ class TrainConfig:
                 f"--recompute {self.recompute} has no effect with --compile, where the compiler chooses what is kept: "
                 "leave out one of them"
             )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise RequestError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.optimizer == "muon" and self.state_bits == 8:
+            raise RequestError(
+                "--state_bits 8 is for AdamW's moments; --optimizer muon keeps one of 32 bits a parameter"
+            )
+        if self.muon_learning_rate and (self.optimizer != "muon" or not self.learning_rate):
+            raise RequestError("--muon_learning_rate needs --optimizer muon, and a --learning_rate above 0")
         if self.lr_decay_iters < self.warmup_iters:
             raise RequestError(
                 f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up "
@@ -183,6 +196,11 @@ class TrainConfig:
             step, peak=self.learning_rate, floor=self.min_lr, warmup_iters=self.warmup_iters,
             decay_iters=self.lr_decay_iters,
         )  # fmt: skip
+
+    @property
+    def muon_lr_ratio(self) -> float:
+        """Muon's learning rate divided by AdamW's, at every step."""
+        return self.muon_learning_rate / self.learning_rate if self.muon_learning_rate else 1.0
 
     def torch_dtype(self, automatic: torch.dtype) -> torch.dtype:
         """The dtype of the weights that the model computes with; ``automatic`` for ``--dtype auto``."""

@@ -103,6 +103,10 @@ def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dat
         raise RequestError(
             f"cannot resume: {path} holds moments of {state.state_bits} bits; pass --state_bits {state.state_bits}"
         )
+    if state.optimizer != config.optimizer:
+        raise RequestError(
+            f"cannot resume: {path} holds the state of {state.optimizer}; pass --optimizer {state.optimizer}"
+        )
     if state.data is not None and state.data.id != dataset.identity:
         raise RequestError(
             f"cannot resume: {path} was trained on {state.data.path} ({state.data.id[:12]}), and "

@@ -219,7 +219,13 @@ def _fill_in(
     predictable = hardware.known_gpu(device) is not None and dispatch.backend_of(device, dtype)[0] != "reference"
     machine = roofline.at_hand(device, dtype) if automatic or predictable else None
     setup = Setup(
-        gpt_config, config.batch_size or 1, device.type, dtype, config.state_bits, deterministic=config.deterministic
+        gpt_config,
+        config.batch_size or 1,
+        device.type,
+        dtype,
+        config.state_bits,
+        deterministic=config.deterministic,
+        optimizer=config.optimizer,
     )
     found: list[micro_batch.Choice] = []
     if machine is not None and automatic:

@@ -1,4 +1,4 @@
-"""One update of a model: micro-batches forward and backward, then norm, clip and AdamW.
+"""One update of a model: micro-batches forward and backward, then norm, clip and AdamW, or Muon.
 
 No pass over memory only casts, zeroes or sums. The model reads weights in the training dtype, which the optimizer's
 kernel has written. Gradients are accumulated in fp32 by the kernels that compute them. The optimizer's kernel sets them
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import FusedAdamW
+from fastgpt.kernels import FusedAdamW, FusedMuon
 from fastgpt.model import GPT
 from fastgpt.train.memory import ran_out
 from fastgpt.train.parameters import ParameterStore
@@ -53,6 +53,9 @@ class TrainStep:
         weight_decay: on matrices; vectors have none.
         max_grad_norm: gradients are scaled down to at most this L2 norm; ``None`` for no clipping.
         state_bits: of each of AdamW's moments, 8 or 32.
+        muon: update the matrices of the blocks by Muon.
+        muon_lr_ratio: Muon's learning rate divided by AdamW's, for steps of the same size (``match_rms_adamw``).
+        momentum: Muon's.
         skip_spikes: skip an update whose loss or gradient norm is more than this many standard deviations above the
             mean of the last ones (see :class:`SpikeDetector`); 0 for none.
         compile: run the model through ``torch.compile``; excludes graphs.
@@ -88,24 +91,34 @@ class TrainStep:
         weight_decay: float = 0.1,
         max_grad_norm: float | None = 1.0,
         state_bits: int = 32,
+        muon: bool = False,
+        muon_lr_ratio: float = 1.0,
+        momentum: float = 0.95,
         skip_spikes: float = 0.0,
         compile: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
-        self.store = ParameterStore(model, dtype, device)
+        self.store = ParameterStore(model, dtype, device, muon)
         groups = self.store.groups(weight_decay)
-        self.optimizer = FusedAdamW(
-            groups, 0.0, betas, max_grad_norm=max_grad_norm, copies=self.store.copies(groups), state_bits=state_bits,
-            skip_nonfinite=True,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "max_grad_norm": max_grad_norm, "copies": self.store.copies(groups), "skip_nonfinite": True,
+        }  # fmt: skip
+        self.optimizer: FusedAdamW
+        if muon:
+            groups = [group if group["use_muon"] else {**group, "betas": betas} for group in groups]
+            options |= {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizer = FusedMuon(groups, 0.0, **options)
+        else:
+            self.optimizer = FusedAdamW(groups, 0.0, betas, state_bits=state_bits, **options)
         self.moments = self.store.moments(state_bits)
-        for i, group in enumerate(groups):
-            parts = {kind: self.store.parts(flat)[i] for kind, flat in self.moments.items()}
-            self.optimizer.use_state(group["params"][0], parts)
-        # A tensor, because a recorded graph reads its current value; fp64, so that it is the rate that was asked for.
+        for group in groups:
+            for param in group["params"]:
+                self.optimizer.use_state(param, self.store.state_of(param, self.moments))
+        # Tensors, because a recorded graph reads their current value; fp64, so that it is the rate that was asked for.
         self.lr = torch.zeros((), dtype=torch.float64, device=self.store.master.device)
+        self.muon_lr, self.muon_lr_ratio = torch.zeros_like(self.lr), muon_lr_ratio
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.muon_lr if group.get("use_muon") else self.lr
         self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
         self.loss = torch.zeros((), device=self.lr.device)
@@ -142,6 +155,7 @@ class TrainStep:
             RuntimeError: a CUDA graph could not be recorded.
         """
         self.lr.fill_(lr)
+        self.muon_lr.fill_(lr * self.muon_lr_ratio)
         self._number.fill_(number)
         for _ in range(self.accumulation):
             self.micro_step(next_batch())

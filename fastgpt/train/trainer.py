@@ -106,6 +106,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             max_grad_norm=config.grad_clip or None,
             state_bits=config.state_bits,
+            muon=config.optimizer == "muon",
+            muon_lr_ratio=config.muon_lr_ratio,
+            momentum=config.momentum,
             skip_spikes=config.skip_spikes,
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -520,7 +523,9 @@ class Trainer:
         # the newest ones, the best one, and the one that is being written
         there = len(checkpoint.steps(self.run_dir)) if config.init_from == "resume" else 0
         at_most = config.keep_checkpoints + 2 - there
-        size = checkpoint.n_bytes(self.settled.gpt_config.n_params, config.state_bits)
+        model = self.settled.gpt_config
+        of_muon = model.n_params_of_blocks if config.optimizer == "muon" else 0
+        size = checkpoint.n_bytes(model.n_params, config.state_bits, of_muon)
         return min(to_write, max(1, at_most)), size
 
     def _save(self) -> Path:
@@ -586,6 +591,7 @@ class Trainer:
             loader=self.batches.state_dict(),
             model=self.settled.gpt_config,
             state_bits=self.config.state_bits,
+            optimizer=self.config.optimizer,
             eval_batch_size=self.eval_batch_size,
             reported_skipped=self.skipped.skipped,
             reported_spikes=self.skipped.spikes,
@@ -600,7 +606,7 @@ class Trainer:
     def _load(self, path: Path) -> None:
         state, step = checkpoint.load_state(path), self.train_step
         step.store.load(checkpoint.load_parameters(path, step.store.named(step.store.master)))
-        moments = {kind: step.store.named(flat) for kind, flat in step.moments.items()}
+        moments = {kind: step.store.named(flat, kind) for kind, flat in step.moments.items()}
         for kind, named in checkpoint.load_moments(path, moments).items():
             for name, tensor in named.items():
                 moments[kind][name].copy_(tensor)

@@ -259,6 +259,26 @@ def test_a_model_of_another_size_than_expected_is_refused_with_its_size():
         config("--preset", "gpt2-124m", "--n_embd=804", "--expect_params", "124M").gpt_config(50304)
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--optimizer=muon", "--state_bits=8"], "--state_bits 8 is for AdamW's moments"),
+        (["--muon_learning_rate=0.01"], "--muon_learning_rate needs --optimizer muon"),
+        (["--optimizer=muon", "--muon_learning_rate=-1"], "--muon_learning_rate must not be negative"),
+        (["--optimizer=muon", "--momentum=1"], r"--momentum must be in \[0, 1\)"),
+    ],
+)
+def test_what_muon_cannot_do_is_refused(flags, reason):
+    with pytest.raises(RequestError, match=reason):
+        parse(flags, PRESETS)
+
+
+def test_muons_rate_follows_the_schedule_of_the_others():
+    run = parse(["--optimizer=muon", "--learning_rate=1e-3", "--muon_learning_rate=4e-3"], PRESETS)
+    assert run.muon_lr_ratio == pytest.approx(4.0)
+    assert parse(["--optimizer=muon"], PRESETS).muon_lr_ratio == 1.0
+
+
 @pytest.mark.parametrize("seed", [2**63, 2**64])
 def test_a_seed_that_a_resumed_run_could_not_read_is_refused(seed):
     with pytest.raises(RequestError, match=r"--seed must be less than 2\*\*63"):

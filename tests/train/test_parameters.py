@@ -99,15 +99,55 @@ def test_no_gradient_lies_anywhere_else(dtype):
 def test_matrices_come_first():
     _, store = build()
     assert [len(slot.shape) >= 2 for slot in store.slots] == sorted(len(s.shape) >= 2 for s in store.slots)[::-1]
-    assert {slot.offset < store.n_decayed for slot in store.slots if len(slot.shape) >= 2} == {True}
-    assert {slot.offset >= store.n_decayed for slot in store.slots if len(slot.shape) < 2} == {True}
+    matrices, vectors = store.sections
+    assert (matrices.decayed, vectors.decayed) == (True, False)
+    assert (matrices.begin, vectors.end) == (0, len(store.master))
+    for slot in store.slots:
+        section = matrices if len(slot.shape) >= 2 else vectors
+        assert section.begin <= slot.offset < slot.end <= section.end
 
 
 def test_every_parameter_starts_on_a_cache_line_and_on_a_block_of_moments():
     _, store = build()
     assert {slot.offset % MOMENT_BLOCK for slot in store.slots} == {0}
-    assert store.n_decayed % MOMENT_BLOCK == 0
+    assert {section.begin % MOMENT_BLOCK for section in store.sections} == {0}
     assert gaps(store).any()  # so that the tests of gaps have some to look at
+
+
+def test_muons_matrices_come_last_and_adamw_has_no_moments_for_them():
+    model = GPT(CONFIG)
+    store = ParameterStore(model, muon=True)
+    embeddings, vectors, matrices = store.sections
+    assert [(s.decayed, s.muon) for s in store.sections] == [(True, False), (False, False), (True, True)]
+    of = {name: p for name, p in model.named_parameters() if name.startswith("transformer.h.") and p.dim() == 2}
+    moments = store.moments(32)
+    assert moments.keys() == {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+    assert len(moments["exp_avg"]) == len(moments["exp_avg_sq"]) == vectors.end == matrices.begin
+    assert len(moments["momentum_buffer"]) == matrices.end - matrices.begin == len(store.master) - vectors.end
+    assert store.named(moments["momentum_buffer"], "momentum_buffer").keys() == of.keys()
+    names = store.named(moments["exp_avg"], "exp_avg").keys()
+    assert names == {slot.name for slot in store.slots} - of.keys()
+    assert {embeddings.begin, *(slot.offset for slot in store.slots)} >= {s.begin for s in store.sections}
+
+
+def test_muons_groups_are_the_matrices_each_with_its_own_part_of_every_buffer():
+    config = GPTConfig(block_size=16, vocab_size=35, n_layer=2, n_head=2, n_embd=32)  # 32 * 32 is whole blocks
+    model = GPT(config)
+    store = ParameterStore(model, torch.bfloat16, muon=True)
+    groups = store.groups(0.1)
+    shapes = [tuple(p.shape) for p in groups[2]["params"]]
+    assert shapes == [(32, 32)] * 3 + [(32, 32), (128, 32), (32, 128)] + [(32, 32)] * 4 + [(128, 32), (32, 128)]
+    copies, moments = store.copies(groups), store.moments(32)
+    with torch.no_grad():
+        for i, p in enumerate(groups[2]["params"]):
+            for part in (p, p.grad, copies[p], store.state_of(p, moments)["momentum_buffer"]):
+                assert part.shape == p.shape
+                part.fill_(i + 1)
+    qkv = dict(model.named_parameters())["transformer.h.0.attn.c_attn.weight"]
+    for named in (qkv, qkv.main_grad, store.named(moments["momentum_buffer"], "momentum_buffer")[
+        "transformer.h.0.attn.c_attn.weight"
+    ]):  # fmt: skip
+        assert [part.unique().tolist() for part in named.split(32)] == [[1.0], [2.0], [3.0]]
 
 
 def test_only_matrices_decay():
@@ -125,13 +165,13 @@ def test_only_matrices_decay():
 def test_a_model_of_vectors_alone_has_nothing_to_decay():
     model = torch.nn.LayerNorm(7)
     store = ParameterStore(model)
-    assert store.n_decayed == 0
+    assert [section.decayed for section in store.sections] == [False]
     assert [group["weight_decay"] for group in store.groups(0.1)] == [0.0]
 
 
 def test_a_model_of_matrices_alone_decays_whole():
     store = ParameterStore(torch.nn.Linear(3, 5, bias=False))
-    assert store.n_decayed == store.master.numel()
+    assert [section.decayed for section in store.sections] == [True]
     assert [group["weight_decay"] for group in store.groups(0.1)] == [0.1]
 
 
@@ -154,15 +194,15 @@ def test_every_parameter_has_its_own_codes_and_scales():
     model, store = build()
     optimizer = optimizer_of(store, state_bits=8)
     moments = store.moments(8)
-    for i, group in enumerate(optimizer.param_groups):
-        parts = {kind: store.parts(flat)[i] for kind, flat in moments.items()}
-        optimizer.state[group["params"][0]] = {"step": torch.zeros(()), **parts}
+    for group in optimizer.param_groups:
+        (param,) = group["params"]
+        optimizer.use_state(param, store.state_of(param, moments))
     name = "transformer.h.1.ln_1.weight"
     dict(model.named_parameters())[name].grad.fill_(1.0)
     optimizer.step()
     for kind, flat in moments.items():
         untouched = flat.amin()  # a scale of zeros is the least there is
-        assert [other for other, view in store.named(flat).items() if (view != untouched).any()] == [name], kind
+        assert [other for other, view in store.named(flat, kind).items() if (view != untouched).any()] == [name], kind
 
 
 def test_load_puts_every_tensor_in_its_place():

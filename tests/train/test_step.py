@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastgpt.kernels import FusedMuon
 from fastgpt.kernels.dry_run import dry_run
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train import spikes
@@ -56,9 +57,10 @@ def train(step, n_updates, rate=1e-2, config=TINY):
 # ---- what an update leaves behind ----
 
 
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_after_an_update_gradients_are_zero_and_the_working_weights_are_the_masters_rounded(dtype):
-    step = make(dtype=dtype)
+def test_after_an_update_gradients_are_zero_and_the_working_weights_are_the_masters_rounded(dtype, muon):
+    step = make(dtype=dtype, muon=muon)
     before = step.store.master.clone()
     train(step, 2)
     assert step.store.grad.count_nonzero() == 0
@@ -91,9 +93,12 @@ def test_without_clipping_the_gradient_norm_is_known_too():
     assert torch.equal(clipped.grad_norm, free.grad_norm)
 
 
-@pytest.mark.parametrize("state_bits", [32, 8])
-def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(state_bits):
-    step, undisturbed = make(state_bits=state_bits), make(state_bits=state_bits)
+OPTIMIZERS = [{"state_bits": 32}, {"state_bits": 8}, {"muon": True}]
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(options):
+    step, undisturbed = make(**options), make(**options)
     source = list(batches(5))
     for i, batch in enumerate(source):
         if i in (1, 2, 4):
@@ -106,6 +111,38 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(state_bit
         assert step.store.grad.count_nonzero() == 0
     assert torch.equal(step.store.master, undisturbed.store.master)
     assert torch.equal(step.store.working, undisturbed.store.working)
+
+
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """As FusedMuon does with the model's own parameters; q, k and v are three matrices."""
+    step = make(muon=True, muon_lr_ratio=3.0, momentum=0.9, max_grad_norm=1.0)
+    torch.manual_seed(1)
+    model = GPT(TINY)
+    named = dict(model.named_parameters())
+    of_blocks = {name: p for name, p in named.items() if ".h." in name and p.dim() == 2}
+    pieces = []
+    for name, p in of_blocks.items():
+        rows = p.data.split(TINY.n_embd) if name.endswith("c_attn.weight") else [p.data]
+        pieces.append((p, [torch.nn.Parameter(part) for part in rows]))
+    rest = [p for name, p in named.items() if name not in of_blocks]
+    groups = [
+        {"params": [p for p in rest if p.dim() == 2], "use_muon": False, "weight_decay": 0.1, "betas": (0.9, 0.95)},
+        {"params": [p for p in rest if p.dim() < 2], "use_muon": False, "weight_decay": 0.0, "betas": (0.9, 0.95)},
+        {"params": [part for _, parts in pieces for part in parts], "lr": 3e-2},
+    ]
+    optimizer = FusedMuon(groups, 1e-2, momentum=0.9, adjust_lr_fn="match_rms_adamw", max_grad_norm=1.0)
+    source = batches(3)
+    for x, y in batches(3):
+        step(source.__next__, 1e-2)
+        model(x, y).backward()
+        for p, parts in pieces:
+            for part, grad in zip(parts, p.grad.split([len(part) for part in parts]), strict=True):
+                part.grad = grad.contiguous()
+        optimizer.step()
+        model.zero_grad()
+    found = step.store.named(step.store.master)
+    for name, p in named.items():
+        torch.testing.assert_close(found[name], p.detach(), rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_learning_rate_of_zero_changes_nothing():
@@ -138,9 +175,9 @@ class Graph:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("state_bits", [32, 8])
-def test_graphs_change_nothing_in_the_course_of_training(monkeypatch, accumulation, state_bits):
-    options = {"accumulation": accumulation, "dtype": torch.bfloat16, "state_bits": state_bits}
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_graphs_change_nothing_in_the_course_of_training(monkeypatch, accumulation, optimizer):
+    options = {"accumulation": accumulation, "dtype": torch.bfloat16, **optimizer}
     expected = make(**options)
     losses = train(expected, 5)
     monkeypatch.setattr(Graph, "made", 0)

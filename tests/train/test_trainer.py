@@ -1044,15 +1044,22 @@ def test_a_checkpoint_takes_the_bytes_that_were_foretold(trainer, tmp_path):
         files = checkpoint.newest(tmp_path / f"run{bits}").iterdir()
         taken = sum(path.stat().st_size for path in files)
         assert 0 < taken - checkpoint.n_bytes(one.settled.gpt_config.n_params, bits) < 20_000  # heads, random state
+    one = trainer(optimizer="muon", out_dir=tmp_path / "muon", max_iters=1)
+    one.train()
+    taken = sum(path.stat().st_size for path in checkpoint.newest(tmp_path / "muon").iterdir())
+    model = one.settled.gpt_config
+    assert 0 < taken - checkpoint.n_bytes(model.n_params, 32, model.n_params_of_blocks) < 20_000
 
 
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize(
+    "optimizer", [{}, {"state_bits": 8}, {"optimizer": "muon", "muon_learning_rate": 0.01}], ids=str
+)
 @pytest.mark.parametrize("flags", [{}, {"dropout": 0.2, "gradient_accumulation_steps": 2, "dtype": "bfloat16"}])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, flags, state_bits):
-    flags = {**flags, "state_bits": state_bits}
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, flags, optimizer):
+    flags = {**flags, **optimizer}
     trainer(out_dir=tmp_path / "whole", **flags).train()
     trainer(out_dir=tmp_path / "parts", max_iters=3, **flags).train()
     torch.rand(7)  # whatever the process did in between
@@ -1099,6 +1106,23 @@ def test_a_resume_with_moments_of_other_bits_says_which_to_pass(trainer, tmp_pat
     with pytest.raises(RequestError, match=rf"cannot resume: .* moments of {bits} bits; pass --state_bits {bits}$"):
         trainer(init_from="resume", state_bits=40 - bits)
     assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("before", ["adamw", "muon"])
+def test_a_resume_with_another_optimizer_says_which_to_pass(trainer, tmp_path, before):
+    trainer(max_iters=1, optimizer=before).train()
+    files = files_of(tmp_path / "run")
+    with pytest.raises(RequestError, match=rf"cannot resume: .* the state of {before}; pass --optimizer {before}$"):
+        trainer(init_from="resume", optimizer={"adamw": "muon", "muon": "adamw"}[before])
+    assert files_of(tmp_path / "run") == files
+
+
+def test_a_run_with_muon_learns(trainer, tmp_path):
+    trainer(
+        optimizer="muon", muon_learning_rate=0.02, max_iters=30, lr_decay_iters=30, eval_interval=30
+    ).train()  # fmt: skip
+    losses = evaluations(tmp_path / "run")
+    assert losses[30] < losses[0] - 0.3
 
 
 def test_a_checkpoint_of_eight_bits_has_codes_and_scales_by_parameter(trainer, tmp_path):

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 Recompute = Literal["none", "cheap", "block"]
 
 # Labels of memory that stays allocated from step to step start with one of these.
-PERSISTENT = ("weights", "gradients", "AdamW's moments", "batches")
+PERSISTENT = ("weights", "gradients", "moments", "batches")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Setup:
         state_bits: bits per element of AdamW's moments, 32 or 8.
         recompute: ``none``, ``cheap`` or ``block``.
         deterministic: whether attention's backward on a GPU uses two passes (same bits each time) or one.
+        optimizer: ``adamw`` or ``muon``.
     """
 
     gpt_config: GPTConfig
@@ -56,6 +57,7 @@ class Setup:
     state_bits: int = 32
     recompute: str = "cheap"
     deterministic: bool = True
+    optimizer: str = "adamw"
 
     @property
     def tokens(self) -> int:
@@ -113,7 +115,8 @@ def trace_step(setup: Setup) -> Trace:
     """Return the trace of one update with a single micro-batch."""
     with dry_run(setup.device_type), torch.device("meta"):
         model = GPT(setup.gpt_config, setup.recompute, setup.deterministic)
-        step = TrainStep(model, dtype=setup.dtype, state_bits=setup.state_bits)
+        muon = setup.optimizer == "muon"
+        step = TrainStep(model, dtype=setup.dtype, state_bits=setup.state_bits, muon=muon)
         shape = setup.batch_size, setup.gpt_config.block_size
         # On a GPU three batches exist at once: the CUDA graph's input, the current one, and the one loaded ahead.
         # Each holds inputs and targets: (2, B, T).
@@ -123,7 +126,7 @@ def trace_step(setup: Setup) -> Trace:
         recorder.hold("gradients, fp32", store.grad)
         recorder.hold("weights, fp32", store.master)
         recorder.hold(f"weights, {SHORT_DTYPES[setup.dtype]}", store.working)
-        recorder.hold(f"AdamW's moments, {setup.state_bits} bits", *step.moments.values())
+        recorder.hold(f"moments, {setup.state_bits} bits", *step.moments.values())
         recorder.hold("batches", *batches)
         with recorder:
             step.micro_step((batches[0][0], batches[0][1]))

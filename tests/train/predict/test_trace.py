@@ -113,7 +113,7 @@ def test_weights_gradients_and_moments_take_their_bytes_a_parameter():
         assert memory["weights, bf16"] == pytest.approx(2 * GPT2.n_params, rel=1e-3)
         assert memory["weights, fp32"] == pytest.approx(4 * GPT2.n_params, rel=1e-3)
         assert memory["gradients, fp32"] == pytest.approx(4 * GPT2.n_params, rel=1e-3)
-        assert memory[f"AdamW's moments, {state_bits} bits"] == pytest.approx(expected * GPT2.n_params, rel=1e-3)
+        assert memory[f"moments, {state_bits} bits"] == pytest.approx(expected * GPT2.n_params, rel=1e-3)
 
 
 @pytest.mark.parametrize(("recompute", "kept"), [("none", 16), ("cheap", 10), ("block", 1)])
