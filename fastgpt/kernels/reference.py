@@ -232,7 +232,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits = with_zeros_behind(x) @ weight.T
     losses, lse = cross_entropy(logits, targets, ignore_index)
-    inverse_count = 1.0 / (targets != ignore_index).sum()
+    inverse_count = torch.count_nonzero(targets != ignore_index).to(losses.dtype).reciprocal()
     scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
     dlogits = _dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index)
     dx = with_zeros_behind(dlogits) @ weight if needs_dx else x.new_empty(0)
