@@ -132,6 +132,37 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
 
 
+def reduction(value: Any) -> None:
+    """Check that ``value`` is one of the reductions of a loss."""
+    if not isinstance(value, str) or value not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {value!r}")
+
+
+def loss_options(softcap: Any, z_loss: Any, label_smoothing: Any) -> None:
+    """Check the numbers that say which cross-entropy is computed."""
+    if softcap is not None:
+        number("softcap", softcap)
+        if softcap <= 0.0:
+            raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
+    number("z_loss", z_loss)
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss: expected at least 0, got {z_loss}")
+    number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {label_smoothing}")
+
+
+def class_weight(name: str, tensor: Tensor, n_classes: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Check that ``tensor`` has a weight for each class, in fp32 or in ``dtype``, that of the logits, on ``device``."""
+    _dense(name, tensor)
+    if tensor.dtype not in (torch.float32, dtype):
+        expected = " or ".join(map(str, dict.fromkeys((torch.float32, dtype))))
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    shape(name, tensor, (n_classes,))
+    if tensor.device != device:
+        raise ValueError(f"{name}: device {tensor.device} differs from {device}, that of the other tensors")
+
+
 def _dense(name: str, tensor: Tensor) -> None:
     """Check that ``tensor`` is a strided tensor: not sparse, not nested."""
     if not isinstance(tensor, Tensor):

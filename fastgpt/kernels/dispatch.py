@@ -48,8 +48,8 @@ LEFT_TO_TORCH: dict[str, dict[str, str]] = {
     "reference": {},
 }
 
-# Made of other operators on every device: linear_cross_entropy.py registers it.
-_COMPOSITE = ("linear_cross_entropy",)
+# Made of other operators on every device: linear_cross_entropy.py registers them.
+_COMPOSITE = ("linear_cross_entropy", "linear_cross_entropy_backward")
 
 
 # ---- registration ----

@@ -1,6 +1,6 @@
 """The functions as modules with the names, defaults and ``state_dict`` of ``torch.nn``: either loads the other's.
 
-An argument of torch.nn that the kernels do not support, such as class weights, is an error in the constructor.
+An argument of torch.nn that the kernels do not support, such as ``padding_idx``, is an error in the constructor.
 ``ignore_index`` is -100 as in torch.nn; the functions default to -1.
 """
 
@@ -144,45 +144,79 @@ class CausalSelfAttention(nn.Module):
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """``nn.CrossEntropyLoss`` of ``(N, V)`` logits and class indices, on :func:`cross_entropy`.
 
+    Args:
+        weight: as in ``nn.CrossEntropyLoss``, like all that follow up to ``label_smoothing``.
+        size_average: deprecated.
+        ignore_index: marks rows without a target.
+        reduce: deprecated.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1].
+        softcap: as in :func:`cross_entropy`.
+        z_loss: as in :func:`cross_entropy`.
+
     Raises:
-        ValueError: ``weight``, ``label_smoothing`` or a ``reduction`` other than the mean is set.
+        TypeError: an argument has a wrong type.
+        ValueError: an argument has a value that makes no loss.
     """
 
-    @wraps(nn.CrossEntropyLoss.__init__)  # type: ignore[misc]  # its signature, which nn.utils.skip_init looks at
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _refuse("weight", self.weight is not None)
-        _refuse("label_smoothing", self.label_smoothing != 0.0)
-        _refuse(f"reduction={self.reduction!r}", self.reduction != "mean")
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+    ) -> None:
+        checks.floating_if_given(weight=weight)
+        checks.reduction(reduction)
+        checks.loss_options(softcap, z_loss, label_smoothing)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.softcap, self.z_loss = softcap, z_loss
+
+    def extra_repr(self) -> str:
+        """The arguments that torch.nn's does not have, if they are set, for ``repr``."""
+        return ", ".join(_set_options(softcap=self.softcap, z_loss=self.z_loss))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """``(N, V)`` and ``(N,)`` int64 to a 0-dim fp32 loss."""
-        return cross_entropy(input, target, self.ignore_index)
+        """``(N, V)`` and ``(N,)`` int64 to an fp32 loss, 0-dim or, with ``reduction="none"``, ``(N,)``."""
+        return cross_entropy(
+            input, target, self.ignore_index, weight=self.weight, reduction=self.reduction,
+            label_smoothing=self.label_smoothing, softcap=self.softcap, z_loss=self.z_loss,
+        )  # fmt: skip
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """An output layer and its mean loss in one module, on :func:`linear_cross_entropy`: no logits in memory.
+    """An output layer and its loss in one module, on :func:`linear_cross_entropy`: no logits in memory.
 
-    Its ``state_dict`` is that of ``torch.nn.LinearCrossEntropyLoss``: ``linear.weight``. To tie the weight to a token
-    embedding, set ``loss.linear.weight = embedding.weight``. To get logits, call ``loss.linear``.
+    Its ``state_dict`` is that of ``torch.nn.LinearCrossEntropyLoss``: ``linear.weight``, and ``weight`` if there are
+    class weights. To tie the layer's weight to a token embedding, set ``loss.linear.weight = embedding.weight``. To get
+    logits, before the soft cap, call ``loss.linear``.
 
     Args:
         in_features: width, C.
         num_classes: size of the vocabulary, V.
         out_features: only ``()``; this and the next are arguments of ``torch.nn.LinearCrossEntropyLoss``.
         bias: only ``False``.
-        device: of the weight.
-        dtype: of the weight.
-        reduction: only ``"mean"``.
-        weight: only ``None``.
+        device: of the output layer's weight.
+        dtype: of the output layer's weight.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: ``(V,)`` class weights, or ``None``.
         ignore_index: marks positions without a target; ``None`` for -100.
-        label_smoothing: only 0.
+        label_smoothing: in [0, 1].
         options: only ``None``.
+        softcap: as in :func:`cross_entropy`.
+        z_loss: as in :func:`cross_entropy`.
 
     Raises:
-        TypeError: ``in_features``, ``num_classes`` or ``ignore_index`` is not an int.
+        TypeError: an argument has a wrong type.
         ValueError: ``in_features`` or ``num_classes`` is less than 1, or an argument has a value that is not supported.
     """
+
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -198,27 +232,35 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         options: Any = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         checks.size("in_features", in_features)
         checks.size("num_classes", num_classes)
         _refuse("out_features", out_features != ())
         _refuse("bias", bias)
-        _refuse(f"reduction={reduction!r}", reduction != "mean")
-        _refuse("weight", weight is not None)
-        _refuse("label_smoothing", label_smoothing != 0.0)
         _refuse("options", options is not None)
+        checks.reduction(reduction)
+        checks.loss_options(softcap, z_loss, label_smoothing)
+        if weight is not None:
+            checks.floating(weight=weight)
+            checks.shape("weight", weight, (num_classes,))
         ignore_index = -100 if ignore_index is None else ignore_index
         checks.integer("ignore_index", ignore_index)
-        self.ignore_index = ignore_index
+        self.register_buffer("weight", weight)
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.softcap, self.z_loss = softcap, z_loss
         self.linear = Linear(in_features, num_classes, bias=False, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        """The argument that the inner layer does not show, for ``repr``."""
-        return f"ignore_index={self.ignore_index}"
+        """The arguments that the inner layer does not show, for ``repr``."""
+        options = {"label_smoothing": self.label_smoothing, "softcap": self.softcap, "z_loss": self.z_loss}
+        reduction = [] if self.reduction == "mean" else [f"reduction={self.reduction}"]
+        return ", ".join([f"ignore_index={self.ignore_index}", *reduction, *_set_options(**options)])
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """``(..., C)`` and int64 ``(...)`` to a 0-dim fp32 loss.
+        """``(..., C)`` and int64 ``(...)`` to an fp32 loss, 0-dim or, with ``reduction="none"``, ``(...)``.
 
         Raises:
             TypeError: a dtype does not fit.
@@ -229,8 +271,17 @@ class LinearCrossEntropyLoss(nn.Module):
             raise ValueError(f"input: expected (..., {self.linear.in_features}), got {tuple(input.shape)}")
         checks.indices("target", target, input.device)
         checks.shape("target", target, tuple(input.shape[:-1]))
-        rows = input.reshape(-1, input.shape[-1])
-        return linear_cross_entropy(rows, self.linear.weight, target.reshape(-1), self.ignore_index)
+        loss = linear_cross_entropy(
+            input.reshape(-1, input.shape[-1]), self.linear.weight, target.reshape(-1), self.ignore_index,
+            class_weight=self.weight, reduction=self.reduction, label_smoothing=self.label_smoothing,
+            softcap=self.softcap, z_loss=self.z_loss,
+        )  # fmt: skip
+        return loss.view(target.shape) if self.reduction == "none" else loss
+
+
+def _set_options(**options: float | None) -> list[str]:
+    """``name=value`` of the options that are neither ``None`` nor 0."""
+    return [f"{name}={value}" for name, value in options.items() if value]
 
 
 def _refuse(argument: str, is_set: bool) -> None:

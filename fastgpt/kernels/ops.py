@@ -277,41 +277,63 @@ def _(
 
 # ---- cross-entropy ----
 
+# The last arguments of each of these operators say which loss. In a row of logits l with the target t:
+#
+#     z = softcap tanh(l / softcap), or l if softcap is 0;   p = softmax(z);   lse = logsumexp(z)
+#     loss = (1 - s) w[t] (lse - z[t]) + s / V sum_c w[c] (lse - z[c]) + z_loss lse**2,   s = label_smoothing
+#
+# class_weight is w, (V,), of the statistics' dtype, or None for ones. It has no gradient.
+
 
 @operator(
-    "cross_entropy", "(Tensor logits, Tensor targets, int ignore_index) -> (Tensor losses, Tensor lse)", kind="loss"
+    "cross_entropy",
+    "(Tensor logits, Tensor targets, int ignore_index, float softcap=0.0, float z_loss=0.0,"
+    " float label_smoothing=0.0, Tensor? class_weight=None) -> (Tensor losses, Tensor lse)",
+    kind="loss",
 )
-def _(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
-    """Lse = logsumexp(logits) and losses = lse - logits[target] of each row; 0 where the target is ignore_index.
+def _(
+    logits: Tensor, targets: Tensor, ignore_index: int, softcap: float = 0.0, z_loss: float = 0.0,
+    label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The losses and lse of each row, as above; a row's loss is 0 where its target is ignore_index.
 
-    logits: (N, V). targets: (N,) int64. losses, lse: (N,) fp32, or fp64 if the logits are.
+    logits: (N, V). targets: (N,) int64. losses, lse: (N,) fp32, or fp64 if the logits are. class_weight: (V,).
     """
     return _statistics(logits), _statistics(logits)
 
 
 @operator(
     "cross_entropy_backward",
-    "(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, int ignore_index) -> Tensor",
+    "(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, int ignore_index, float softcap=0.0,"
+    " float z_loss=0.0, float label_smoothing=0.0, Tensor? class_weight=None) -> Tensor",
     kind="loss",
 )
-def _(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+def _(
+    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, softcap: float = 0.0,
+    z_loss: float = 0.0, label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient of the logits; rows whose target is ignore_index get zeros.
 
     dlosses, lse: (N,) fp32, or fp64 if the logits are. logits, result: (N, V). targets: (N,) int64.
+    class_weight: (V,).
     """
     return logits.new_empty(logits.shape)
 
 
 @operator(
     "cross_entropy_",
-    "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index) -> Tensor losses",
+    "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index, float softcap=0.0, float z_loss=0.0,"
+    " float label_smoothing=0.0, Tensor? class_weight=None) -> Tensor losses",
     kind="loss",
 )
-def _(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
-    """The losses of cross_entropy; the gradient of scale * losses.sum() is written over the logits.
+def _(
+    logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, softcap: float = 0.0, z_loss: float = 0.0,
+    label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The losses of cross_entropy; the gradient of (scale * losses).sum() is written over the logits.
 
-    logits: (N, V), contiguous. targets: (N,) int64. scale: () fp32. losses: (N,) fp32, or fp64 if
-    the logits are.
+    logits: (N, V), contiguous. targets: (N,) int64. scale: () or (N,) fp32. losses: (N,) fp32, or fp64 if the logits
+    are. class_weight: (V,).
     """
     return _statistics(logits)
 
@@ -319,20 +341,47 @@ def _(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tens
 @operator(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, Tensor? gradient_scale, bool needs_dx,"
-    " bool needs_dweight)"
+    " bool needs_dweight, float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, Tensor? class_weight=None,"
+    ' str reduction="mean")'
     " -> (Tensor loss, Tensor dx, Tensor dweight)",
 )
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
-    needs_dweight: bool,
+    needs_dweight: bool, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, reduction: str = "mean",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The mean cross-entropy of x @ weight.T over the rows that count, and its gradients times gradient_scale.
+    """The cross-entropy of x @ weight.T over the rows that count, and its gradients times gradient_scale.
 
+    reduction: "mean", divided by the number of rows that count, or by the sum of their targets' class weights; "sum";
+    or "none", the loss of each row, without gradients.
     x, dx: (N, C). weight, dweight: (V, C). targets: (N,) int64. gradient_scale: () fp32, or None for 1.
-    loss: () fp32, or fp64 if x is. dx is empty without needs_dx, dweight without needs_dweight.
+    loss: (), with "none" (N,), fp32, or fp64 if x is. dx is empty without needs_dx, dweight without needs_dweight.
+    class_weight: (V,).
     """
     return (
-        x.new_empty((), dtype=statistics_dtype(x.dtype)),
+        x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=statistics_dtype(x.dtype)),
+        x.new_empty(x.shape if needs_dx else (0,)),
+        weight.new_empty(weight.shape if needs_dweight else (0,)),
+    )
+
+
+@operator(
+    "linear_cross_entropy_backward",
+    "(Tensor dlosses, Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx, bool needs_dweight,"
+    " float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, Tensor? class_weight=None)"
+    " -> (Tensor dx, Tensor dweight)",
+)
+def _(
+    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool,
+    needs_dweight: bool, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of linear_cross_entropy with the reduction "none"; the logits are computed again.
+
+    dlosses: (N,) fp32, or fp64 if x is. x, dx: (N, C). weight, dweight: (V, C). targets: (N,) int64.
+    class_weight: (V,). dx is empty without needs_dx, dweight without needs_dweight.
+    """
+    return (
         x.new_empty(x.shape if needs_dx else (0,)),
         weight.new_empty(weight.shape if needs_dweight else (0,)),
     )

@@ -197,47 +197,118 @@ def attention_qkv_backward(
 # ---- cross-entropy ----
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """The logits in the dtype of the arithmetic, and capped if ``softcap`` is not 0."""
     wide = _wide(logits)
+    return softcap * (wide / softcap).tanh() if softcap else wide
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int, softcap: float = 0.0, z_loss: float = 0.0,
+    label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = _capped(logits, softcap)
+    weight = None if class_weight is None else class_weight.to(wide.dtype)
     try:
-        losses = F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="none")
+        losses = F.cross_entropy(
+            wide, targets, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        )
     except IndexError as error:  # on a CPU
         raise RuntimeError(f"targets: {error}") from None
-    return _result(losses, wide.dtype), _result(wide.logsumexp(-1), wide.dtype)
+    lse = wide.logsumexp(-1)
+    if z_loss:
+        losses = losses + torch.where(targets != ignore_index, z_loss * lse.square(), 0.0)
+    return _result(losses, wide.dtype), _result(lse, wide.dtype)
 
 
-def _dlogits(scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+def _dlogits(
+    scales: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, softcap: float = 0.0,
+    z_loss: float = 0.0, label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Gradient of sum(scales * losses) for logits (N, V) and scales (N,)."""
-    wide = _wide(logits)
+    capped = _capped(logits, softcap)
     counted = (targets != ignore_index).unsqueeze(-1)
     at_target = targets.unsqueeze(-1).clamp(min=0) * counted
-    softmax = (wide - lse.to(wide.dtype).unsqueeze(-1)).exp()
-    difference = softmax.scatter_add(1, at_target, -torch.ones_like(softmax[:, :1]))  # softmax - onehot(target)
-    return torch.where(counted, difference * scales.to(wide.dtype).unsqueeze(-1), 0.0).to(logits.dtype)
+    lse = lse.to(capped.dtype).unsqueeze(-1)
+    softmax = (capped - lse).exp()
+    weight = capped.new_ones(1) if class_weight is None else class_weight.to(capped.dtype)
+    weight, spread = weight.expand(logits.shape[1]), label_smoothing / logits.shape[1]
+    of_target = weight[at_target] * (1.0 - label_smoothing)
+    factor = of_target  # of the softmax
+    if label_smoothing:
+        factor = factor + spread * weight.sum()
+    if label_smoothing:
+        label = (spread * weight).expand_as(softmax).scatter_add(1, at_target, of_target)
+        difference = softmax * factor - label
+    else:
+        difference = (softmax * factor).scatter_add(1, at_target, -of_target)  # softmax - onehot(target) if w is 1
+    if z_loss:
+        difference = difference + softmax * (2.0 * z_loss * lse)
+    gradient = difference * scales.to(capped.dtype).unsqueeze(-1)
+    if softcap:
+        gradient = gradient * (_wide(logits) / softcap).cosh().square().reciprocal()  # 1 - tanh**2 would cancel
+    return torch.where(counted, gradient, 0.0).to(logits.dtype)
 
 
-def cross_entropy_backward(dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
-    return _result(_dlogits(dlosses, logits, targets, lse, ignore_index), logits.dtype)
+def cross_entropy_backward(
+    dlosses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, softcap: float = 0.0,
+    z_loss: float = 0.0, label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    options = softcap, z_loss, label_smoothing, class_weight
+    return _result(_dlogits(dlosses, logits, targets, lse, ignore_index, *options), logits.dtype)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
-    losses, lse = cross_entropy(logits, targets, ignore_index)
-    logits.copy_(_dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index))
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, softcap: float = 0.0, z_loss: float = 0.0,
+    label_smoothing: float = 0.0, class_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    options = softcap, z_loss, label_smoothing, class_weight
+    losses, lse = cross_entropy(logits, targets, ignore_index, *options)
+    logits.copy_(_dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index, *options))
     return losses
+
+
+def divisor_of_mean(targets: Tensor, ignore_index: int, class_weight: Tensor | None) -> Tensor:
+    """What the sum of the losses is divided by for their mean: the rows that count, or the weights of their targets."""
+    counted = targets != ignore_index
+    if class_weight is None:
+        return torch.count_nonzero(counted)
+    inside = targets.clamp(0, len(class_weight) - 1)  # a target outside of the classes is the kernels' to deal with
+    return torch.where(counted, class_weight[inside], 0.0).sum()
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradient_scale: Tensor | None, needs_dx: bool,
-    needs_dweight: bool,
+    needs_dweight: bool, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = softcap, z_loss, label_smoothing, class_weight
     logits = with_zeros_behind(x) @ weight.T
-    losses, lse = cross_entropy(logits, targets, ignore_index)
-    inverse_count = torch.count_nonzero(targets != ignore_index).to(losses.dtype).reciprocal()
-    scale = inverse_count if gradient_scale is None else inverse_count * gradient_scale
-    dlogits = _dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index)
+    losses, lse = cross_entropy(logits, targets, ignore_index, *options)
+    if reduction == "none":
+        return losses, x.new_empty(0), weight.new_empty(0)
+    factor = losses.new_ones(())
+    if reduction == "mean":
+        factor = divisor_of_mean(targets, ignore_index, class_weight).to(losses.dtype).reciprocal()
+    scale = factor if gradient_scale is None else factor * gradient_scale
+    dlogits = _dlogits(scale.expand_as(lse), logits, targets, lse, ignore_index, *options)
     dx = with_zeros_behind(dlogits) @ weight if needs_dx else x.new_empty(0)
     dweight = with_zeros_behind(dlogits.T) @ x if needs_dweight else weight.new_empty(0)
-    return losses.sum() * inverse_count, dx, dweight
+    return losses.sum() * factor, dx, dweight
+
+
+def linear_cross_entropy_backward(
+    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_dx: bool,
+    needs_dweight: bool, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    options = softcap, z_loss, label_smoothing, class_weight
+    logits = with_zeros_behind(x) @ weight.T
+    lse = _capped(logits, softcap).logsumexp(-1)
+    dlogits = _dlogits(dlosses, logits, targets, lse, ignore_index, *options)
+    dx = with_zeros_behind(dlogits) @ weight if needs_dx else x.new_empty(0)
+    dweight = with_zeros_behind(dlogits.T) @ x if needs_dweight else weight.new_empty(0)
+    return dx, dweight
 
 
 # ---- AdamW ----
