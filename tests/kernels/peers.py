@@ -1,5 +1,6 @@
-"""Plain PyTorch where PyTorch itself has a fault: the same maths, out of the fault's reach."""
+"""Plain PyTorch that several tests compare with: without a fault of PyTorch's own, or of several functions."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,3 +17,33 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tall, wide = -C_out % 32, -C_in % 32
     bias = None if bias is None else F.pad(bias, (0, tall))
     return F.linear(F.pad(x, (0, wide)), F.pad(weight, (0, wide, 0, tall)), bias)[..., :C_out]
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy`` with a soft cap before it and a z-loss behind it, in fp32 or, of fp64 logits, in fp64."""
+    z = logits.double() if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    if weight is not None:
+        weight = weight.to(z.dtype)
+    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(z, targets, reduction=reduction, **options)
+    if not z_loss:
+        return loss
+    counted = targets != ignore_index
+    penalty = torch.where(counted, z_loss * z.logsumexp(-1).square(), 0.0)
+    if reduction == "none":
+        return loss + penalty
+    if reduction == "sum":
+        return loss + penalty.sum()
+    return loss + penalty.sum() / (counted.sum() if weight is None else weight[targets[counted]].sum())

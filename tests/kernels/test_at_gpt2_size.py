@@ -22,6 +22,7 @@ from fastgpt.kernels import (
 )
 from fastgpt.kernels.attention import draw_seed
 from fastgpt.kernels.philox import dropout_factors
+from tests.kernels import peers
 
 ON_GPU = torch.cuda.is_available()
 # Few sequences: the truth takes float64's time and memory, also on a card of 12 GB.
@@ -79,12 +80,18 @@ CASES = {
     "linear": (linear, F.linear, [(B, T, C), (3 * C, C), (3 * C,)]),
 }  # fmt: skip
 
+OPTIONS = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
 LOSSES = {
     "cross_entropy": (cross_entropy, mean_loss, [(T, V)]),
     "linear_cross_entropy": (
         lambda x, w, targets: linear_cross_entropy(x, w / C**0.5, targets),
         lambda x, w, targets: mean_loss(F.linear(x, w / C**0.5), targets),
         [(T, C), (V, C)],
+    ),
+    "cross_entropy, options": (
+        lambda logits, targets: cross_entropy(logits, targets, **OPTIONS),
+        lambda logits, targets: peers.cross_entropy(logits, targets, **OPTIONS),
+        [(T, V)],
     ),
 }
 

@@ -36,6 +36,12 @@ CASES = {
         lambda *t: add_layer_norm(*t)[0], [(4, 8), (4, 8), (8,)], [half, single, single], single, single,
     ),
     "gelu": (lambda x, b: gelu(x, bias=b), [(4, 8), (8,)], [half, single], half, half),
+    "linear_cross_entropy, of each row": (
+        lambda x, w: linear_cross_entropy(
+            x, w, targets(x), reduction="none", class_weight=torch.arange(7.0, device=x.device), softcap=3.0
+        ),
+        [(4, 8), (7, 8)], [single, single], half, single,
+    ),
     "cross_entropy": (lambda x: cross_entropy(x, targets(x)), [(4, 7)], [half], half, single),
 }  # fmt: skip
 cases = pytest.mark.parametrize(("function", "shapes", "dtypes", "inside", "result"), CASES.values(), ids=list(CASES))

@@ -26,6 +26,11 @@ def targets(t):
     return torch.tensor([1, -1, 4, 0], device=t.device)
 
 
+def options(t):
+    weight = torch.arange(1.0, 8.0, device=t.device)
+    return {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2, "weight": weight}
+
+
 CASES = {
     "layer_norm": (layer_norm, [(4, 8), (8,), (8,)]),
     "layer_norm, no bias": (layer_norm, [(4, 8), (8,)]),
@@ -42,6 +47,16 @@ CASES = {
     "attention_qkv, single pass": (lambda t: attention_qkv(t, 2, deterministic=False), [(2, 20, 24)]),
     "cross_entropy": (lambda t: cross_entropy(t, targets(t)), [(4, 7)]),
     "linear_cross_entropy": (lambda *t: linear_cross_entropy(*t, targets(t[0])), [(4, 8), (7, 8)]),
+    "cross_entropy, options": (lambda t: cross_entropy(t, targets(t), **options(t)), [(4, 7)]),
+    "cross_entropy, of each row": (lambda t: cross_entropy(t, targets(t), reduction="none"), [(4, 7)]),
+    "linear_cross_entropy, options": (
+        lambda x, w: linear_cross_entropy(x, w, targets(x), class_weight=options(x).pop("weight"), softcap=3.0),
+        [(4, 8), (7, 8)],
+    ),
+    "linear_cross_entropy, of each row": (
+        lambda x, w: linear_cross_entropy(x, w, targets(x), reduction="none", z_loss=0.1, label_smoothing=0.2),
+        [(4, 8), (7, 8)],
+    ),
     "linear": (linear, [(4, 8), (7, 8), (7,)]),
     "embedding": (lambda t: embedding(targets(t).abs(), t), [(7, 8)]),
 }

@@ -176,9 +176,15 @@ COPY_ON_WRITE = {
     "attention": lambda t: attention(t(rows(2, 4, 64, 16)), t(rows(2, 4, 64, 16)), t(rows(2, 4, 64, 16))),
     "attention_qkv": lambda t: attention_qkv(t(rows(2, 64, 96)), 4),
     "cross_entropy": lambda t: cross_entropy(t(rows(512, 256)), t(torch.arange(512) % 256)),
+    "cross_entropy, options": lambda t: cross_entropy(
+        t(rows(512, 256)), t(torch.arange(512) % 256), weight=torch._lazy_clone(torch.ones(256)), label_smoothing=0.1
+    ),
     "linear": lambda t: linear(t(rows(512, 256)), t(rows(128, 256)), t(rows(128))),
     "linear_cross_entropy": lambda t: linear_cross_entropy(
         t(rows(512, 32)), t(rows(64, 32)), t(torch.arange(512) % 64)
+    ),
+    "linear_cross_entropy, of each row": lambda t: linear_cross_entropy(
+        t(rows(512, 32)), t(rows(64, 32)), t(torch.arange(512) % 64), reduction="none", softcap=3.0
     ),
 }
 

@@ -15,6 +15,7 @@ from fastgpt.kernels import (
     layer_norm,
     linear_cross_entropy,
 )
+from tests.kernels import peers
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
@@ -62,6 +63,16 @@ CASES = {
         lambda t: cross_entropy(t, targets(63)),
         in_fp32(lambda t: F.cross_entropy(t, targets(63))),
         [(63, 127)],
+    ),
+    "cross_entropy, options": (
+        lambda t: cross_entropy(t, targets(63), softcap=5.0, z_loss=0.01, label_smoothing=0.1),
+        lambda t: peers.cross_entropy(t, targets(63), softcap=5.0, z_loss=0.01, label_smoothing=0.1),
+        [(63, 127)],
+    ),
+    "linear_cross_entropy, of each row": (
+        lambda x, w: linear_cross_entropy(x, w, targets(63), reduction="none", softcap=5.0),
+        lambda x, w: peers.cross_entropy(F.linear(x, w), targets(63), reduction="none", softcap=5.0),
+        [(63, 20), (127, 20)],
     ),
     "linear_cross_entropy": (
         lambda x, w: linear_cross_entropy(x, w, targets(63)),

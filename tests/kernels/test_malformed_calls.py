@@ -95,6 +95,13 @@ PROBABILITY = Argument((None, *NO_NUMBERS, -0.1, 1.0, 1, 1.5))
 BOOL = Argument((None, 1, 0.0, "True", torch.tensor(True)))
 INDEX = Argument((*NO_INTEGERS, 2**63, -(2**63) - 1))
 SIZE = Argument((*NO_INTEGERS, 0, -2))
+REDUCTION = Argument(("", "average", "MEAN", None, True, 1, ["mean"]))
+LOSS = {
+    "reduction": REDUCTION,
+    "label_smoothing": Argument((None, *NO_NUMBERS, -0.1, 1.1)),
+    "softcap": Argument((*NO_NUMBERS, 0.0, -30)),
+    "z_loss": Argument((None, *NO_NUMBERS, -1e-4)),
+}
 KIND = Argument(("", "erf", "TANH", None, True, 0, ["tanh"]))
 
 INDICES = torch.tensor([1, -1, 4, 0])
@@ -147,7 +154,18 @@ TARGETS = {
     "cross_entropy": Target(
         kernels.cross_entropy,
         {"logits": floats(4, 7), "targets": INDICES},
-        {"logits": Argument(any_size=(-1,), any_dtype=True), "targets": SEVEN, "ignore_index": INDEX},
+        {
+            "logits": Argument(any_size=(-1,), any_dtype=True),
+            "targets": SEVEN,
+            "ignore_index": INDEX,
+            "weight": Argument((1.0, "1", [1.0] * 7)),
+            **LOSS,
+        },
+    ),
+    "cross_entropy, class weights": Target(
+        kernels.cross_entropy,
+        {"logits": floats(4, 7), "targets": INDICES, "weight": floats(7)},
+        {"logits": Argument(any_dtype=True), "targets": SEVEN, "weight": OPTIONAL, **LOSS},
     ),
     "linear": Target(
         kernels.linear,
@@ -171,7 +189,20 @@ TARGETS = {
             "targets": SEVEN,
             "ignore_index": INDEX,
             "gradient_scale": Argument((2.0, "1", True, 1j, [1.0], torch.ones(2), torch.ones((), dtype=torch.float64))),
+            "class_weight": Argument((1.0, "1", [1.0] * 7)),
+            **LOSS,
         },
+    ),
+    "linear_cross_entropy, class weights": Target(
+        kernels.linear_cross_entropy,
+        {
+            "x": floats(4, 8),
+            "weight": floats(7, 8),
+            "targets": INDICES,
+            "class_weight": floats(7),
+            "reduction": "none",
+        },
+        {"x": PLAIN, "weight": PLAIN, "targets": SEVEN, "class_weight": OPTIONAL},
     ),
     # The modules: what they do not inherit from torch.nn, and what they are called with.
     "Linear": Target(
@@ -230,20 +261,26 @@ TARGETS = {
     ),
     "CrossEntropyLoss": Target(
         made_and_called(kernels.CrossEntropyLoss, "input", "target"),
-        {"input": floats(4, 7), "target": INDICES, "ignore_index": -1},
+        {"input": floats(4, 7), "target": INDICES, "ignore_index": -1, "weight": floats(7)},
         {
-            "input": Argument(any_size=(-1,), any_dtype=True),
+            "input": Argument(any_dtype=True),
             "target": SEVEN,
             "ignore_index": INDEX,
-            "weight": Argument((floats(7),)),
-            "label_smoothing": Argument((0.1,)),
-            "reduction": Argument(("sum", "none")),
+            "weight": OPTIONAL,
+            **LOSS,
         },
         {"logits", "targets"},
     ),
     "LinearCrossEntropyLoss": Target(
         made_and_called(kernels.LinearCrossEntropyLoss, "input", "target"),
-        {"input": floats(4, 8), "target": INDICES, "in_features": 8, "num_classes": 7, "ignore_index": -1},
+        {
+            "input": floats(4, 8),
+            "target": INDICES,
+            "in_features": 8,
+            "num_classes": 7,
+            "ignore_index": -1,
+            "weight": floats(7),
+        },
         {
             "input": PLAIN,
             "target": SEVEN,
@@ -252,12 +289,11 @@ TARGETS = {
             "ignore_index": Argument(INDEX.values[1:]),
             "out_features": Argument(((2,),)),
             "bias": Argument((True,)),
-            "reduction": Argument(("sum", "none")),
-            "weight": Argument((floats(7),)),
-            "label_smoothing": Argument((0.1,)),
+            "weight": OPTIONAL,
             "options": Argument((object(),)),
+            **LOSS,
         },
-        {"weight", "targets"},
+        {"weight", "class_weight", "targets"},
     ),
 }
 

@@ -17,6 +17,7 @@ from fastgpt.kernels import (
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
+    cross_entropy,
     modules,
 )
 
@@ -68,8 +69,24 @@ PAIRS = {
         CausalSelfAttention, CausalMultiheadAttention, (C, 3), {"bias": False}, lambda: [rows()],
     ),
     "CrossEntropyLoss": (CrossEntropyLoss, nn.CrossEntropyLoss, (), {}, lambda: [torch.randn(8, V), targets(8)]),
+    "CrossEntropyLoss, all options": (
+        CrossEntropyLoss, nn.CrossEntropyLoss, (torch.rand(V),), {"label_smoothing": 0.1, "reduction": "sum"},
+        lambda: [torch.randn(8, V), targets(8)],
+    ),
+    "CrossEntropyLoss, of each row": (
+        CrossEntropyLoss, nn.CrossEntropyLoss, (), {"weight": torch.rand(V), "reduction": "none"},
+        lambda: [torch.randn(8, V), targets(8)],
+    ),
     "LinearCrossEntropyLoss": (
         LinearCrossEntropyLoss, TORCHS_LOSS, (C, V), {}, lambda: [torch.randn(8, C), targets(8)],
+    ),
+    "LinearCrossEntropyLoss, all options": (
+        LinearCrossEntropyLoss, TORCHS_LOSS, (C, V), {"weight": torch.rand(V), "label_smoothing": 0.1},
+        lambda: [torch.randn(8, C), targets(8)],
+    ),
+    "LinearCrossEntropyLoss, of each row": (
+        LinearCrossEntropyLoss, TORCHS_LOSS, (C, V), {"reduction": "none", "ignore_index": -100},
+        lambda: [torch.randn(8, C), targets(8)],
     ),
 }  # fmt: skip
 pairs = pytest.mark.parametrize("name", PAIRS)
@@ -162,9 +179,12 @@ def test_defaults_are_torch_nns():
         (lambda: Embedding(V, C, sparse=True), "sparse"),
         (lambda: LayerNorm((T, C)), "normalized_shape"),
         (lambda: AddLayerNorm((T, C)), "normalized_shape"),
-        (lambda: CrossEntropyLoss(weight=torch.ones(V)), "weight"),
-        (lambda: CrossEntropyLoss(label_smoothing=0.1), "label_smoothing"),
-        (lambda: CrossEntropyLoss(reduction="sum"), "reduction"),
+        (lambda: LinearCrossEntropyLoss(C, V, bias=True), "bias"),
+        (lambda: LinearCrossEntropyLoss(C, V, out_features=(2,)), "out_features"),
+        (lambda: LinearCrossEntropyLoss(C, V, weight=torch.ones(V + 1)), "weight"),
+        (lambda: CrossEntropyLoss(label_smoothing=1.1), "label_smoothing"),
+        (lambda: CrossEntropyLoss(reduction="average"), "reduction"),
+        (lambda: CrossEntropyLoss(softcap=0.0), "softcap"),
         (lambda: CausalSelfAttention(C, 3, kdim=8), "kdim"),
         (lambda: CausalSelfAttention(C, 5), "num_heads"),
         (lambda: CausalSelfAttention(C, 3, dropout=1.0), "dropout"),
@@ -181,6 +201,34 @@ def test_the_loss_without_logits_takes_any_number_of_leading_dimensions():
     logits = x @ loss.linear.weight.T
     torch.testing.assert_close(loss(x, index), nn.functional.cross_entropy(logits.view(-1, V), index.view(-1)))
     torch.testing.assert_close(loss.linear(x), logits)
+
+
+def test_the_loss_of_each_position_has_the_shape_of_the_targets():
+    x, index = torch.randn(B, T, C), targets(B, T)
+    loss = LinearCrossEntropyLoss(C, V, reduction="none")
+    expected = nn.functional.cross_entropy((x @ loss.linear.weight.T).view(-1, V), index.view(-1), reduction="none")
+    torch.testing.assert_close(loss(x, index), expected.view(B, T))
+
+
+@pytest.mark.parametrize("of_a_layer", [False, True], ids=["logits", "layer"])
+def test_class_weights_are_a_buffer_that_moves_with_the_module(of_a_layer):
+    weight = torch.rand(V)
+    loss = LinearCrossEntropyLoss(C, V, weight=weight) if of_a_layer else CrossEntropyLoss(weight)
+    assert torch.equal(loss.state_dict()["weight"], weight)
+    assert loss.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    x = torch.randn(8, C if of_a_layer else V).bfloat16()
+    assert loss(x, targets(8)).isfinite()
+
+
+def test_a_soft_cap_and_a_z_loss_are_what_torch_nn_does_not_have():
+    logits, index, x = torch.randn(8, V), targets(8), torch.randn(8, C)
+    options = {"softcap": 2.0, "z_loss": 0.1}
+    expected = cross_entropy(logits, index, -100, **options)
+    assert torch.equal(CrossEntropyLoss(**options)(logits, index), expected)
+    loss = LinearCrossEntropyLoss(C, V, **options)
+    torch.testing.assert_close(loss(x, index), cross_entropy(loss.linear(x), index, -100, **options))
+    for module in (loss, CrossEntropyLoss(**options)):
+        assert "softcap=2.0, z_loss=0.1" in repr(module)
 
 
 @pytest.mark.parametrize("name", takes_factory)
@@ -214,6 +262,8 @@ def test_a_copy_computes_the_same_and_shares_nothing(name, copied):
         ("CausalSelfAttention, no bias", "24, num_heads=3, dropout=0.0, bias=False"),
         ("CrossEntropyLoss", "CrossEntropyLoss()"),
         ("LinearCrossEntropyLoss", "ignore_index=-100"),
+        ("LinearCrossEntropyLoss, of each row", "ignore_index=-100, reduction=none"),
+        ("LinearCrossEntropyLoss, all options", "label_smoothing=0.1"),
     ],
 )
 def test_it_shows_what_it_was_made_with(name, shown):

@@ -118,6 +118,15 @@ def cases(dtype):
         for needs_dweight in (True, False):
             yield "linear_cross_entropy", (r(3, 5), r(7, 5), targets, -1, None, needs_dx, needs_dweight)
     yield "linear_cross_entropy", (r(3, 5), r(7, 5), targets, -1, torch.tensor(0.5), True, True)
+    for options in ((3.0, 0.1, 0.2, f(5).abs()), (3.0, 0.0, 0.2, None), (0.0, 0.1, 0.0, f(5).abs())):
+        yield "cross_entropy", (r(3, 5), targets, -1, *options)
+        yield "cross_entropy_backward", (f(3), r(5, 3).t(), targets, f(3), -1, *options)
+        yield "cross_entropy_", (r(3, 5), targets, torch.tensor(0.5), -1, *options)
+        yield "cross_entropy_", (r(3, 5), targets, f(3), -1, *options)
+        yield "linear_cross_entropy", (r(3, 4), r(5, 4), targets, -1, None, True, True, *options, "sum")
+        yield "linear_cross_entropy", (r(3, 4), r(5, 4), targets, -1, None, False, False, *options, "none")
+        yield "linear_cross_entropy_backward", (f(3), r(3, 4), r(5, 4), targets, -1, True, True, *options)
+        yield "linear_cross_entropy_backward", (f(3), r(3, 4), r(5, 4), targets, -1, False, True, *options)
     yield "grad_norm", ([r(3, 5), r(7)],)
     yield "adamw_", adamw(copies=False, scale=False)
     yield "adamw_", adamw(copies=True, scale=True)
@@ -147,7 +156,8 @@ def test_the_compiled_backends_have_every_operator_but_those_that_plain_pytorch_
     ours = ops.OPERATORS.keys() - dispatch.LEFT_TO_TORCH["triton"]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     assert {name for name in ops.OPERATORS if has_kernel(f"fastgpt::{name}", "CUDA")} == ours
-    assert set(IMPLEMENTATIONS) == ours - {"linear_cross_entropy"}  # which is made of other operators
+    made_of_others = {"linear_cross_entropy", "linear_cross_entropy_backward"}
+    assert set(IMPLEMENTATIONS) == ours - made_of_others
 
 
 @pytest.mark.parametrize("number", range(len(list(cases(torch.float32)))))
@@ -187,6 +197,13 @@ def calls():
     yield "attention_qkv", lambda t: attention_qkv(t, 2), [random(2, 20, 24)]
     yield "cross_entropy", lambda t: cross_entropy(t, targets()), [random(3, 5)]
     yield "linear_cross_entropy", lambda *t: linear_cross_entropy(*t, targets()), [random(3, 8), random(5, 8)]
+    options = {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2, "reduction": "none"}
+    yield "cross_entropy, options", lambda t: cross_entropy(t, targets(), **options), [random(3, 5)]
+    yield (
+        "linear_cross_entropy, options",
+        lambda *t: linear_cross_entropy(*t, targets(), **options),
+        [random(3, 8), random(5, 8)],
+    )
 
 
 @pytest.fixture(params=[name for name, *_ in calls()])
@@ -430,7 +447,16 @@ def test_a_narrower_instruction_set_keeps_the_error_rule_too(backend, isa):
         sys.exit(pytest.main(["-p", "no:cacheprovider", "-k",
                               "cpp and (as_accurate or any_strides or mask or sums_the_rows or lies_around)", *FILES]))
     """
-    tested = "layer_norm", "gelu", "attention", "cross_entropy", "linear", "linear_cross_entropy", "surroundings"
+    tested = (
+        "layer_norm",
+        "gelu",
+        "attention",
+        "cross_entropy",
+        "linear",
+        "linear_cross_entropy",
+        "loss_options",
+        "surroundings",
+    )
     code = code.replace("FILES", repr([str(Path(__file__).with_name(f"test_{name}.py")) for name in tested]))
     out, _ = python(code, **hardware.environment_for(isa))
     assert out.splitlines()[0] == f"cpp ({isa})"

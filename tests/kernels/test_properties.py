@@ -27,6 +27,7 @@ from fastgpt.kernels import (
     linear_cross_entropy,
 )
 from fastgpt.kernels.philox import dropout_factors
+from tests.kernels import peers
 from tests.kernels.peers import product
 
 # fp16 is for Triton and the reference. The interpreter is a thousand times slower than C++.
@@ -267,6 +268,41 @@ def a_cross_entropy(draw: Draw) -> Call:
     )
 
 
+def loss_options(draw: Draw, V: int) -> dict[str, Any]:
+    """Any combination of the options of a loss."""
+    weight = draw.layout(torch.rand(V) + 0.1) if draw.flag() else None
+    return {
+        "softcap": draw.one_of([None, 4.0, 30.0]), "z_loss": draw.one_of([0.0, 0.01]),
+        "label_smoothing": draw.one_of([0.0, 0.1, 1.0]), "weight": weight,
+        "reduction": draw.one_of(["mean", "sum", "none"]),
+    }  # fmt: skip
+
+
+def a_cross_entropy_with_options(draw: Draw) -> Call:
+    N, V, ignore_index = draw.one_of([1, 2, 5, 33, 127, 0]), draw.one_of(WIDTHS), draw.one_of([-1, -100, 0])
+    logits, targets, options = draw.tensor(N, V), draw.targets(N, V, ignore_index), loss_options(draw, V)
+    return Call(
+        lambda x: cross_entropy(x, targets, ignore_index, **options),
+        lambda x: peers.cross_entropy(x, targets, ignore_index, **options),
+        [logits],
+        result=torch.float32,
+    )
+
+
+def a_linear_cross_entropy_with_options(draw: Draw) -> Call:
+    call = a_linear_cross_entropy(draw)
+    (N, _), (V, _) = (t.shape for t in call.tensors)
+    ignore_index = draw.one_of([-1, -100, 0])
+    targets, options = draw.targets(N, V, ignore_index), loss_options(draw, V)
+    renamed = {"class_weight" if name == "weight" else name: value for name, value in options.items()}
+    return Call(
+        lambda x, weight: linear_cross_entropy(x, weight, targets, ignore_index, **renamed),
+        lambda x, weight: peers.cross_entropy(product(x, weight), targets, ignore_index, **options),
+        call.tensors,
+        result=torch.float32,
+    )
+
+
 def a_linear_cross_entropy(draw: Draw) -> Call:
     N, V, ignore_index = draw.one_of([1, 2, 5, 33, 127, 0]), draw.one_of(WIDTHS), draw.one_of([-1, -100, 0])
     C = draw.one_of(WIDTHS)
@@ -294,6 +330,8 @@ CALLS = {
     "attention_qkv": an_attention_qkv,
     "cross_entropy": a_cross_entropy,
     "linear_cross_entropy": a_linear_cross_entropy,
+    "cross_entropy with options": a_cross_entropy_with_options,
+    "linear_cross_entropy with options": a_linear_cross_entropy_with_options,
     "linear": a_linear,
 }
 

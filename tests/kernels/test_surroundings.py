@@ -55,6 +55,22 @@ CALLS = {
         lambda targets: lambda x, weight: linear_cross_entropy(x, weight, targets),
     ),
     "cross_entropy": (lambda M, K, N: [(M, N)], lambda targets: lambda x: cross_entropy(x, targets)),
+    "linear_cross_entropy, of each row": (
+        lambda M, K, N: [(M, K), (N, K)],
+        lambda targets: (
+            lambda x, weight: linear_cross_entropy(
+                x, weight, targets, reduction="none", softcap=5.0, label_smoothing=0.1
+            )
+        ),
+    ),
+    "cross_entropy, options": (
+        lambda M, K, N: [(M, N)],
+        lambda targets: (
+            lambda x: cross_entropy(
+                x, targets, weight=torch.linspace(1, 2, x.shape[1]), softcap=5.0, z_loss=0.1, label_smoothing=0.1
+            )
+        ),
+    ),
     "attention": (lambda M, K, N: 3 * [(1, 2, M, min(K, 65))], lambda targets: attention),
     "attention_qkv": (lambda M, K, N: [(2, min(M, 65), 6 * min(K, 65))], lambda targets: lambda x: attention_qkv(x, 2)),
     "layer_norm": (lambda M, K, N: [(M, K), (K,), (K,)], lambda targets: layer_norm),

@@ -79,7 +79,11 @@ def test_a_million_rows_fit_the_grid(name):
             ("layer_norm", (rows, vector, vector, 1e-5)),
             ("layer_norm_backward", (rows, rows, rows, vector, each, each, True)),
         ],
-        "cross_entropy": [("cross_entropy", (rows, targets, -1)), ("cross_entropy_", (rows, targets, each[0], -1))],
+        "cross_entropy": [
+            ("cross_entropy", (rows, targets, -1)),
+            ("cross_entropy_", (rows, targets, each[0], -1)),
+            ("cross_entropy_", (rows, targets, each, -1, 30.0, 0.1, 0.1)),
+        ],
     }
     grids = []
     with launch.ahead_of_time(RTX_4070, lambda kernel, grid, *_: grids.append(grid)):
