@@ -130,11 +130,16 @@ def _embedding(rows: int, columns: int) -> None:
     OPS["embedding_backward_"](main_grad, _empty(rows, columns), index)
 
 
-def _cross_entropy(rows: int, classes: int) -> None:
+def _cross_entropy(
+    rows: int, classes: int, softcap: float = 0.0, z_loss: float = 0.0, smoothing: float = 0.0, weighted: bool = False
+) -> None:
+    """With options, each row's loss has a gradient of its own where the logits are overwritten."""
     logits, targets, each = _empty(rows, classes), _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.float32)
-    OPS["cross_entropy"](logits, targets, -1)
-    OPS["cross_entropy_backward"](each, logits, targets, each, -1)
-    OPS["cross_entropy_"](logits, targets, _empty(dtype=torch.float32), -1)
+    weight = _empty(classes, dtype=torch.float32) if weighted else None
+    options = softcap, z_loss, smoothing, weight
+    OPS["cross_entropy"](logits, targets, -1, *options)
+    OPS["cross_entropy_backward"](each, logits, targets, each, -1, *options)
+    OPS["cross_entropy_"](logits, targets, each if any(options[:3]) else _empty(dtype=torch.float32), -1, *options)
 
 
 def _adamw(parameters: int = PARAMETERS) -> None:
@@ -176,6 +181,11 @@ CASES: dict[str, Callable[[], None]] = {
     "embedding bf16": lambda: _embedding(B * T, C),
     f"cross_entropy bf16 V{V}": lambda: _cross_entropy(4096, V),
     "cross_entropy bf16 V65": lambda: _cross_entropy(4096, 65),
+    f"cross_entropy bf16 V{V} capped, z-loss": lambda: _cross_entropy(4096, V, 30.0, 1e-4),
+    f"cross_entropy bf16 V{V} smoothed": lambda: _cross_entropy(4096, V, smoothing=0.1),
+    f"cross_entropy bf16 V{V} weighted": lambda: _cross_entropy(4096, V, weighted=True),
+    f"cross_entropy bf16 V{V} all options": lambda: _cross_entropy(4096, V, 30.0, 1e-4, 0.1, weighted=True),
+    "cross_entropy bf16 V65 all options": lambda: _cross_entropy(4096, 65, 30.0, 1e-4, 0.1, weighted=True),
     "adamw fp32": _adamw,
     "adamw fp32 unaligned": lambda: _adamw(PARAMETERS + 1),
     "adamw_8bit 8-bit bf16": _adamw_8bit,

@@ -181,19 +181,24 @@ def gelu(s: Setting, with_bias: bool = False) -> Op:
     return against_eager(kernel, eager, inputs, [s.draw(*shape)], 2, 3)
 
 
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def mean_loss(
+    logits: Tensor, targets: Tensor, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
     """The mean loss, as under autocast, which widens logits of half precision."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(wide, targets, ignore_index=-1)
+    if softcap:
+        wide = softcap * (wide / softcap).tanh()
+    loss = F.cross_entropy(wide, targets, ignore_index=-1, label_smoothing=label_smoothing)
+    return loss + z_loss * wide.logsumexp(-1).square().mean() if z_loss else loss  # no target is -1
 
 
-def cross_entropy(s: Setting) -> Op:
+def cross_entropy(s: Setting, **options: float) -> Op:
     targets = s.targets()
 
     def eager(logits: Tensor) -> Tensor:
-        return mean_loss(logits, targets)
+        return mean_loss(logits, targets, **options)
 
-    kernel = partial(ours.cross_entropy, targets=targets)
+    kernel = partial(ours.cross_entropy, targets=targets, **options)
     return against_eager(kernel, eager, [s.leaf(s.B * s.T, s.V)], [None], 1, 2)
 
 
@@ -221,12 +226,12 @@ def linear(s: Setting) -> Op:
     return Op(inputs, [s.draw(B, T, 4 * C)], contenders, "eager", {"fwd": forward, "fwd+bwd": 3 * forward}, "FLOP/s")
 
 
-def linear_cross_entropy(s: Setting) -> Op:
+def linear_cross_entropy(s: Setting, **options: float) -> Op:
     targets = s.targets()
-    kernel = partial(ours.linear_cross_entropy, targets=targets)
+    kernel = partial(ours.linear_cross_entropy, targets=targets, **options)
 
     def eager(x: Tensor, weight: Tensor) -> Tensor:
-        return mean_loss(F.linear(x, weight), targets)
+        return mean_loss(F.linear(x, weight), targets, **options)
 
     contenders = [
         Contender("fastgpt", kernel),
@@ -234,7 +239,7 @@ def linear_cross_entropy(s: Setting) -> Op:
         Contender("eager", eager),
         Contender("torch.compile", torch.compile(eager, dynamic=False)),
     ]
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    if hasattr(F, "linear_cross_entropy") and not options:  # torch 2.13; it neither caps logits nor has a z-loss
         theirs = partial(F.linear_cross_entropy, target=targets, ignore_index=-1)
         contenders.append(Contender("F.linear_cross_entropy", theirs))
         if s.device.type == "cuda":  # on a CPU it takes many times as long as all others together
@@ -320,8 +325,10 @@ OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
     "gelu": (gelu, 100),
     "gelu_bias": (partial(gelu, with_bias=True), 100),
     "cross_entropy": (cross_entropy, 100),
+    "cross_entropy_smoothed": (partial(cross_entropy, label_smoothing=0.1), 30),
     "linear": (linear, 100),
     "linear_cross_entropy": (linear_cross_entropy, 100),
+    "linear_cross_entropy_capped": (partial(linear_cross_entropy, softcap=30.0, z_loss=1e-4), 30),
     "adamw_flat": (partial(adamw, flat=True), 50),
     "adamw_list": (adamw, 50),
     "adamw_bf16": (partial(adamw, dtype=torch.bfloat16), 50),

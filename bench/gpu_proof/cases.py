@@ -115,6 +115,15 @@ def _cross_entropy(ops: Ops, rows: int, V: int, dtype: torch.dtype = BF16) -> No
     ops["cross_entropy_"](_random(rows, V, dtype=dtype), targets, torch.tensor(0.5), -1)
 
 
+def _cross_entropy_with_options(ops: Ops, rows: int, V: int, weighted: bool) -> None:
+    logits, targets = _random(rows, V + 3)[:, :V], torch.randint(0, V, (rows,))
+    targets[0] = -1
+    options = 30.0, 1e-4, 0.1, torch.rand(2 * V)[::2] if weighted else None
+    _, lse = ops["cross_entropy"](logits, targets, -1, *options)
+    ops["cross_entropy_backward"](torch.ones(()).expand(rows), logits, targets, lse, -1, *options)
+    ops["cross_entropy_"](_random(rows, V), targets, torch.rand(2 * rows)[::2], -1, *options)
+
+
 def _adamw(ops: Ops, sizes: tuple[int, ...], grad_dtype: torch.dtype = FP32) -> None:
     params, grads, exp_avgs, exp_avg_sqs, copies = (
         [torch.rand(size).to(dtype) for size in sizes] for dtype in (FP32, grad_dtype, FP32, FP32, BF16)
@@ -164,6 +173,8 @@ SMALL: dict[str, Case] = {
     "cross_entropy V65": partial(_cross_entropy, rows=5, V=65),
     "cross_entropy V9000": partial(_cross_entropy, rows=3, V=9000),
     "cross_entropy fp32 V4096": partial(_cross_entropy, rows=3, V=4096, dtype=FP32),
+    "cross_entropy options": partial(_cross_entropy_with_options, rows=5, V=65, weighted=False),
+    "cross_entropy options, weights": partial(_cross_entropy_with_options, rows=3, V=9000, weighted=True),
     "adamw": partial(_adamw, sizes=(3000, 17, 4096)),
     "adamw aligned": partial(_adamw, sizes=(2048, 4112), grad_dtype=BF16),
     "adamw_8bit 8 bits": partial(_adamw_8bit, sizes=(1500, 300), coded=True),
@@ -246,6 +257,18 @@ def _large_cross_entropy(ops: Ops) -> None:
     ops["cross_entropy_"](logits, targets, torch.tensor(0.5), -1)
 
 
+def _large_cross_entropy_with_options(ops: Ops) -> None:
+    """The scale of each row lies far from the next one's."""
+    V = 50304
+    rows = 2**31 // V + 3
+    logits, targets, each = _untouched(rows, V), torch.full((rows,), V - 1), _untouched(rows, dtype=FP32)
+    far = _untouched(rows, 2**31 // rows + 1, dtype=FP32)[:, 0]
+    options = 30.0, 1e-4, 0.1, _untouched(V, dtype=FP32)
+    ops["cross_entropy"](logits, targets, -1, *options)
+    ops["cross_entropy_backward"](far, logits, targets, each, -1, *options)
+    ops["cross_entropy_"](logits, targets, far, -1, *options)
+
+
 def _large_adamw(ops: Ops) -> None:
     n, scalar = 2**31 + 4099, torch.tensor(1.0)
     lists = [[_untouched(n, dtype=dtype)] for dtype in (FP32, BF16, BF16, BF16, BF16)]
@@ -270,6 +293,7 @@ LARGE: dict[str, Case] = {
     "gelu bias, 2**18 rows": _tall_gelu,
     "embedding, 2**31 elements": _large_embedding,
     "cross_entropy, 2**31 elements": _large_cross_entropy,
+    "cross_entropy options, 2**31 elements": _large_cross_entropy_with_options,
     "adamw, 2**31 elements": _large_adamw,
     "adamw_8bit, 2**31 elements": _large_adamw_8bit,
 }
@@ -284,6 +308,11 @@ def _no_data(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def _cross_entropy_in_place(ops: Ops, V: int, dtype: torch.dtype) -> None:
     ops["cross_entropy_"](_no_data(64, V, dtype=dtype), _no_data(64, dtype=INT64), _no_data(dtype=FP32), -1)
+
+
+def _options_in_place(ops: Ops, V: int, weighted: bool) -> None:
+    options = 30.0, 1e-4, 0.1, _no_data(V, dtype=FP32) if weighted else None
+    ops["cross_entropy_"](_no_data(64, V), _no_data(64, dtype=INT64), _no_data(64, dtype=FP32), -1, *options)
 
 
 def _gelu_in_place(ops: Ops, rows: int, C: int, bias: bool) -> None:
@@ -327,6 +356,10 @@ IN_PLACE: dict[str, Case] = {
     **_named(
         "cross_entropy", _cross_entropy_in_place,
         *({"V": V, "dtype": dtype} for V in (65, 9000, 50304) for dtype in (BF16, FP32)),
+    ),
+    **_named(
+        "cross_entropy options", _options_in_place,
+        *({"V": V, "weighted": weighted} for V in (65, 50304) for weighted in (False, True)),
     ),
     **_named(
         "gelu", _gelu_in_place,

@@ -295,10 +295,25 @@ def an_attention_qkv(draw: Draw) -> dict[str, Any]:
     return {"qkv": qkv, "n_head": draw.option(n_head, n_head, 3), **attention_options(draw)}
 
 
+def loss_options(draw: Draw, V: int, weight_name: str) -> dict[str, Any]:
+    """Some of the options of a loss. Class weights have no gradient."""
+    weight = draw.tensor_or_none(V)
+    options = {
+        "softcap": draw.option(None, 30.0, 1), "z_loss": draw.option(0.0, 1e-4, 1),
+        "label_smoothing": draw.option(0.0, 0.1, 1), "reduction": draw.option("mean", "sum", "none"),
+        weight_name: replace(weight, asks=False) if isinstance(weight, Floats) else weight,
+    }  # fmt: skip
+    chosen = draw.of(st.sets(st.sampled_from(sorted(options))))
+    return {name: options[name] for name in sorted(chosen)}
+
+
 def a_cross_entropy(draw: Draw) -> dict[str, Any]:
     N, V, ignored = draw.size(), draw.size(), draw.of(IGNORED)
     targets = draw.indices(N, below=V, ignored=ignored)
-    return {"logits": draw.floats(N, V), "targets": targets, "ignore_index": draw.option(ignored)}
+    return {
+        "logits": draw.floats(N, V), "targets": targets, "ignore_index": draw.option(ignored),
+        **loss_options(draw, V, "weight"),
+    }  # fmt: skip
 
 
 def a_linear_cross_entropy(draw: Draw) -> dict[str, Any]:
@@ -307,6 +322,7 @@ def a_linear_cross_entropy(draw: Draw) -> dict[str, Any]:
     return {
         "x": draw.floats(N, C), "weight": draw.floats(V, C), "targets": draw.indices(N, below=V, ignored=ignored),
         "ignore_index": draw.option(ignored), "gradient_scale": draw.option(scale),
+        **loss_options(draw, V, "class_weight"),
     }  # fmt: skip
 
 

@@ -66,6 +66,17 @@ GOOD = [
     Call("linear", {"x": X, "weight": WEIGHT, "bias": None}, dout="reversed"),
     Call("layer_norm", {"x": Floats((3, 8), "bfloat16", "every other"), "weight": None, "bias": None, "eps": 1e-5}),
     Call("cross_entropy", {"logits": X, "targets": Indices((3,), 8, (9,)), "ignore_index": 9}),
+    Call(
+        "cross_entropy",
+        {
+            "logits": X,
+            "targets": Indices((3,), 8),
+            "weight": Floats((8,), asks=False),
+            "softcap": 1,
+            "reduction": "none",
+        },
+    ),
+    Call("cross_entropy", {"logits": X, "targets": Indices((3,), 8), "label_smoothing": Wrong("2")}),  # refused
     Call("linear", {"x": X, "weight": Wrong("nan"), "bias": None}),  # refused
     Steps((X,), (X,), {"max_grad_norm": 1.0}, {"grad_scale": 0.5}),
     Steps((), (), {}, {}),  # refused by torch.optim

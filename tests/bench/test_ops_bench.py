@@ -27,6 +27,7 @@ def test_work_is_counted_as_stated():
     assert ops.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
     assert ops.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
     assert ops.cross_entropy(s).work == {"fwd": N * V * 2, "fwd+bwd": 3 * N * V * 2}
+    assert ops.cross_entropy(s, label_smoothing=0.1).work == ops.cross_entropy(s).work
     assert ops.linear(s).work == {"fwd": 2 * N * C * 4 * C, "fwd+bwd": 6 * N * C * 4 * C}
     assert ops.linear_cross_entropy(s).work == {"fwd": 2 * N * C * V, "fwd+bwd": 6 * N * C * V}
     n_params = sum(map(math.prod, ops.gpt2_shapes(1, V, T, C)))
