@@ -182,13 +182,13 @@ def gelu(s: Setting, with_bias: bool = False) -> Op:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A rotation as transformers' Llama has it, with cosines and sines of the width of a head, in the dtype of ``x``."""
+    """A rotation as in transformers' Llama, with cosines and sines of the width of a head, in the dtype of ``x``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 def rotary(s: Setting, qk_norm: bool = False) -> Op:
-    """q and k of (B, T, H, D), with ``qk_norm`` each head normalised and weighted first, as in Qwen3."""
+    """Queries and keys, (B, T, H, D), with ``qk_norm`` each head normalised and weighted first, as in Qwen3."""
     D = s.C // s.H
     cos, sin = ours.rotary_tables(s.T, D, device=s.device)
     twice = [torch.cat((t, t), dim=-1).unsqueeze(1) for t in (cos, sin)]  # (T, 1, D)
@@ -210,7 +210,7 @@ def rotary(s: Setting, qk_norm: bool = False) -> Op:
 
 
 def rotary_qkv(s: Setting, qk_norm: bool = False) -> Op:
-    """q and k in packed (B, T, 3C), with ``qk_norm`` each head normalised first, as in modded-nanogpt and nanochat."""
+    """Queries and keys in packed (B, T, 3C), with ``qk_norm`` each head normalised first, as in nanochat."""
     D = s.C // s.H
     cos, sin = ours.rotary_tables(s.T, D, device=s.device)
     twice = [torch.cat((t, t), dim=-1).unsqueeze(1) for t in (cos, sin)]  # (T, 1, D)

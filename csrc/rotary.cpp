@@ -1,9 +1,9 @@
 // Rotary position embeddings, alone or after an RMS norm of each head, and the gradients of both.
-// Su et al., "RoFormer", 2021; the norm: Henry et al., "Query-Key Normalization for Transformers", 2020, with the RMS as in
-// Qwen3.
+// Su et al., "RoFormer", 2021; the norm: Henry et al., "Query-Key Normalization for Transformers", 2020, with the RMS
+// as in Qwen3.
 //
-// The factors of a position are laid out once as the loops over its heads read them. One loop turns a head from one place
-// to another, which may be the same, so in place and out of place give the same bits.
+// The factors of a position are laid out once as the loops over its heads read them. One loop turns a head from one
+// place to another, which may be the same, so in place and out of place give the same bits.
 #include "tensor.h"
 
 namespace fastgpt {
@@ -12,8 +12,8 @@ namespace {
 // Minimum elements of a task: fewer cost less than handing them to a thread. 32 KiB of fp32, a first-level cache.
 constexpr int64_t kElementsPerTask = 8192;
 
-// Heads whose weight gradients one task sums, or all those of a position if it has more. A constant, so that the order of
-// summation, and with it every bit of the result, is the same for any number of threads.
+// Heads whose weight gradients one task sums, or all those of a position if it has more. A constant, so that the order
+// of summation, and with it every bit of the result, is the same for any number of threads.
 constexpr int64_t kHeadsPerShare = 64;
 
 typedef uint64_t PairVec __attribute__((vector_size(kLanes * 4)));
@@ -95,14 +95,18 @@ void with_pairs(const Tables& tables, bool interleaved, Body&& body) {
   return body(std::integral_constant<Pairs, Pairs::kHalves>{});
 }
 
-// The factors of one position, for all of its heads. Halves: D/2 of cos and of sin. Neighbours: D of cos, each twice, and
-// D of sin, the first of a pair with its sign changed. With `inverse` those of the negative angle.
+// The factors of one position, for all of its heads. Halves: D/2 of cos and of sin. Neighbours: D of cos, each twice,
+// and D of sin, the first of a pair with its sign changed. With `inverse` those of the negative angle.
 template <Pairs kPairs>
 class Factors {
  public:
   // `T`: positions. `inverse_squares`: whether 1 / (cos^2 + sin^2) is needed too.
   Factors(const Tables& tables, int64_t T, int64_t D, bool inverse, bool inverse_squares = false)
-      : tables_(tables), T_(T), half_(D / 2), sign_(inverse ? -1.0f : 1.0f), buffer_(2 * D),
+      : tables_(tables),
+        T_(T),
+        half_(D / 2),
+        sign_(inverse ? -1.0f : 1.0f),
+        buffer_(2 * D),
         inverse_squares_(inverse_squares ? D : 0, 1.0f) {}
 
   void go_to(int64_t position) {
@@ -198,8 +202,8 @@ __attribute__((noinline)) void turn_head(
         [&](int64_t i, Vec value, int64_t n) { store(y + i, value, n); });
 }
 
-// y, which may be x: its first n_turned heads are those of x, normalised if there is an rstd, (B, T, n_turned) fp32, which
-// is then written, and turned. The other heads are copied. weight: (D), or null for ones.
+// y, which may be x: its first n_turned heads are those of x, normalised if there is an rstd, (B, T, n_turned) fp32,
+// which is then written, and turned. The other heads are copied. weight: (D), or null for ones.
 template <class T, Pairs kPairs>
 void forward(
     const T* x, const Layout& from, T* y, const Layout& to, int64_t n_turned, const Tables& tables, bool inverse,
@@ -243,8 +247,7 @@ void forward(
 // x: (B, T, H, D), any strides. cos, sin: (T, D/2) or (B, T, D/2) fp32. Returns (B, T, H, D), contiguous.
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
   const Tensor y = empty(sizes_of(x), x.scalar_type());
-  forward(
-      x, layout_of(x), y, layout_of(y), x.size(2), cos, sin, interleaved, inverse, std::nullopt, nullptr, 0.0);
+  forward(x, layout_of(x), y, layout_of(y), x.size(2), cos, sin, interleaved, inverse, std::nullopt, nullptr, 0.0);
   return y;
 }
 
@@ -271,16 +274,15 @@ Tensor rms_norm_rotary_(
   return rstd;
 }
 
-// qkv: (B, T, (n_head + 2 n_kv_head) D), any strides. Returns q and k turned beside v, contiguous, and rstd, (B, T, n_head +
-// n_kv_head) fp32, empty without qk_norm.
+// qkv: (B, T, (n_head + 2 n_kv_head) D), any strides. Returns q and k turned beside v, contiguous, and rstd, (B, T,
+// n_head + n_kv_head) fp32, empty without qk_norm.
 std::tuple<Tensor, Tensor> rotary_qkv(
     const Tensor& qkv, int64_t n_head, int64_t n_kv_head, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin, bool qk_norm, double eps, bool interleaved) {
   const int64_t n = n_head + 2 * n_kv_head, n_turned = n_head + n_kv_head;
   const Layout heads = packed_layout_of(qkv, n);
   const Tensor out = empty(sizes_of(qkv), qkv.scalar_type());
-  const Tensor rstd =
-      qk_norm ? empty({heads.B, heads.T, n_turned}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  const Tensor rstd = qk_norm ? empty({heads.B, heads.T, n_turned}, ScalarType::Float) : empty({0}, ScalarType::Float);
   forward(
       qkv, heads, out, packed_layout_of(out, n), n_turned, cos, sin, interleaved, false, std::nullopt,
       qk_norm ? &rstd : nullptr, eps);
@@ -301,9 +303,7 @@ void backward_from_result(
   const float mean = sum(products) / D;
   turn<kPairs>(
       cos, sin, D,
-      [&](int64_t i, int64_t n) {
-        return load(dy + i, n) - load(y + i, n) * (load(inverse_squares + i, n) * mean);
-      },
+      [&](int64_t i, int64_t n) { return load(dy + i, n) - load(y + i, n) * (load(inverse_squares + i, n) * mean); },
       [&](int64_t i, Vec value, int64_t n) { store(dx + i, value * rstd, n); });
 }
 
@@ -333,7 +333,8 @@ void backward_from_result(
             const T* head = gathered(result + of_y.at(p, h), of_y.of_element, D, buffer.data() + D);
             T *there = to + of_dx.at(p, h), *place = place_for(there, of_dx.of_element, buffer.data());
             backward_from_result<T, kPairs>(
-                grad, head, factors.cos(), factors.sin(), factors.inverse_squares(), scales[p * n_turned + h], D, place);
+                grad, head, factors.cos(), factors.sin(), factors.inverse_squares(), scales[p * n_turned + h], D,
+                place);
             scatter(place, there, of_dx.of_element, D);
           }
           if (n_turned < of_dy.H) copy_rest(from, of_dy, to, of_dx, p, n_turned);
@@ -351,7 +352,8 @@ void rms_norm_rotary_backward_(
   backward_from_result(dy, heads, y, layout_of(y), dy, heads, heads.H, cos, sin, rstd, interleaved);
 }
 
-// dout: (B, T, (n_head + 2 n_kv_head) D), any strides. out, rstd: what the forward returned, or neither without the norm.
+// dout: (B, T, (n_head + 2 n_kv_head) D), any strides. out, rstd: what the forward returned, or neither without the
+// norm.
 Tensor rotary_qkv_backward(
     const Tensor& dout, const std::optional<Tensor>& out, const std::optional<Tensor>& rstd, int64_t n_head,
     int64_t n_kv_head, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool interleaved) {
@@ -359,8 +361,7 @@ Tensor rotary_qkv_backward(
   const Tensor dqkv = empty(sizes_of(dout), dout.scalar_type());
   const Layout from = packed_layout_of(dout, n), to = packed_layout_of(dqkv, n);
   if (out && rstd)
-    backward_from_result(
-        dout, from, *out, packed_layout_of(*out, n), dqkv, to, n_turned, cos, sin, *rstd, interleaved);
+    backward_from_result(dout, from, *out, packed_layout_of(*out, n), dqkv, to, n_turned, cos, sin, *rstd, interleaved);
   else
     forward(dout, from, dqkv, to, n_turned, cos, sin, interleaved, true, std::nullopt, nullptr, 0.0);
   return dqkv;
@@ -368,8 +369,8 @@ Tensor rotary_qkv_backward(
 
 // ---- the gradient, from the input ----
 
-// Of a head. With g = R' dy: dweight += g xhat, and with h = g weight: dx = rstd (h - xhat mean(h xhat)). weight: (D), or
-// null for ones. dweight: (D) fp32, or null. scratch: D fp32.
+// Of a head. With g = R' dy: dweight += g xhat, and with h = g weight: dx = rstd (h - xhat mean(h xhat)). weight: (D),
+// or null for ones. dweight: (D) fp32, or null. scratch: D fp32.
 template <class T, Pairs kPairs>
 void backward_from_input(
     const T* dy, const T* x, const float* cos, const float* sin, const float* weight, float rstd, int64_t D, T* dx,
@@ -393,8 +394,8 @@ void backward_from_input(
   });
 }
 
-// dy, x: (B, T, H, D), any strides. weight: (D). rstd: (B, T, H) fp32. weight_main_grad: (D) fp32, added to. Returns dx,
-// contiguous, and dweight (D), empty without a weight or if it was added to the main_grad.
+// dy, x: (B, T, H, D), any strides. weight: (D). rstd: (B, T, H) fp32. weight_main_grad: (D) fp32, added to. Returns
+// dx, contiguous, and dweight (D), empty without a weight or if it was added to the main_grad.
 std::tuple<Tensor, Tensor> rms_norm_rotary_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight_in, const std::optional<Tensor>& cos,
     const std::optional<Tensor>& sin, const Tensor& rstd_in, bool interleaved,

@@ -146,10 +146,10 @@ class CausalSelfAttention(nn.Module):
 class RotaryEmbedding(nn.Module):
     """The tables of :func:`rotary_tables` as buffers, and :func:`rotary` with them.
 
-    The buffers ``cos`` and ``sin``, ``(n_positions, head_size / 2)``, move with the module, and stay fp32 when it is cast
-    by ``.to(torch.bfloat16)`` or ``.half()``. They are not in the ``state_dict``, which is empty, and are computed when a
-    module leaves the device ``meta``. The other functions take them too, and for positions that differ between sequences
-    there is ``rotary(x, module.cos[positions], module.sin[positions])`` with positions ``(B, T)``.
+    The buffers ``cos`` and ``sin``, ``(n_positions, head_size / 2)``, move with the module, and stay fp32 when it is
+    cast by ``.to(torch.bfloat16)`` or ``.half()``. They are not in the ``state_dict``, which is empty, and are
+    computed when a module leaves the device ``meta``. The other functions take them too, and for positions that differ
+    between sequences there is ``rotary(x, module.cos[positions], module.sin[positions])`` with positions ``(B, T)``.
 
     Args:
         head_size: D, elements of a head; even, at most ``heads.MAX_HEAD_SIZE``.
@@ -190,7 +190,7 @@ class RotaryEmbedding(nn.Module):
         return f"{self.head_size}, n_positions={self.n_positions}, base={self.base}, interleaved={self.interleaved}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RotaryEmbedding":
-        """What ``.to()``, ``.half()``, ``to_empty()`` call: the tables follow to a device, but keep dtype and contents."""
+        """What ``.to()``, ``.half()``, ``to_empty()`` call: the tables change their device, not dtype or contents."""
         before = self.cos, self.sin
         super()._apply(fn, recurse)
         device = self.cos.device

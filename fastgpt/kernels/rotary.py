@@ -3,8 +3,8 @@
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021. Henry et al., "Query-Key Normalization
 for Transformers", 2020; with the RMS in the place of the L2 norm, as in Qwen3, modded-nanogpt and nanochat.
 
-Each pair of elements of a head is turned by an angle that grows with its position: y1 = x1 cos - x2 sin, y2 = x2 cos + x1
-sin. So the product of a query and a key depends on the distance of their positions only.
+Each pair of elements of a head is turned by an angle that grows with its position: y1 = x1 cos - x2 sin, y2 = x2 cos +
+x1 sin. So the product of a query and a key depends on the distance of their positions only.
 """
 
 from typing import Any
@@ -101,7 +101,7 @@ def rotary_tables(
     device: torch.device | str | None = None,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of the angles ``position * base ** (-2 i / head_size)``, i = 0 … head_size / 2 - 1.
+    """Return cosines and sines of the angles ``position * base ** (-2 i / head_size)``, i = 0 … head_size / 2 - 1.
 
     The angles are computed in fp64 on the CPU, so that they are exact at any position and have the same bits on every
     device. Make the tables once, not in every step.
@@ -141,8 +141,9 @@ def rotary_tables(
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Return the heads of ``x``, each pair of elements turned by the angle of its position.
 
-    The positions come before the heads, as a linear layer leaves them: ``q.view(B, T, H, D)`` and also a slice of packed
-    q, k and v are read where they lie. :func:`attention` takes ``(B, H, T, D)`` of any strides; so there is no copy in
+    The positions come before the heads, as a linear layer leaves them: ``q.view(B, T, H, D)`` and also a slice of
+    packed q, k and v are read where they lie. :func:`attention` takes ``(B, H, T, D)`` of any strides; so there is no
+    copy in
 
         q, k = (rotary(t.view(B, T, H, D), cos, sin).transpose(1, 2) for t in (q, k))  # both (B, H, T, D)
 
@@ -154,8 +155,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos: ``(T, D / 2)``, of :func:`rotary_tables`, or ``(B, T, D / 2)`` for positions that differ between sequences;
             fp32 whatever ``x`` is. It gets no gradient.
         sin: the same of the sines.
-        interleaved: the pairs are (2i, 2i + 1), as in RoFormer, GPT-J and Meta's own Llama, instead of (i, i + D / 2), as
-            in GPT-NeoX, and in transformers' Llama, whose weights are permuted for it.
+        interleaved: the pairs are (2i, 2i + 1), as in RoFormer, GPT-J and Meta's own Llama, instead of (i, i + D / 2),
+            as in GPT-NeoX, and in transformers' Llama, whose weights are permuted for it.
 
     Returns:
         ``(B, T, H, D)``, contiguous, dtype of ``x``.
@@ -182,8 +183,8 @@ def rms_norm_rotary(
     """Return :func:`rotary` of ``x``, each head of which is divided by its root mean square first, in one pass.
 
     This is QK-norm: with a weight as Qwen3 has it, without one as in modded-nanogpt and nanochat. The norm and the
-    rotation are fp32, and the result is rounded once. Under autocast the weight is cast to the dtype of ``x``, and nothing
-    else: the result goes into attention, which would cast it back.
+    rotation are fp32, and the result is rounded once. Under autocast the weight is cast to the dtype of ``x``, and
+    nothing else: the result goes into attention, which would cast it back.
 
     Args:
         x: ``(B, T, H, D)``, as in :func:`rotary`.
@@ -197,10 +198,10 @@ def rms_norm_rotary(
         ``(B, T, H, D)``, contiguous, dtype of ``x``.
 
     Raises:
-        TypeError: a dtype is not a float, ``weight`` has not that of ``x``, ``cos`` or ``sin`` is not fp32, or an option has
-            a wrong type.
-        ValueError: a shape, a device or ``eps`` does not fit, only one of ``cos`` and ``sin`` is given, or one requires a
-            gradient.
+        TypeError: a dtype is not a float, ``weight`` has not that of ``x``, ``cos`` or ``sin`` is not fp32, or an
+            option has a wrong type.
+        ValueError: a shape, a device or ``eps`` does not fit, only one of ``cos`` and ``sin`` is given, or one
+            requires a gradient.
     """
     checks.floating(x=x)
     checks.floating_if_given(weight=weight)
@@ -235,8 +236,8 @@ def rotary_qkv(
     attention keeps anyway, and not ``qkv``.
 
     Args:
-        qkv: ``(B, T, (n_head + 2 n_kv_head) D)``, q, k and v side by side; any strides, fp32, bf16, fp16 or fp64; D even,
-            at most ``heads.MAX_HEAD_SIZE``, 256.
+        qkv: ``(B, T, (n_head + 2 n_kv_head) D)``, q, k and v side by side; any strides, fp32, bf16, fp16 or fp64; D
+            even, at most ``heads.MAX_HEAD_SIZE``, 256.
         n_head: number of heads of q.
         cos: as in :func:`rotary`, or with ``qk_norm`` also ``None`` for the norm alone. With ``qk_norm``, no pair of a
             cosine and a sine may be (0, 0), because the backward turns the result back; those of angles never are.
@@ -250,9 +251,10 @@ def rotary_qkv(
         The shape and dtype of ``qkv``, contiguous.
 
     Raises:
-        TypeError: ``qkv`` is not a floating-point tensor, ``cos`` or ``sin`` is not fp32, or an option has a wrong type.
-        ValueError: a shape, a device, a number of heads or ``eps`` does not fit, only one of ``cos`` and ``sin`` is given
-            or, without ``qk_norm``, none, or one requires a gradient.
+        TypeError: ``qkv`` is not a floating-point tensor, ``cos`` or ``sin`` is not fp32, or an option has a wrong
+            type.
+        ValueError: a shape, a device, a number of heads or ``eps`` does not fit, only one of ``cos`` and ``sin`` is
+            given or, without ``qk_norm``, none, or one requires a gradient.
     """
     checks.floating(qkv=qkv)
     checks.size("n_head", n_head)
@@ -269,7 +271,7 @@ def rotary_qkv(
     D = qkv.shape[2] // n
     if qkv.shape[2] % n or D % 2 or D > MAX_HEAD_SIZE:
         raise ValueError(
-            f"n_head: {n_head} heads of q and {n_kv_head} of k and of v do not divide qkv's {qkv.shape[2]} columns into "
+            f"n_head: {n_head} heads of q and {n_kv_head} of k and v do not divide qkv's {qkv.shape[2]} columns into "
             f"heads of an even size of at most {MAX_HEAD_SIZE}"
         )
     if cos is None and not qk_norm:
@@ -295,7 +297,7 @@ def _check_heads(x: Tensor) -> None:
 def _check_tables(
     first: str, x: Tensor, D: int, cos: Tensor | None, sin: Tensor | None, interleaved: bool
 ) -> None:  # fmt: skip
-    """Check tables for ``x``, the argument ``first``, (B, T, …), with heads of D elements, and the form of the pairs."""
+    """Check the tables for ``x``, (B, T, …), the argument ``first``, with heads of D, and the form of the pairs."""
     if cos is None and sin is not None:
         raise ValueError("cos: expected a Tensor, because there is a sin")
     if sin is None and cos is not None:

@@ -3,16 +3,16 @@
     y1 = x1 cos - x2 sin,   y2 = x2 cos + x1 sin
 
 A program takes a tile of POSITIONS by HEADS heads. It holds both elements of each pair in registers, so a head is read
-once and written once, also in place. The tables' rows of a position are read for each of its heads, from L1. All tensors
-are addressed by their strides, so heads are turned where they lie in packed q, k and v; heads of v are copied by the same
-kernel if the result is a new tensor.
+once and written once, also in place. The tables' rows of a position are read for each of its heads, from L1. All
+tensors are addressed by their strides, so heads are turned where they lie in packed q, k and v; heads of v are copied
+by the same kernel if the result is a new tensor.
 
 The gradient of the norm, with R for the rotation, xhat = x * rstd, and h = R' dy * weight:
 
     dx = rstd * (h - xhat * mean(h * xhat)),   dweight = sum(R' dy * xhat)
 
-Without a weight it can be computed from the result y = R xhat: mean(h * xhat) is mean(dy * y), and xhat is R' y / (cos**2 +
-sin**2).
+Without a weight it can be computed from the result y = R xhat: mean(h * xhat) is mean(dy * y), and xhat is R' y /
+(cos**2 + sin**2).
 
 Bytes moved for an element of s bytes: forward 2 s, backward 3 s, and 2 s without a norm.
 """
