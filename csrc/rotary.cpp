@@ -52,9 +52,8 @@ FASTGPT_INLINE void turn(const float* cos, const float* sin, int64_t D, In&& in,
 struct Layout {
   int64_t B, T, H, D, of_batch, of_position, of_head, of_element;
   int64_t positions() const { return B * T; }
-  int64_t at(int64_t position, int64_t head) const {
-    return position / T * of_batch + position % T * of_position + head * of_head;
-  }
+  // Where a position begins.
+  int64_t at(int64_t position) const { return position / T * of_batch + position % T * of_position; }
 };
 Layout layout_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "rotary: takes (B, T, H, D)");
@@ -160,11 +159,11 @@ void scatter(const T* from, T* head, int64_t stride, int64_t D) {
   for (int64_t i = 0; i < D; ++i) head[i * stride] = from[i];
 }
 
-// Copies the heads of a position from `first` on.
+// Copies the heads of a position, which begins at `from` and `to`, from `first` on.
 template <class T>
-void copy_rest(const T* from, const Layout& a, T* to, const Layout& b, int64_t position, int64_t first) {
-  from += a.at(position, first);
-  to += b.at(position, first);
+void copy_rest(const T* from, const Layout& a, T* to, const Layout& b, int64_t first) {
+  from += first * a.of_head;
+  to += first * b.of_head;
   if (a.of_element == 1 && a.of_head == a.D && b.of_element == 1 && b.of_head == b.D) {
     std::memcpy(to, from, (a.H - first) * a.D * sizeof(T));
     return;
@@ -213,15 +212,21 @@ void forward(
     std::vector<T> buffer(from.D);
     for (int64_t p = begin; p < end; ++p) {
       factors.go_to(p);
+      const T* heads = x + from.at(p);
+      T* results = y + to.at(p);
+      // first the statistics of all heads: the CPU computes several at a time, as none waits for another
+      for (int64_t h = 0; rstd && h < n_turned; ++h) {
+        const T* head = gathered(heads + h * from.of_head, from.of_element, from.D, buffer.data());
+        rstd[p * n_turned + h] = rstd_of(head, from.D, eps);
+      }
       for (int64_t h = 0; h < n_turned; ++h) {
-        const T* head = gathered(x + from.at(p, h), from.of_element, from.D, buffer.data());
-        float scale = 1.0f;
-        if (rstd) scale = rstd[p * n_turned + h] = rstd_of(head, from.D, eps);
-        T *there = y + to.at(p, h), *result = place_for(there, to.of_element, buffer.data());
+        const T* head = gathered(heads + h * from.of_head, from.of_element, from.D, buffer.data());
+        const float scale = rstd ? rstd[p * n_turned + h] : 1.0f;
+        T *there = results + h * to.of_head, *result = place_for(there, to.of_element, buffer.data());
         turn_head<T, kPairs>(head, factors.cos(), factors.sin(), weight, scale, from.D, result);
         scatter(result, there, to.of_element, from.D);
       }
-      if (n_turned < from.H) copy_rest(x, from, y, to, p, n_turned);
+      if (n_turned < from.H) copy_rest(heads, from, results, to, n_turned);
     }
   });
 }
@@ -291,16 +296,21 @@ std::tuple<Tensor, Tensor> rotary_qkv(
 
 // ---- the gradient, from the result ----
 
+// The mean of the products of two heads.
+template <class T>
+FASTGPT_INLINE float mean_product(const T* a, const T* b, int64_t D) {
+  Vec products{};
+  for_each_vector(D, [&](int64_t i, int64_t n) { products += load(a + i, n) * load(b + i, n); });
+  return sum(products) / D;
+}
+
 // Of a head without a weight. With R for the rotation, y = R xhat and g = R' dy:
 //   dx = rstd (g - xhat mean(g xhat)),  where the mean is that of dy y, and xhat = R' y / (cos^2 + sin^2).
 // dx may be dy.
 template <class T, Pairs kPairs>
 void backward_from_result(
-    const T* dy, const T* y, const float* cos, const float* sin, const float* inverse_squares, float rstd, int64_t D,
-    T* dx) {
-  Vec products{};
-  for_each_vector(D, [&](int64_t i, int64_t n) { products += load(dy + i, n) * load(y + i, n); });
-  const float mean = sum(products) / D;
+    const T* dy, const T* y, const float* cos, const float* sin, const float* inverse_squares, float mean, float rstd,
+    int64_t D, T* dx) {
   turn<kPairs>(
       cos, sin, D,
       [&](int64_t i, int64_t n) { return load(dy + i, n) - load(y + i, n) * (load(inverse_squares + i, n) * mean); },
@@ -326,18 +336,27 @@ void backward_from_result(
         const int64_t D = of_dy.D;
         Factors<kPairs> factors(tables, of_dy.T, D, true, true);
         std::vector<T> buffer(2 * D);
+        std::vector<float> means(n_turned);
         for (int64_t p = begin; p < end; ++p) {
           factors.go_to(p);
+          const T *grads = from + of_dy.at(p), *results = result + of_y.at(p);
+          T* dxs = to + of_dx.at(p);
+          const auto grad_at = [&](int64_t h) {
+            return gathered(grads + h * of_dy.of_head, of_dy.of_element, D, buffer.data());
+          };
+          const auto result_at = [&](int64_t h) {
+            return gathered(results + h * of_y.of_head, of_y.of_element, D, buffer.data() + D);
+          };
+          for (int64_t h = 0; h < n_turned; ++h) means[h] = mean_product(grad_at(h), result_at(h), D);
           for (int64_t h = 0; h < n_turned; ++h) {
-            const T* grad = gathered(from + of_dy.at(p, h), of_dy.of_element, D, buffer.data());
-            const T* head = gathered(result + of_y.at(p, h), of_y.of_element, D, buffer.data() + D);
-            T *there = to + of_dx.at(p, h), *place = place_for(there, of_dx.of_element, buffer.data());
+            const T *grad = grad_at(h), *head = result_at(h);
+            T *there = dxs + h * of_dx.of_head, *place = place_for(there, of_dx.of_element, buffer.data());
             backward_from_result<T, kPairs>(
-                grad, head, factors.cos(), factors.sin(), factors.inverse_squares(), scales[p * n_turned + h], D,
-                place);
+                grad, head, factors.cos(), factors.sin(), factors.inverse_squares(), means[h], scales[p * n_turned + h],
+                D, place);
             scatter(place, there, of_dx.of_element, D);
           }
-          if (n_turned < of_dy.H) copy_rest(from, of_dy, to, of_dx, p, n_turned);
+          if (n_turned < of_dy.H) copy_rest(grads, of_dy, dxs, of_dx, n_turned);
         }
       });
     });
@@ -427,10 +446,11 @@ std::tuple<Tensor, Tensor> rms_norm_rotary_backward(
         for (int64_t p = first * per_share; p < std::min(last * per_share, of_x.positions()); ++p) {
           factors.go_to(p);
           float* sums = weight_in ? partials.data() + p / per_share * D : nullptr;
+          const T *grads = from + of_dy.at(p), *heads = input + of_x.at(p);
           for (int64_t h = 0; h < H; ++h)
             backward_from_input<T, kPairs>(
-                gathered(from + of_dy.at(p, h), of_dy.of_element, D, buffer.data()),
-                gathered(input + of_x.at(p, h), of_x.of_element, D, buffer.data() + D), factors.cos(), factors.sin(),
+                gathered(grads + h * of_dy.of_head, of_dy.of_element, D, buffer.data()),
+                gathered(heads + h * of_x.of_head, of_x.of_element, D, buffer.data() + D), factors.cos(), factors.sin(),
                 weight.data(), scales[p * H + h], D, to + (p * H + h) * D, sums, scratch.data());
         }
       });
