@@ -21,7 +21,7 @@ from fastgpt.kernels import (
     rotary_tables,
 )
 
-SHAPES = [(1, 1, 1, 2), (2, 63, 3, 64), (1, 127, 1, 10), (3, 5, 2, 34), (1, 1023, 2, 6), (2, 3, 5, 128), (1, 2, 3, 256)]
+SHAPES = [(1, 1, 1, 2), (2, 63, 3, 64), (1, 127, 1, 10), (3, 5, 2, 34), (1, 1023, 1, 6), (2, 3, 5, 128), (1, 2, 3, 256)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 forms = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 
