@@ -274,8 +274,7 @@ def _tall_gelu(ops: Ops) -> None:
 
 
 def _large_rotary(ops: Ops) -> None:
-    """Of few elements a head, so that there are as many tiles as can be."""
-    B, T, H, D = 2**31 // (1024 * 8 * 4) + 3, 1024, 8, 4
+    B, T, H, D = 2**31 // (1024 * 8 * 256) + 3, 1024, 8, 256
     x, weight, angles = _untouched(B, T, H, D), _untouched(D), [_untouched(B, T, D // 2, dtype=FP32)] * 2
     _, rstd = ops["rms_norm_rotary"](x, weight, *angles, 1e-6, False)
     ops["rms_norm_rotary_backward"](x, x, weight, *angles, rstd, False)
@@ -408,8 +407,10 @@ IN_PLACE: dict[str, Case] = {
         "rotary", _rotary_in_place,
         *(
             {"D": D, "dtype": dtype, "interleaved": interleaved, "turns": turns}
-            for D in (34, 64, 128, 256) for dtype in (BF16, FP32) for interleaved in (True, False)
-            for turns in (True, False) if turns or not interleaved
+            for D, dtype, interleaved, turns in (
+                (34, BF16, False, True), (34, BF16, True, True), (64, BF16, False, True), (64, BF16, True, True),
+                (64, BF16, False, False), (128, FP32, False, True), (256, FP32, True, True),
+            )
         ),
     ),
     **_named("linear bias", _sums_in_place, *({"rows": rows, "C": C} for rows in (8, 512) for C in (768, 301))),
