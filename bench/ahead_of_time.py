@@ -121,6 +121,26 @@ def _gelu(with_bias: bool, tanh: bool, again: bool = False) -> None:
         OPS["gelu_backward"](x, x, bias, tanh)
 
 
+def _rotary(D: int, dtype: torch.dtype = torch.bfloat16, interleaved: bool = False) -> None:
+    """A norm with a weight; without one, in place on the q and k of packed heads, where they are also turned alone."""
+    H, angles = C // D, [_empty(T, D // 2, dtype=torch.float32)] * 2
+    x, weight = _empty(B, T, H, D, dtype=dtype), _empty(D, dtype=dtype)
+    heads = _empty(B, T, 3 * C, dtype=dtype).unflatten(2, (3 * H, D))[:, :, : 2 * H]
+    _, rstd = OPS["rms_norm_rotary"](x, weight, *angles, 1e-6, interleaved)
+    OPS["rms_norm_rotary_backward"](x, x, weight, *angles, rstd, interleaved, _empty(D, dtype=torch.float32))
+    scales = OPS["rms_norm_rotary_"](heads, *angles, 1e-6, interleaved)
+    OPS["rms_norm_rotary_backward_"](heads, heads, *angles, scales, interleaved)
+    OPS["rotary_"](heads, *angles, interleaved, False)
+
+
+def _rotary_qkv(D: int, turns: bool = True) -> None:
+    """Packed, with a norm."""
+    H, angles = C // D, [_empty(T, D // 2, dtype=torch.float32) if turns else None] * 2
+    qkv = _empty(B, T, 3 * C)
+    out, scales = OPS["rotary_qkv"](qkv, H, H, *angles, True, 1e-6, False)
+    OPS["rotary_qkv_backward"](qkv, out, scales, H, H, *angles, False)
+
+
 def _bias_gradient(rows: int, columns: int) -> None:
     OPS["add_column_sums_"](_empty(columns, dtype=torch.float32), _empty(rows, columns))
 
@@ -176,6 +196,12 @@ CASES: dict[str, Callable[[], None]] = {
     "gelu bf16 tanh again": lambda: _gelu(False, True, again=True),
     "gelu bf16 exact again": lambda: _gelu(False, False, again=True),
     "gelu bf16 bias again": lambda: _gelu(True, True, again=True),
+    **{f"rotary bf16 D{D}": lambda D=D: _rotary(D) for D in (32, 64, 128, 256)},
+    "rotary fp32 D128": lambda: _rotary(128, FP32),
+    **{f"rotary bf16 D{D} interleaved": lambda D=D: _rotary(D, interleaved=True) for D in (64, 256)},
+    "rotary fp32 D128 interleaved": lambda: _rotary(128, FP32, interleaved=True),
+    "rotary bf16 D64 packed": lambda: _rotary_qkv(64),
+    "rotary bf16 D96 packed, norm alone": lambda: _rotary_qkv(96, turns=False),
     "linear bf16 bias": lambda: _bias_gradient(B * T, 3 * C),
     "linear bf16 bias, few rows": lambda: _bias_gradient(B, T * C),
     "embedding bf16": lambda: _embedding(B * T, C),
@@ -260,7 +286,7 @@ def _device(arch: int) -> launch.Device:
 
 CONFIGURED = (
     "BLOCK_M", "BLOCK_N", "ROWS", "COLUMNS", "BLOCK", "BLOCK_C", "CHUNK", "BLOCK_SHARES", "BLOCK_COLUMNS",
-    "BLOCKS", "num_warps", "num_stages",
+    "BLOCKS", "POSITIONS", "HEADS", "num_warps", "num_stages",
 )  # fmt: skip
 
 

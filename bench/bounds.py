@@ -125,6 +125,16 @@ def _gelu(launch: Launch) -> Work | None:
     return machine.code, launch.programs, n_bytes
 
 
+def _rotary(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    x = args[0]
+    n_bytes = (2 if kernel == "rotary forward" else 3) * x.numel() * x.element_size()
+    if kernel == "rotary backward":
+        B, T, H, _ = x.shape
+        return _looped(machine), B * -(-T // options["POSITIONS"]) * -(-H // options["HEADS"]), n_bytes
+    return machine.code, launch.programs, n_bytes
+
+
 def _linear(launch: Launch) -> Work | None:
     x = launch.args[0]
     return _looped(launch.machine), _blocks_of(x, launch.options), x.numel() * x.element_size()
@@ -166,6 +176,7 @@ WORK: dict[str, Callable[[Launch], Work | None]] = {
     "attention": _attention,
     "layer_norm": _layer_norm,
     "gelu": _gelu,
+    "rotary": _rotary,
     "linear": _linear,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,

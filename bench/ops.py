@@ -184,6 +184,53 @@ def gelu(s: Setting, with_bias: bool = False) -> Op:
 def mean_loss(
     logits: Tensor, targets: Tensor, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A rotation as in transformers' Llama, with cosines and sines of the width of a head, in the dtype of ``x``."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+def rotary(s: Setting, qk_norm: bool = False) -> Op:
+    """Queries and keys, (B, T, H, D), with ``qk_norm`` each head normalised and weighted first, as in Qwen3."""
+    D = s.C // s.H
+    cos, sin = ours.rotary_tables(s.T, D, device=s.device)
+    twice = [torch.cat((t, t), dim=-1).unsqueeze(1) for t in (cos, sin)]  # (T, 1, D)
+
+    def kernel(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        if weights:
+            return tuple(ours.rms_norm_rotary(x, cos, sin, w) for x, w in zip((q, k), weights, strict=True))
+        return ours.rotary(q, cos, sin), ours.rotary(k, cos, sin)
+
+    def eager(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        if weights:
+            q, k = (F.rms_norm(x, (D,), w, 1e-6) for x, w in zip((q, k), weights, strict=True))
+        return turned(q, *twice), turned(k, *twice)
+
+    inputs = [s.leaf(s.B, s.T, s.H, D) for _ in range(2)] + [s.leaf(D) for _ in range(2 * qk_norm)]
+    douts: list[Tensor | None] = [s.draw(s.B, s.T, s.H, D) for _ in range(2)]
+    # twice the first input forward; backward the same, and with the norm the inputs are read again
+    return against_eager(kernel, eager, inputs, douts, 4, 6 if qk_norm else 4)
+
+
+def rotary_qkv(s: Setting, qk_norm: bool = False) -> Op:
+    """Queries and keys in packed (B, T, 3C), with ``qk_norm`` each head normalised first, as in nanochat."""
+    D = s.C // s.H
+    cos, sin = ours.rotary_tables(s.T, D, device=s.device)
+    twice = [torch.cat((t, t), dim=-1).unsqueeze(1) for t in (cos, sin)]  # (T, 1, D)
+
+    def kernel(qkv: Tensor) -> Tensor:
+        return ours.rotary_qkv(qkv, s.H, cos, sin, qk_norm=qk_norm)
+
+    def eager(qkv: Tensor) -> Tensor:
+        q, k, v = (t.view(s.B, s.T, s.H, D) for t in qkv.split(s.C, dim=2))
+        if qk_norm:
+            q, k = (F.rms_norm(x, (D,), eps=1e-6) for x in (q, k))
+        return torch.cat([t.flatten(2) for t in (turned(q, *twice), turned(k, *twice), v)], dim=2)
+
+    return against_eager(kernel, eager, [s.leaf(s.B, s.T, 3 * s.C)], [s.draw(s.B, s.T, 3 * s.C)], 2, 2 + qk_norm)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean loss, as under autocast, which widens logits of half precision."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if softcap:
@@ -324,6 +371,10 @@ OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
     "add_layer_norm": (add_layer_norm, 100),
     "gelu": (gelu, 100),
     "gelu_bias": (partial(gelu, with_bias=True), 100),
+    "rotary": (rotary, 100),
+    "rms_norm_rotary": (partial(rotary, qk_norm=True), 100),
+    "rotary_qkv": (rotary_qkv, 100),
+    "rotary_qkv_norm": (partial(rotary_qkv, qk_norm=True), 100),
     "cross_entropy": (cross_entropy, 100),
     "cross_entropy_smoothed": (partial(cross_entropy, label_smoothing=0.1), 30),
     "linear": (linear, 100),

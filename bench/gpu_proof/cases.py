@@ -96,6 +96,41 @@ def _gelu(ops: Ops, rows: int, C: int, bias: bool, tanh: bool) -> None:
     ops["gelu_backward_recompute_"](dy, x, b, tanh)
 
 
+def _angles(*shape: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (..., T, D/2)."""
+    angles = torch.rand(*shape)
+    return angles.cos(), angles.sin()
+
+
+def _rotary(ops: Ops, B: int, T: int, H: int, D: int, dtype: torch.dtype = BF16, interleaved: bool = False) -> None:
+    """Every operator, on heads that lie in packed tensors or one after the other."""
+    x, dy = (
+        _random(B, T, (H + 2) * D, dtype=dtype).unflatten(2, (H + 2, D))[:, :, 1:-1],
+        _random(B, T, H, D, dtype=dtype),
+    )
+    weight, main_grad = _random(D, dtype=dtype), torch.zeros(D)
+    for turns in (_angles(T, D // 2), _angles(B, T, D // 2), (None, None)):
+        _, rstd = ops["rms_norm_rotary"](x, weight, *turns, 1e-6, interleaved)
+        ops["rms_norm_rotary_backward"](dy, x, weight, *turns, rstd, interleaved, main_grad)
+        ops["rms_norm_rotary_backward"](
+            dy.transpose(1, 2).contiguous().transpose(1, 2), x, None, *turns, rstd, interleaved
+        )
+        ops["rms_norm_rotary_backward_"](dy, x, *turns, rstd, interleaved)
+        ops["rms_norm_rotary_"](x, *turns, 1e-6, interleaved)
+    cos, sin = _angles(T, D // 2)
+    ops["rotary"](x, cos, sin, interleaved, False)
+    ops["rotary_"](x, cos, sin, interleaved, True)
+
+
+def _rotary_qkv(ops: Ops, B: int, T: int, heads: tuple[int, int], D: int, qk_norm: bool, interleaved: bool) -> None:
+    n_head, n_kv_head = heads
+    qkv, dout = _random(B, T, (n_head + 2 * n_kv_head) * D), _random(B, T, (n_head + 2 * n_kv_head) * D + 8)[..., :-8]
+    turns = _angles(T, D // 2)
+    out, rstd = ops["rotary_qkv"](qkv, *heads, *turns, qk_norm, 1e-6, interleaved)
+    result = (out, rstd) if qk_norm else (None, None)
+    ops["rotary_qkv_backward"](dout, *result, *heads, *turns, interleaved)
+
+
 def _column_sums(ops: Ops, rows: int, C: int) -> None:
     ops["add_column_sums_"](torch.zeros(C), _random(rows, C + 8)[:, :C])
 
@@ -167,6 +202,12 @@ SMALL: dict[str, Case] = {
     "gelu": partial(_gelu, rows=7, C=301, bias=False, tanh=True),
     "gelu exact": partial(_gelu, rows=4, C=512, bias=False, tanh=False),
     "gelu bias": partial(_gelu, rows=150, C=301, bias=True, tanh=True),
+    "rotary D64": partial(_rotary, B=2, T=9, H=6, D=64),
+    "rotary D34 interleaved": partial(_rotary, B=1, T=7, H=3, D=34, interleaved=True),
+    "rotary fp32 D2": partial(_rotary, B=2, T=5, H=1, D=2, dtype=FP32),
+    "rotary D256 interleaved": partial(_rotary, B=1, T=3, H=2, D=256, interleaved=True),
+    "rotary_qkv": partial(_rotary_qkv, B=2, T=9, heads=(3, 3), D=34, qk_norm=False, interleaved=False),
+    "rotary_qkv normed": partial(_rotary_qkv, B=2, T=7, heads=(6, 2), D=32, qk_norm=True, interleaved=True),
     "linear bias": partial(_column_sums, rows=150, C=301),
     "linear bias, few rows": partial(_column_sums, rows=13, C=301),
     "embedding": partial(_embedding, rows=170, C=301),
@@ -243,6 +284,25 @@ def _tall_gelu(ops: Ops) -> None:
     ops["gelu"](_untouched(2**18, 64), _untouched(64), True)
 
 
+def _large_rotary(ops: Ops) -> None:
+    B, T, H, D = 2**31 // (1024 * 8 * 256) + 3, 1024, 8, 256
+    x, weight, angles = _untouched(B, T, H, D), _untouched(D), [_untouched(B, T, D // 2, dtype=FP32)] * 2
+    _, rstd = ops["rms_norm_rotary"](x, weight, *angles, 1e-6, False)
+    ops["rms_norm_rotary_backward"](x, x, None, *angles, rstd, False)  # a weight's many shares would take minutes
+    ops["rms_norm_rotary_backward_"](x, x, *angles, rstd, True)
+    ops["rotary_"](x, *angles, True, False)
+
+
+def _far_heads(ops: Ops) -> None:
+    """Sequences, positions, heads or the elements of a head far apart."""
+    shape, angles = (3, 5, 2, 8), [_untouched(5, 4, dtype=FP32)] * 2
+    for d, far in enumerate((2**30, 2**29, 2**31, 2**29)):
+        strides = [far if i == d else stride for i, stride in enumerate((80, 16, 8, 1))]
+        x = _untouched((shape[d] - 1) * far + 240).as_strided(shape, strides)
+        _, rstd = ops["rms_norm_rotary"](x, None, *angles, 1e-6, d % 2 > 0)
+        ops["rms_norm_rotary_backward"](x, x, None, *angles, rstd, d % 2 > 0)
+
+
 def _large_embedding(ops: Ops) -> None:
     rows, C = 2**31 // 8192 + 9, 8192
     ops["embedding_backward_"](_untouched(rows, C, dtype=FP32), _untouched(rows, C), torch.arange(rows))
@@ -291,6 +351,8 @@ LARGE: dict[str, Case] = {
     "gelu, 2**31 elements": _large_gelu,
     "gelu and linear bias, 2**31 elements": _large_bias,
     "gelu bias, 2**18 rows": _tall_gelu,
+    "rotary, 2**31 elements": _large_rotary,
+    "rotary, far apart": _far_heads,
     "embedding, 2**31 elements": _large_embedding,
     "cross_entropy, 2**31 elements": _large_cross_entropy,
     "cross_entropy options, 2**31 elements": _large_cross_entropy_with_options,
@@ -319,6 +381,15 @@ def _gelu_in_place(ops: Ops, rows: int, C: int, bias: bool) -> None:
     dy, x = _no_data(rows, C), _no_data(rows, C)
     main_grad = _no_data(C, dtype=FP32) if bias else None
     ops["gelu_backward_recompute_"](dy, x, _no_data(C) if bias else None, True, main_grad)
+
+
+def _rotary_in_place(ops: Ops, D: int, dtype: torch.dtype, interleaved: bool, turns: bool) -> None:
+    heads = _no_data(2, 64, 9 * D, dtype=dtype).unflatten(2, (9, D))[:, :, :6]
+    angles = [_no_data(64, D // 2, dtype=FP32)] * 2 if turns else [None, None]
+    rstd = ops["rms_norm_rotary_"](heads, *angles, 1e-6, interleaved)
+    ops["rms_norm_rotary_backward_"](heads, _no_data(2, 64, 6, D, dtype=dtype), *angles, rstd, interleaved)
+    if turns:
+        ops["rotary_"](heads, *angles, interleaved, False)
 
 
 def _sums_in_place(ops: Ops, rows: int, C: int) -> None:
@@ -364,6 +435,16 @@ IN_PLACE: dict[str, Case] = {
     **_named(
         "gelu", _gelu_in_place,
         *({"rows": 64, "C": C, "bias": bias} for C in (3072, 301) for bias in (True, False)),
+    ),
+    **_named(
+        "rotary", _rotary_in_place,
+        *(
+            {"D": D, "dtype": dtype, "interleaved": interleaved, "turns": turns}
+            for D, dtype, interleaved, turns in (
+                (34, BF16, False, True), (34, BF16, True, True), (64, BF16, False, True), (64, BF16, True, True),
+                (64, BF16, False, False), (128, FP32, False, True), (256, FP32, True, True),
+            )
+        ),
     ),
     **_named("linear bias", _sums_in_place, *({"rows": rows, "C": C} for rows in (8, 512) for C in (768, 301))),
     **_named("embedding", _embedding_in_place, {"C": 768}, {"C": 301}),

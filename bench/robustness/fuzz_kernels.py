@@ -305,6 +305,41 @@ def loss_options(draw: Draw, V: int, weight_name: str) -> dict[str, Any]:
     }  # fmt: skip
     chosen = draw.of(st.sets(st.sampled_from(sorted(options))))
     return {name: options[name] for name in sorted(chosen)}
+def angles(draw: Draw, B: int, T: int, D: int) -> dict[str, Any]:
+    """Tables: fp32 whatever the rest is, and they get no gradient; now and then one that is wrong or asks for one."""
+    shape = draw.of(st.sampled_from([(T, D // 2), (B, T, D // 2)]))
+    layout = draw.of(mostly("contiguous", LAYOUTS))
+    tables = {}
+    for name in ("cos", "sin"):
+        drawn = draw.floats(*shape)
+        good = isinstance(drawn, Floats) and drawn.shape == shape and drawn.fill != "extremes"
+        tables[name] = replace(drawn, dtype="float32", layout=layout, asks=False) if good else drawn
+    return tables
+
+
+def a_rotary(draw: Draw) -> dict[str, Any]:
+    B, T, H, D = draw.of(FEW), draw.size(), draw.of(FEW), draw.of(HEAD_SIZES)
+    x = draw.floats(B, T, H, D)
+    return {"x": x, **angles(draw, B, T, D), "interleaved": draw.option(True, False)}
+
+
+def a_rms_norm_rotary(draw: Draw) -> dict[str, Any]:
+    B, T, H, D = draw.of(FEW), draw.size(), draw.of(FEW), draw.of(HEAD_SIZES)
+    turns = angles(draw, B, T, D) if draw.of(st.booleans()) else {}
+    return {
+        "x": draw.floats(B, T, H, D), **turns, "weight": draw.tensor_or_none(D), "eps": draw.option(*EPS),
+        "interleaved": draw.option(True, False),
+    }  # fmt: skip
+
+
+def a_rotary_qkv(draw: Draw) -> dict[str, Any]:
+    B, T, D, n_kv_head = draw.of(FEW), draw.size(), draw.of(HEAD_SIZES), draw.of(FEW)
+    n_head = n_kv_head * draw.of(FEW)
+    # without the norm: its gradient divides by the lengths of (cos, sin), which angles have, and these need not
+    return {
+        "qkv": draw.floats(B, T, (n_head + 2 * n_kv_head) * D), "n_head": draw.option(n_head), **angles(draw, B, T, D),
+        "n_kv_head": draw.option(n_kv_head), "interleaved": draw.option(True, False),
+    }  # fmt: skip
 
 
 def a_cross_entropy(draw: Draw) -> dict[str, Any]:
@@ -343,6 +378,9 @@ ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "gelu": a_gelu,
     "attention": an_attention,
     "attention_qkv": an_attention_qkv,
+    "rotary": a_rotary,
+    "rms_norm_rotary": a_rms_norm_rotary,
+    "rotary_qkv": a_rotary_qkv,
     "cross_entropy": a_cross_entropy,
     "linear_cross_entropy": a_linear_cross_entropy,
     "linear": a_linear,
@@ -485,8 +523,9 @@ def check_call(call: Call) -> None:
     in_float64 = []
     for off_by in (0.0, *5 * [2 * eps]):
         wider = {name: wide(value, off_by) for name, value in arguments.items()}
-        if wider.get("gradient_scale") is not None:
-            wider["gradient_scale"] = arguments["gradient_scale"]  # is fp32 whatever the rest is
+        for name in ("gradient_scale", "cos", "sin"):  # are fp32 whatever the rest is
+            if wider.get(name) is not None:
+                wider[name] = arguments[name]
         in_float64.append(outcome(call, wider))
     if any(isinstance(result, Refused) for result in in_float64):
         raise Fault(f"refused in float64 alone: {in_float64}")

@@ -23,8 +23,10 @@ from fastgpt.kernels.modules import (
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
+    RotaryEmbedding,
 )
 from fastgpt.kernels.muon import FusedMuon
+from fastgpt.kernels.rotary import rms_norm_rotary, rotary, rotary_qkv, rotary_tables
 
 __all__ = [
     "GELU",
@@ -37,6 +39,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "RotaryEmbedding",
     "add_layer_norm",
     "attention",
     "attention_qkv",
@@ -47,5 +50,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "rms_norm_rotary",
+    "rotary",
+    "rotary_qkv",
+    "rotary_tables",
     "use_backend",
 ]

@@ -15,9 +15,11 @@ from fastgpt.kernels import checks
 from fastgpt.kernels.attention import attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
 from fastgpt.kernels.gelu import gelu
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt.kernels.rotary import rotary, rotary_tables
 
 
 class Linear(nn.Linear):
@@ -139,6 +141,81 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"x: expected (B, T, {self.embed_dim}), only B may be 0, got {tuple(x.shape)}")
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
         return self.out_proj(attention_qkv(qkv, self.num_heads, dropout_p=self.dropout if self.training else 0.0))
+
+
+class RotaryEmbedding(nn.Module):
+    """The tables of :func:`rotary_tables` as buffers, and :func:`rotary` with them.
+
+    The buffers ``cos`` and ``sin``, ``(n_positions, head_size / 2)``, move with the module, and stay fp32 when it is
+    cast by ``.to(torch.bfloat16)`` or ``.half()``. They are not in the ``state_dict``, which is empty, and are
+    computed when a module leaves the device ``meta``. The other functions take them too, and for positions that differ
+    between sequences there is ``rotary(x, module.cos[positions], module.sin[positions])`` with positions ``(B, T)``.
+
+    Args:
+        head_size: D, elements of a head; even, at most ``heads.MAX_HEAD_SIZE``.
+        n_positions: the most positions that an input may have.
+        base: as in :func:`rotary_tables`.
+        interleaved: as in :func:`rotary`.
+        device: of the tables.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: ``head_size`` is odd or too large, or another number is too small.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        head_size: int,
+        n_positions: int,
+        base: float = 10000.0,
+        *,
+        interleaved: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.size("head_size", head_size)
+        if head_size > MAX_HEAD_SIZE:
+            raise ValueError(f"head_size: expected at most {MAX_HEAD_SIZE}, got {head_size}")
+        checks.boolean("interleaved", interleaved)
+        cos, sin = rotary_tables(n_positions, head_size, base, device=device)
+        self.head_size, self.n_positions, self.base, self.interleaved = head_size, n_positions, base, interleaved
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, for ``repr``."""
+        return f"{self.head_size}, n_positions={self.n_positions}, base={self.base}, interleaved={self.interleaved}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RotaryEmbedding":
+        """What ``.to()``, ``.half()``, ``to_empty()`` call: the tables change their device, not dtype or contents."""
+        before = self.cos, self.sin
+        super()._apply(fn, recurse)
+        device = self.cos.device
+        if before[0].is_meta and device.type != "meta":
+            before = rotary_tables(self.n_positions, self.head_size, self.base, device=device)
+        self.cos, self.sin = (t.to(device) for t in before)
+        return self
+
+    def forward(self, input: Tensor, start: int = 0) -> Tensor:
+        """``(B, T, H, D)`` to the same, turned by the angles of the positions from ``start`` on.
+
+        Raises:
+            TypeError: ``start`` is not an int.
+            ValueError: the shape does not fit, or the positions lie outside of the tables.
+        """
+        checks.floating(input=input)
+        checks.integer("start", start)
+        if input.dim() != 4 or input.shape[3] != self.head_size:
+            raise ValueError(f"input: expected (B, T, H, {self.head_size}), got {tuple(input.shape)}")
+        end = start + input.shape[1]
+        if start < 0 or end > self.n_positions:
+            raise ValueError(
+                f"start: positions {start} to {end - 1} lie outside of the {self.n_positions} of the tables"
+            )
+        return rotary(input, self.cos[start:end], self.sin[start:end], interleaved=self.interleaved)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -275,6 +275,129 @@ def _(
     return qkv.new_empty(qkv.shape)
 
 
+# ---- rotary position embeddings, and the RMS norm of each head before them ----
+
+# cos and sin are fp32, (T, D/2), or (B, T, D/2) for positions that differ between sequences. The pairs that they turn
+# are (i, i + D/2), or with interleaved (2i, 2i + 1): y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. inverse turns by the
+# negative angles. That is the transposed matrix, and so the gradient.
+
+
+@operator("rotary", "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor")
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """The heads of x, each pair turned by the angle of its position.
+
+    x, result: (B, T, H, D). cos, sin: (T, D/2) or (B, T, D/2), fp32.
+    """
+    return x.new_empty(x.shape)
+
+
+@operator("rotary_", "(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()")
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
+    """rotary in place.
+
+    x: (B, T, H, D), any strides by which no two elements share memory. cos, sin: as in rotary.
+    """
+
+
+@operator(
+    "rms_norm_rotary",
+    "(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, float eps, bool interleaved) -> (Tensor y, Tensor rstd)",
+    kind="norm",
+)
+def _(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
+) -> tuple[Tensor, ...]:
+    """y = rotary(x * rstd * weight), with rstd = 1 / sqrt(mean(x^2) + eps) of each head of each position.
+
+    x, y: (B, T, H, D). weight: (D,), shared by the heads, or None for ones. rstd: (B, T, H) fp32, or fp64 if x is.
+    cos, sin: as in rotary, or None for no rotation.
+    """
+    return x.new_empty(x.shape), _statistics(x)
+
+
+@operator(
+    "rms_norm_rotary_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, Tensor rstd, bool interleaved,"
+    " Tensor(a!)? weight_main_grad=None) -> (Tensor dx, Tensor dweight)",
+    kind="norm",
+)
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, rstd: Tensor,
+    interleaved: bool, weight_main_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of rms_norm_rotary, from its input.
+
+    dy, x, dx: (B, T, H, D). weight, cos, sin: as in the forward. rstd: (B, T, H), as the forward returned it.
+    dweight: (D,), empty without a weight or with weight_main_grad. weight_main_grad: (D,) fp32.
+    """
+    weight_shape = (0,) if weight is None or weight_main_grad is not None else weight.shape
+    return x.new_empty(x.shape), x.new_empty(weight_shape)
+
+
+@operator(
+    "rms_norm_rotary_",
+    "(Tensor(a!) x, Tensor? cos, Tensor? sin, float eps, bool interleaved) -> Tensor rstd",
+    kind="norm",
+)
+def _(x: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool) -> Tensor:
+    """rms_norm_rotary without a weight, in place.
+
+    x: (B, T, H, D), any strides by which no two elements share memory. rstd: (B, T, H) fp32, or fp64 if x is.
+    cos, sin: as in rotary, or None for no rotation.
+    """
+    return _statistics(x)
+
+
+@operator(
+    "rms_norm_rotary_backward_",
+    "(Tensor(a!) dy, Tensor y, Tensor? cos, Tensor? sin, Tensor rstd, bool interleaved) -> ()",
+    kind="norm",
+)
+def _(
+    dy: Tensor, y: Tensor, cos: Tensor | None, sin: Tensor | None, rstd: Tensor, interleaved: bool
+) -> None:  # fmt: skip
+    """The gradient of rms_norm_rotary without a weight, from its result, written over dy.
+
+    dy: (B, T, H, D), any strides by which no two elements share memory; dx afterwards. y: (B, T, H, D), the result.
+    rstd: (B, T, H), as the forward returned it. cos, sin: as in the forward; no pair of them may be (0, 0).
+    """
+
+
+@operator(
+    "rotary_qkv",
+    "(Tensor qkv, int n_head, int n_kv_head, Tensor? cos, Tensor? sin, bool qk_norm, float eps, bool interleaved)"
+    " -> (Tensor out, Tensor rstd)",
+)
+def _(
+    qkv: Tensor, n_head: int, n_kv_head: int, cos: Tensor | None, sin: Tensor | None, qk_norm: bool, eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """rotary, or with qk_norm rms_norm_rotary, of the q and k of packed q, k and v; v is copied.
+
+    qkv, out: (B, T, (n_head + 2 n_kv_head) D). rstd: (B, T, n_head + n_kv_head) fp32, or fp64 if qkv is; without
+    qk_norm empty, (0,). cos, sin: as in rotary, or None for no rotation.
+    """
+    rstd_shape = (*qkv.shape[:2], n_head + n_kv_head) if qk_norm else (0,)
+    return qkv.new_empty(qkv.shape), qkv.new_empty(rstd_shape, dtype=statistics_dtype(qkv.dtype))
+
+
+@operator(
+    "rotary_qkv_backward",
+    "(Tensor dout, Tensor? out, Tensor? rstd, int n_head, int n_kv_head, Tensor? cos, Tensor? sin, bool interleaved)"
+    " -> Tensor",
+)
+def _(
+    dout: Tensor, out: Tensor | None, rstd: Tensor | None, n_head: int, n_kv_head: int, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """The gradient of rotary_qkv; where it normalised, from its result, as in rms_norm_rotary_backward_.
+
+    dout, result: (B, T, (n_head + 2 n_kv_head) D). cos, sin: as in the forward.
+    out, rstd: as the forward returned them, or None without qk_norm.
+    """
+    return dout.new_empty(dout.shape)
+
+
 # ---- cross-entropy ----
 
 # The last arguments of each of these operators say which loss. In a row of logits l with the target t:

@@ -194,6 +194,107 @@ def attention_qkv_backward(
     return _merge_heads(*gradients)
 
 
+# ---- rotary position embeddings, and the RMS norm of each head before them ----
+
+
+def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, inverse: bool = False) -> Tensor:
+    """Heads (..., T, H, D), in the dtype of the arithmetic, turned by the angles of their positions."""
+    if cos is None or sin is None:
+        return x
+    c, s = (t.unsqueeze(-2).to(x.dtype) for t in (cos, -sin if inverse else sin))  # (..., T, 1, D/2)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    turned = first * c - second * s, second * c + first * s
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    return _result(_rotated(_wide(x), cos, sin, interleaved, inverse), x.dtype)
+
+
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> None:
+    x.copy_(_rotated(_wide(x), cos, sin, interleaved, inverse))
+
+
+def rms_norm_rotary(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normal = wide * rstd if weight is None else wide * rstd * _wide(weight)
+    y = _rotated(normal, cos, sin, interleaved)
+    return _result(y, x.dtype), _result(rstd.squeeze(-1), statistics_dtype(x.dtype))
+
+
+def rms_norm_rotary_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, rstd: Tensor,
+    interleaved: bool, weight_main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scale = rstd.unsqueeze(-1)
+    normal = _wide(x) * scale
+    g = _rotated(_wide(dy), cos, sin, interleaved, inverse=True)
+    dweight = x.new_empty(0)
+    if weight is not None:
+        dweight = _delivered((g * normal).reshape(-1, x.shape[-1]).sum(0), weight.dtype, weight_main_grad)
+        g = g * _wide(weight)
+    return _result(scale * (g - normal * (g * normal).mean(-1, keepdim=True)), x.dtype), dweight
+
+
+def rms_norm_rotary_(x: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool) -> Tensor:
+    y, rstd = rms_norm_rotary(x, None, cos, sin, eps, interleaved)
+    x.copy_(y)
+    return rstd
+
+
+def _rms_norm_rotary_dx(
+    dy: Tensor, y: Tensor, cos: Tensor | None, sin: Tensor | None, rstd: Tensor, interleaved: bool
+) -> Tensor:
+    """The gradient of rms_norm_rotary without a weight, from its result ``y``, not rounded yet."""
+    grad, wide = _wide(dy), _wide(y)
+    projection = (grad * wide).mean(-1, keepdim=True)  # turned back, both have the same product
+    g, normal = (_rotated(t, cos, sin, interleaved, inverse=True) for t in (grad, wide))
+    if cos is not None and sin is not None:  # the transposed matrix is the inverse but for the length of (cos, sin)
+        squares = (cos.square() + sin.square()).unsqueeze(-2).to(normal.dtype)
+        normal = normal / (squares.repeat_interleave(2, -1) if interleaved else torch.cat([squares, squares], -1))
+    return rstd.unsqueeze(-1) * (g - normal * projection)
+
+
+def rms_norm_rotary_backward_(
+    dy: Tensor, y: Tensor, cos: Tensor | None, sin: Tensor | None, rstd: Tensor, interleaved: bool
+) -> None:
+    dy.copy_(_rms_norm_rotary_dx(dy, y, cos, sin, rstd, interleaved))
+
+
+def _queries_and_keys(qkv: Tensor, n_head: int, n_kv_head: int) -> Tensor:
+    """A view (B, T, n_head + n_kv_head, D) of packed q, k and v."""
+    n = n_head + 2 * n_kv_head
+    return qkv.unflatten(-1, (n, qkv.shape[-1] // n))[:, :, : n_head + n_kv_head]
+
+
+def rotary_qkv(
+    qkv: Tensor, n_head: int, n_kv_head: int, cos: Tensor | None, sin: Tensor | None, qk_norm: bool, eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = qkv.clone(memory_format=torch.contiguous_format)
+    heads = _queries_and_keys(out, n_head, n_kv_head)
+    if qk_norm:
+        return out, rms_norm_rotary_(heads, cos, sin, eps, interleaved)
+    heads.copy_(_rotated(_wide(heads), cos, sin, interleaved))
+    return out, qkv.new_empty(0, dtype=statistics_dtype(qkv.dtype))
+
+
+def rotary_qkv_backward(
+    dout: Tensor, out: Tensor | None, rstd: Tensor | None, n_head: int, n_kv_head: int, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    dqkv = dout.clone(memory_format=torch.contiguous_format)
+    heads = _queries_and_keys(dqkv, n_head, n_kv_head)
+    if out is not None and rstd is not None:
+        rms_norm_rotary_backward_(heads, _queries_and_keys(out, n_head, n_kv_head), cos, sin, rstd, interleaved)
+    else:
+        heads.copy_(_rotated(_wide(heads), cos, sin, interleaved, inverse=True))
+    return dqkv
+
+
 # ---- cross-entropy ----
 
 

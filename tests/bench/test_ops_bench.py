@@ -26,6 +26,10 @@ def test_work_is_counted_as_stated():
     assert ops.layer_norm(s).work == {"fwd": 2 * N * C * 2, "fwd+bwd": 5 * N * C * 2}
     assert ops.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
     assert ops.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
+    assert ops.rotary(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
+    assert ops.rotary(s, qk_norm=True).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 10 * N * C * 2}
+    assert ops.rotary_qkv(s).work == {"fwd": 2 * N * 3 * C * 2, "fwd+bwd": 4 * N * 3 * C * 2}
+    assert ops.rotary_qkv(s, qk_norm=True).work == {"fwd": 2 * N * 3 * C * 2, "fwd+bwd": 5 * N * 3 * C * 2}
     assert ops.cross_entropy(s).work == {"fwd": N * V * 2, "fwd+bwd": 3 * N * V * 2}
     assert ops.cross_entropy(s, label_smoothing=0.1).work == ops.cross_entropy(s).work
     assert ops.linear(s).work == {"fwd": 2 * N * C * 4 * C, "fwd+bwd": 6 * N * C * 4 * C}

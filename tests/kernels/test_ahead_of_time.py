@@ -17,7 +17,7 @@ from fastgpt.kernels.triton import launch
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 120)
-OPS = {"attention", "layer_norm", "gelu", "linear", "embedding", "cross_entropy", "adamw"}
+OPS = {"attention", "layer_norm", "gelu", "linear", "embedding", "cross_entropy", "adamw", "rotary"}
 # bytes of shared memory that a block may have: NVIDIA's CUDA programming guide, compute capabilities
 LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
@@ -79,7 +79,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
     modules = (kernels.adamw, kernels.attention, kernels.columns, kernels.cross_entropy, kernels.gelu)
     expected = {
         f"{module.__name__.rpartition('.')[2]} {name.strip('_').removesuffix('_kernel')}"
-        for module in (*modules, kernels.embedding, kernels.layer_norm, kernels.linear)
+        for module in (*modules, kernels.embedding, kernels.layer_norm, kernels.linear, kernels.rotary)
         for name in vars(module)
         if name.endswith("_kernel")
     }

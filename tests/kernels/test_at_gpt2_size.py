@@ -19,6 +19,10 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
 )
 from fastgpt.kernels.attention import draw_seed
 from fastgpt.kernels.philox import dropout_factors
@@ -55,6 +59,23 @@ def plain_gelu(x, bias=None):
     return F.gelu(wide if bias is None else wide + bias, approximate="tanh").to(x.dtype)
 
 
+def turned(x, cos, sin):
+    """By tables of fp32, rounded once; pairs of halves."""
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+
+
+def plain_rotary(x, weight=None):
+    return turned(x if weight is None else F.rms_norm(x, x.shape[-1:], weight, 1e-6), *rotary_tables(T, C // H))
+
+
+def plain_rotary_qkv(qkv, qk_norm=False):
+    heads, v = qkv.unflatten(-1, (3 * H, C // H)).split([2 * H, H], 2)
+    heads = F.rms_norm(heads, heads.shape[-1:], eps=1e-6) if qk_norm else heads
+    return torch.cat([turned(heads, *rotary_tables(T, C // H)), v], 2).flatten(-2)
+
+
 def mean_loss(logits, targets):
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return F.cross_entropy(wide, targets)
@@ -76,6 +97,15 @@ CASES = {
     ),
     "attention_qkv, heads of twice the size": (
         lambda qkv: attention_qkv(qkv, H // 2), lambda qkv: plain_attention_qkv(qkv, H // 2), [(B, T, 3 * C)],
+    ),
+    "rotary": (lambda x: rotary(x, *rotary_tables(T, C // H)), plain_rotary, [(B, T, H, C // H)]),
+    "rms_norm_rotary": (
+        lambda x, w: rms_norm_rotary(x, *rotary_tables(T, C // H), w), plain_rotary, [(B, T, H, C // H), (C // H,)],
+    ),
+    "rotary_qkv": (lambda qkv: rotary_qkv(qkv, H, *rotary_tables(T, C // H)), plain_rotary_qkv, [(B, T, 3 * C)]),
+    "rotary_qkv, normed": (
+        lambda qkv: rotary_qkv(qkv, H, *rotary_tables(T, C // H), qk_norm=True),
+        lambda qkv: plain_rotary_qkv(qkv, qk_norm=True), [(B, T, 3 * C)],
     ),
     "linear": (linear, F.linear, [(B, T, C), (3 * C, C), (3 * C,)]),
 }  # fmt: skip

@@ -13,6 +13,10 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
     use_backend,
 )
 
@@ -21,6 +25,10 @@ half, single = torch.bfloat16, torch.float32
 
 def targets(t):
     return torch.tensor([1, -1, 4, 0], device=t.device)
+
+
+def angles(t):
+    return rotary_tables(9, 4, device=t.device)
 
 
 # Each function, its inputs' shapes and dtypes, what it computes in, and the dtype of its result.
@@ -35,6 +43,12 @@ CASES = {
     "add_layer_norm": (
         lambda *t: add_layer_norm(*t)[0], [(4, 8), (4, 8), (8,)], [half, single, single], single, single,
     ),
+    "rotary": (lambda x: rotary(x, *angles(x)), [(2, 9, 3, 4)], [half], half, half),
+    "rotary, fp32": (lambda x: rotary(x, *angles(x)), [(2, 9, 3, 4)], [single], single, single),
+    "rms_norm_rotary": (
+        lambda x, w: rms_norm_rotary(x, *angles(x), w), [(2, 9, 3, 4), (4,)], [half, single], half, half,
+    ),
+    "rotary_qkv": (lambda x: rotary_qkv(x, 2, *angles(x), qk_norm=True), [(2, 9, 24)], [half], half, half),
     "gelu": (lambda x, b: gelu(x, bias=b), [(4, 8), (8,)], [half, single], half, half),
     "linear_cross_entropy, of each row": (
         lambda x, w: linear_cross_entropy(

@@ -14,6 +14,10 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
 )
 from tests.kernels import peers
 
@@ -32,6 +36,20 @@ def packed(qkv):
 
 
 OPTIONS = {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2}
+def angles(t):
+    return rotary_tables(9, 4, device=t.device)
+
+
+def turned(x):
+    cos, sin = (t.unsqueeze(1) for t in angles(x))
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def turned_packed(qkv, qk_norm):
+    heads, v = qkv.unflatten(-1, (6, 4)).split([4, 2], 2)
+    return torch.cat([turned(F.rms_norm(heads, (4,), eps=1e-6) if qk_norm else heads), v], 2).flatten(-2)
+
 
 # Each function, the same in plain PyTorch, and the shapes of what it can be differentiated by.
 FUNCTIONS = {
@@ -48,6 +66,22 @@ FUNCTIONS = {
     ),
     "attention": (attention, causal, [(2, 3, 9, 4)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), packed, [(2, 9, 24)]),
+    "rotary": (lambda x: rotary(x, *angles(x)), turned, [(2, 9, 3, 4)]),
+    "rms_norm_rotary": (
+        lambda x, w: rms_norm_rotary(x, *angles(x), w),
+        lambda x, w: turned(F.rms_norm(x, (4,), w, 1e-6)),
+        [(2, 9, 3, 4), (4,)],
+    ),
+    "rotary_qkv": (
+        lambda x: rotary_qkv(x, 2, *angles(x)),
+        lambda x: turned_packed(x, qk_norm=False),
+        [(2, 9, 24)],
+    ),
+    "rotary_qkv, normed": (
+        lambda x: rotary_qkv(x, 2, *angles(x), qk_norm=True),
+        lambda x: turned_packed(x, qk_norm=True),
+        [(2, 9, 24)],
+    ),
     "cross_entropy": (
         lambda x: cross_entropy(x, targets(x)),
         lambda x: F.cross_entropy(x, targets(x), ignore_index=-1),
@@ -143,6 +177,8 @@ def test_a_second_derivative_is_refused(backend, device, name, argument):
         assert str(error).startswith(f"{name.partition(',')[0]}: cannot be differentiated twice")  # noqa: PT017
     else:  # no gradient depends on what is added last
         assert (name, argument) in {("layer_norm", 2), ("linear", 2)}
+    else:  # no gradient depends on what is added last, nor on what is turned
+        assert (name, argument) in {("layer_norm", 2), ("linear", 2), ("rotary", 0), ("rotary_qkv", 0)}
         torch.testing.assert_close(gradient, torch.autograd.grad(penalty(plain), tensors[argument])[0])
 
 

@@ -14,6 +14,10 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
     use_backend,
 )
 
@@ -29,6 +33,9 @@ def targets(t):
 def options(t):
     weight = torch.arange(1.0, 8.0, device=t.device)
     return {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2, "weight": weight}
+def angles(t):
+    """For heads (B, T, H, D)."""
+    return rotary_tables(t.shape[1], t.shape[3], device=t.device)
 
 
 CASES = {
@@ -45,6 +52,16 @@ CASES = {
     "attention, single pass": (lambda *t: attention(*t, deterministic=False), [(2, 3, 20, 8)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), [(2, 20, 24)]),
     "attention_qkv, single pass": (lambda t: attention_qkv(t, 2, deterministic=False), [(2, 20, 24)]),
+    "rotary": (lambda t: rotary(t, *angles(t)), [(2, 20, 3, 8)]),
+    "rotary, interleaved, transposed": (
+        lambda t: rotary(t.transpose(1, 2), *angles(t.transpose(1, 2)), interleaved=True), [(2, 3, 20, 8)],
+    ),
+    "rms_norm_rotary": (lambda t, w: rms_norm_rotary(t, *angles(t), w), [(2, 20, 3, 8), (8,)]),
+    "rms_norm_rotary, norm alone": (lambda t: rms_norm_rotary(t, eps=0.1), [(2, 20, 3, 8)]),
+    "rotary_qkv": (lambda t: rotary_qkv(t, 2, *angles(t.unflatten(2, (4, 8))), n_kv_head=1), [(2, 20, 32)]),
+    "rotary_qkv, normed": (
+        lambda t: rotary_qkv(t, 2, *angles(t.unflatten(2, (6, 4))), qk_norm=True, interleaved=True), [(2, 20, 24)],
+    ),
     "cross_entropy": (lambda t: cross_entropy(t, targets(t)), [(4, 7)]),
     "linear_cross_entropy": (lambda *t: linear_cross_entropy(*t, targets(t[0])), [(4, 8), (7, 8)]),
     "cross_entropy, options": (lambda t: cross_entropy(t, targets(t), **options(t)), [(4, 7)]),
@@ -59,7 +76,7 @@ CASES = {
     ),
     "linear": (linear, [(4, 8), (7, 8), (7,)]),
     "embedding": (lambda t: embedding(targets(t).abs(), t), [(7, 8)]),
-}
+}  # fmt: skip
 cases = pytest.mark.parametrize(("function", "shapes"), CASES.values(), ids=list(CASES))
 
 
@@ -99,9 +116,11 @@ def block(x, index, wte, ln, w_qkv, w_out):
     """A transformer block with every function in it, from tokens to loss."""
     x = x + embedding(index, wte)
     h = layer_norm(x, ln)
-    a = attention_qkv(linear(h, w_qkv), 2)
+    cos, sin = rotary_tables(10, 8, device=x.device)
+    a = attention_qkv(rotary_qkv(linear(h, w_qkv), 2, cos, sin, qk_norm=True), 2)
     h, x = add_layer_norm(a, x, ln, wte[0])
-    q, k, v = (t.view(2, 10, 2, 8).transpose(1, 2) for t in (x, h, a))
+    q, k, v = (t.view(2, 10, 2, 8) for t in (x, h, a))
+    q, k, v = (t.transpose(1, 2) for t in (rotary(q, cos, sin), rms_norm_rotary(k, cos, sin, ln[:8]), v))
     x = x + linear(gelu(h) + gelu(h, "none"), w_out) + attention(q, k, v).transpose(1, 2).reshape(2, 10, 16)
     x = x.view(20, 16)
     return linear_cross_entropy(x, wte, index.view(20)) + cross_entropy(linear(x, wte), index.view(20))

@@ -14,6 +14,10 @@ from fastgpt.kernels import (
     gelu,
     layer_norm,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
 )
 from tests.kernels import peers
 
@@ -39,6 +43,25 @@ def in_fp32(function):
     return lambda *t: function(*(x if x.dtype == torch.float64 else x.float() for x in t))
 
 
+ANGLES = rotary_tables(63, 34)
+
+
+def angles(x):
+    return [t.to(x.device) for t in ANGLES]
+
+
+def turned(x):
+    """By tables of fp32, rounded once."""
+    cos, sin = (t.unsqueeze(1) for t in angles(x))
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def plain_rotary_qkv(x):
+    heads, v = x.unflatten(-1, (5, 34)).split([4, 1], 2)
+    return torch.cat([turned(F.rms_norm(heads, (34,), eps=1e-6)), v], 2).flatten(-2)
+
+
 def targets(n):
     return torch.arange(n) % 50
 
@@ -59,6 +82,17 @@ CASES = {
     "attention": (attention, plain_attention, [(1, 2, 130, 40)] * 3),
     "attention, single pass": (lambda *t: attention(*t, deterministic=False), plain_attention, [(1, 2, 130, 40)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), plain_attention_qkv, [(1, 130, 96)]),
+    "rotary": (lambda t: rotary(t, *angles(t)), turned, [(1, 63, 3, 34)]),
+    "rms_norm_rotary": (
+        lambda t, w: rms_norm_rotary(t, *angles(t), w),
+        lambda t, w: turned(F.rms_norm(t, (34,), w, 1e-6)),
+        [(1, 63, 3, 34), (34,)],
+    ),
+    "rotary_qkv": (
+        lambda t: rotary_qkv(t, 3, *angles(t), n_kv_head=1, qk_norm=True),
+        plain_rotary_qkv,
+        [(1, 63, 5 * 34)],
+    ),
     "cross_entropy": (
         lambda t: cross_entropy(t, targets(63)),
         in_fp32(lambda t: F.cross_entropy(t, targets(63))),

@@ -104,6 +104,11 @@ LOSS = {
 }
 KIND = Argument(("", "erf", "TANH", None, True, 0, ["tanh"]))
 
+SIZE_OF_HEAD = Argument((*SIZE.values, 3))
+BASE = Argument((None, *NO_NUMBERS, 0, -10.0))
+DEVICE = Argument(("nowhere", 1.5, True, [], torch.ones(2)))
+START = Argument((*NO_INTEGERS, 2**63))
+
 INDICES = torch.tensor([1, -1, 4, 0])
 SEVEN = Argument(n_classes=7)
 NORM = {"weight": OPTIONAL, "bias": OPTIONAL, "eps": EPS}
@@ -150,6 +155,58 @@ TARGETS = {
     ),
     "attention_qkv, heads of 512": Target(
         kernels.attention_qkv, {"qkv": floats(1, 2, 3 * 512), "n_head": 2}, {"n_head": Argument((1,))}
+    ),
+    "rotary_tables": Target(
+        kernels.rotary_tables,
+        {"n_positions": 5, "head_size": 4},
+        {"n_positions": SIZE, "head_size": SIZE_OF_HEAD, "base": BASE, "device": DEVICE, "start": START},
+    ),
+    "rotary": Target(
+        kernels.rotary,
+        {"x": floats(2, 5, 3, 4), "cos": floats(5, 2), "sin": floats(5, 2)},
+        {
+            "x": Argument(any_size=(-4, -2), empty=(-4,), any_dtype=True),
+            "cos": PLAIN,
+            "sin": PLAIN,
+            "interleaved": BOOL,
+        },
+    ),
+    "rotary, positions by sequence": Target(
+        kernels.rotary,
+        {"x": floats(3, 5, 3, 4), "cos": floats(3, 5, 2), "sin": floats(3, 5, 2)},
+        {"x": Argument(any_size=(-2,), any_dtype=True), "cos": PLAIN, "sin": PLAIN},
+    ),
+    "rotary, heads too large": Target(
+        lambda D: kernels.rotary(floats(1, 2, 1, D), *kernels.rotary_tables(2, 2 * (D // 2))),
+        {"D": MAX_HEAD_SIZE},
+        {"D": Argument((MAX_HEAD_SIZE + 1, MAX_HEAD_SIZE + 2, 3))},
+        {"x"},
+    ),
+    "rms_norm_rotary": Target(
+        kernels.rms_norm_rotary,
+        {"x": floats(2, 5, 3, 4), "cos": floats(5, 2), "sin": floats(5, 2), "weight": floats(4)},
+        {
+            "x": Argument(any_size=(-4, -2), empty=(-4,)),
+            "cos": PLAIN,
+            "sin": PLAIN,
+            "weight": OPTIONAL,
+            "eps": EPS,
+            "interleaved": BOOL,
+        },
+    ),
+    "rotary_qkv": Target(
+        kernels.rotary_qkv,
+        {"qkv": floats(2, 5, 24), "n_head": 4, "cos": floats(5, 2), "sin": floats(5, 2), "n_kv_head": 1},
+        {
+            "qkv": Argument(any_size=(-3,), empty=(-3,), any_dtype=True),
+            "n_head": Argument((*SIZE.values, 3, 5)),
+            "cos": PLAIN,
+            "sin": PLAIN,
+            "n_kv_head": Argument((*SIZE.values[1:], 3, 8)),
+            "qk_norm": BOOL,
+            "eps": EPS,
+            "interleaved": BOOL,
+        },
     ),
     "cross_entropy": Target(
         kernels.cross_entropy,
@@ -258,6 +315,20 @@ TARGETS = {
         made_and_called(kernels.CausalSelfAttention, "x"),
         {"x": floats(1, 2, 512), "embed_dim": 512, "num_heads": 2},
         {"num_heads": Argument((1,))},
+    ),
+    "RotaryEmbedding": Target(
+        made_and_called(kernels.RotaryEmbedding, "input", "start"),
+        {"input": floats(2, 5, 3, 4), "start": 2, "head_size": 4, "n_positions": 7},
+        {
+            "input": Argument(any_size=(-4, -2), any_shorter=(-3,), empty=(-4,), any_dtype=True),
+            "start": Argument((*NO_INTEGERS, -1, 3, 2**62)),
+            "head_size": Argument((*SIZE.values, 3, MAX_HEAD_SIZE + 2)),
+            "n_positions": SIZE,
+            "base": BASE,
+            "interleaved": BOOL,
+            "device": DEVICE,
+        },
+        {"x", "cos"},
     ),
     "CrossEntropyLoss": Target(
         made_and_called(kernels.CrossEntropyLoss, "input", "target"),

@@ -18,6 +18,7 @@ from fastgpt.kernels import (
     Linear,
     LinearCrossEntropyLoss,
     cross_entropy,
+    RotaryEmbedding,
     modules,
 )
 
@@ -40,6 +41,21 @@ class NormOfSum(nn.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(x + residual), x + residual
+
+
+class Rotation(nn.Module):
+    """torch.nn has none: a product of complex numbers."""
+
+    def __init__(self, head_size: int, n_positions: int, device: str | None = None) -> None:
+        super().__init__()
+        frequencies = 10000.0 ** (-torch.arange(0, head_size, 2, device=device) / head_size)
+        angles = torch.outer(torch.arange(n_positions, device=device), frequencies)
+        self.register_buffer("factors", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        product = torch.complex(a, b) * self.factors[: x.shape[1]].unsqueeze(1)
+        return torch.cat([product.real, product.imag], -1)
 
 
 def rows():
@@ -68,6 +84,7 @@ PAIRS = {
     "CausalSelfAttention, no bias": (
         CausalSelfAttention, CausalMultiheadAttention, (C, 3), {"bias": False}, lambda: [rows()],
     ),
+    "RotaryEmbedding": (RotaryEmbedding, Rotation, (8, T + 2), {}, lambda: [torch.randn(B, T, 3, 8)]),
     "CrossEntropyLoss": (CrossEntropyLoss, nn.CrossEntropyLoss, (), {}, lambda: [torch.randn(8, V), targets(8)]),
     "CrossEntropyLoss, all options": (
         CrossEntropyLoss, nn.CrossEntropyLoss, (torch.rand(V),), {"label_smoothing": 0.1, "reduction": "sum"},
@@ -90,7 +107,7 @@ PAIRS = {
     ),
 }  # fmt: skip
 pairs = pytest.mark.parametrize("name", PAIRS)
-takes_factory = [name for name in PAIRS if name.split(",")[0] not in ("GELU", "CrossEntropyLoss")]
+takes_factory = [name for name in PAIRS if name.split(",")[0] not in ("GELU", "RotaryEmbedding", "CrossEntropyLoss")]
 
 
 def made(name, **options):
@@ -260,6 +277,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(name, copied):
         ("GELU, tanh", "GELU(approximate='tanh')"),
         ("CausalSelfAttention", "24, num_heads=3, dropout=0.0, bias=True"),
         ("CausalSelfAttention, no bias", "24, num_heads=3, dropout=0.0, bias=False"),
+        ("RotaryEmbedding", "8, n_positions=7, base=10000.0, interleaved=False"),
         ("CrossEntropyLoss", "CrossEntropyLoss()"),
         ("LinearCrossEntropyLoss", "ignore_index=-100"),
         ("LinearCrossEntropyLoss, of each row", "ignore_index=-100, reduction=none"),

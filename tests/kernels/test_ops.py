@@ -27,6 +27,10 @@ from fastgpt.kernels import (
     linear_cross_entropy,
     ops,
     reference,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
     use_backend,
 )
 
@@ -111,6 +115,23 @@ def cases(dtype):
     yield "attention_qkv_backward", (r(2, 5, 4), qkv, r(2, 5, 4), torch.randn(2, 2, 5), 2, True, 0.5, 0.0, None)
     yield "attention_qkv_backward", (r(2, 5, 4), qkv, r(2, 5, 4), torch.randn(2, 2, 5), 2, True, 0.5, 0.2, seed)
     yield "attention_qkv_backward", (r(2, 5, 4), qkv, r(2, 5, 4), torch.randn(2, 2, 5), 2, True, 0.5, 0.0, None, False)
+    angles, by_sequence, each = (f(5, 4), f(5, 4)), (f(2, 5, 4), f(2, 5, 4)), torch.rand(2, 5, 3)
+    several, part, wide_qkv = r(2, 5, 3, 8), r(2, 5, 40).unflatten(-1, (5, 8))[:, :, :3], r(2, 5, 40)
+    for turn, interleaved in ((angles, False), (by_sequence, True)):
+        yield "rotary", (part, *turn, interleaved, interleaved)
+        yield "rotary_", (part, *turn, interleaved, interleaved)
+    for turn in (angles, (None, None)):
+        yield "rms_norm_rotary", (part, r(8), *turn, 1e-5, True)
+        yield "rms_norm_rotary_", (part, *turn, 1e-5, False)
+        yield "rms_norm_rotary_backward", (several, part, r(8), *turn, each, False)
+        yield "rms_norm_rotary_backward_", (part, several, *turn, each, True)
+    yield "rms_norm_rotary", (heads.transpose(1, 2), None, *by_sequence, 1e-5, False)
+    yield "rms_norm_rotary_backward", (several, part, None, *by_sequence, each, True)
+    yield "rms_norm_rotary_backward", (several, part, r(8), *by_sequence, each, True, f(8))
+    yield "rotary_qkv", (wide_qkv, 3, 1, *angles, False, 0.0, False)
+    yield "rotary_qkv", (r(5, 2, 32).transpose(0, 1), 2, 1, *by_sequence, True, 1e-5, True)
+    yield "rotary_qkv_backward", (wide_qkv[..., :32], None, None, 2, 1, *angles, False)
+    yield "rotary_qkv_backward", (r(2, 5, 32), r(2, 5, 32), each, 2, 1, None, None, True)
     yield "cross_entropy", (r(3, 5), targets, -1)
     yield "cross_entropy_backward", (torch.randn(3), r(3, 5), targets, torch.randn(3), -1)
     yield "cross_entropy_", (r(3, 5), targets, torch.tensor(0.5), -1)
@@ -195,6 +216,13 @@ def calls():
     yield "gelu", gelu, [random(3, 8)]
     yield "attention", attention, [random(2, 3, 20, 8) for _ in range(3)]
     yield "attention_qkv", lambda t: attention_qkv(t, 2), [random(2, 20, 24)]
+    yield "rotary", lambda t: rotary(t, *rotary_tables(20, 8)), [random(2, 20, 3, 8)]
+    yield (
+        "rms_norm_rotary",
+        lambda *t: rms_norm_rotary(t[0], *rotary_tables(20, 8), t[1]),
+        [random(2, 20, 3, 8), random(8)],
+    )
+    yield "rotary_qkv", lambda t: rotary_qkv(t, 2, *rotary_tables(20, 4), qk_norm=True), [random(2, 20, 24)]
     yield "cross_entropy", lambda t: cross_entropy(t, targets()), [random(3, 5)]
     yield "linear_cross_entropy", lambda *t: linear_cross_entropy(*t, targets()), [random(3, 8), random(5, 8)]
     options = {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2, "reduction": "none"}
@@ -457,6 +485,8 @@ def test_a_narrower_instruction_set_keeps_the_error_rule_too(backend, isa):
         "loss_options",
         "surroundings",
     )
+        "layer_norm", "gelu", "attention", "rotary", "cross_entropy", "linear", "linear_cross_entropy", "surroundings",
+    )  # fmt: skip
     code = code.replace("FILES", repr([str(Path(__file__).with_name(f"test_{name}.py")) for name in tested]))
     out, _ = python(code, **hardware.environment_for(isa))
     assert out.splitlines()[0] == f"cpp ({isa})"

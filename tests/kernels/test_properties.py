@@ -25,6 +25,10 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
 )
 from fastgpt.kernels.philox import dropout_factors
 from tests.kernels import peers
@@ -257,6 +261,67 @@ def an_attention_qkv(draw: Draw) -> Call:
     )
 
 
+def angles(draw: Draw, B: int, T: int, D: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, one row for each position, or for each position of each sequence, in a drawn layout."""
+    cos, sin = rotary_tables(B * T, D, draw.one_of([10.0, 10000.0]), start=draw.one_of([0, 100]))
+    shape = draw.one_of([(T, D // 2), (B, T, D // 2)])
+    return tuple(draw.layout(t[: math.prod(shape[:-1])].view(shape)) for t in (cos, sin))  # type: ignore[return-value]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The rotation as it is written down, in the dtype of ``x``."""
+    c, s = (t.to(x.dtype).unsqueeze(-2) for t in (cos, sin))
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    parts = a * c - b * s, b * c + a * s
+    return torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+
+
+def heads_to_turn(draw: Draw) -> tuple[int, int, int]:
+    return draw.one_of([0, 1, 2, 3]), draw.one_of([1, 2, 5, 17, 33]), draw.one_of([2, 4, 10, 16, 34, 64])
+
+
+def a_rotary(draw: Draw) -> Call:
+    (B, T, D), interleaved = heads_to_turn(draw), draw.flag()
+    cos, sin = angles(draw, B, T, D) if B else rotary_tables(T, D)
+    return Call(
+        lambda x: rotary(x, cos, sin, interleaved=interleaved),
+        lambda x: turned(x, cos, sin, interleaved),
+        [draw.tensor(B, T, draw.one_of([1, 2, 5]), D)],
+    )
+
+
+def a_rms_norm_rotary(draw: Draw) -> Call:
+    (B, T, D), interleaved, eps = heads_to_turn(draw), draw.flag(), draw.one_of([1e-6, 0.5])
+    cos, sin = angles(draw, B, T, D) if B else rotary_tables(T, D)
+    turns = draw.flag()
+
+    def plain(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        y = F.rms_norm(x, (D,), weight, eps)
+        return turned(y, cos, sin, interleaved) if turns else y
+
+    def ours(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return rms_norm_rotary(x, *(cos, sin) if turns else (None, None), weight, eps, interleaved=interleaved)
+
+    # where all elements of a head are equal, its gradient is what rounding leaves of a difference
+    x = draw.tensor(B, T, draw.one_of([1, 2, 5]), D, distinct=(3,))
+    return Call(ours, plain, [x, draw.tensor(D)][: 1 + draw.flag()])
+
+
+def a_rotary_qkv(draw: Draw) -> Call:
+    (B, T, D), interleaved, qk_norm = heads_to_turn(draw), draw.flag(), draw.flag()
+    n_head, n_kv_head = draw.one_of([(1, 1), (2, 2), (4, 2), (3, 1)])
+    cos, sin = angles(draw, B, T, D) if B else rotary_tables(T, D)
+    options = {"n_kv_head": n_kv_head, "qk_norm": qk_norm, "interleaved": interleaved}
+
+    def plain(qkv: Tensor) -> Tensor:
+        heads, v = qkv.unflatten(-1, (-1, D)).split([n_head + n_kv_head, n_kv_head], 2)
+        heads = F.rms_norm(heads, (D,), eps=1e-6) if qk_norm else heads
+        return torch.cat([turned(heads, cos, sin, interleaved), v], 2).flatten(-2)
+
+    qkv = draw.tensor(B, T, (n_head + 2 * n_kv_head) * D, distinct=(2,))
+    return Call(lambda x: rotary_qkv(x, n_head, cos, sin, **options), plain, [qkv])
+
+
 def a_cross_entropy(draw: Draw) -> Call:
     N, V, ignore_index = draw.one_of([1, 2, 5, 33, 127, 0]), draw.one_of(WIDTHS), draw.one_of([-1, -100, 0])
     logits, targets = draw.tensor(N, V), draw.targets(N, V, ignore_index)
@@ -328,6 +393,9 @@ CALLS = {
     "gelu with bias": a_gelu_with_bias,
     "attention": an_attention,
     "attention_qkv": an_attention_qkv,
+    "rotary": a_rotary,
+    "rms_norm_rotary": a_rms_norm_rotary,
+    "rotary_qkv": a_rotary_qkv,
     "cross_entropy": a_cross_entropy,
     "linear_cross_entropy": a_linear_cross_entropy,
     "cross_entropy with options": a_cross_entropy_with_options,

@@ -21,6 +21,10 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    rms_norm_rotary,
+    rotary,
+    rotary_qkv,
+    rotary_tables,
 )
 from fastgpt.kernels.matmul import matmul_into
 
@@ -73,6 +77,24 @@ CALLS = {
     ),
     "attention": (lambda M, K, N: 3 * [(1, 2, M, min(K, 65))], lambda targets: attention),
     "attention_qkv": (lambda M, K, N: [(2, min(M, 65), 6 * min(K, 65))], lambda targets: lambda x: attention_qkv(x, 2)),
+    "rotary": (
+        lambda M, K, N: [(2, min(M, 65), 3, 2 * min(K, 65))],
+        lambda targets: lambda x: rotary(x, *rotary_tables(*x.shape[1::2]), interleaved=len(targets) % 2 > 0),
+    ),
+    "rms_norm_rotary": (
+        lambda M, K, N: [(2, min(M, 65), 3, 2 * min(K, 65)), (2 * min(K, 65),)],
+        lambda targets: (
+            lambda x, w: rms_norm_rotary(x, *rotary_tables(*x.shape[1::2]), w, interleaved=len(targets) % 2 > 0)
+        ),
+    ),
+    "rotary_qkv": (
+        lambda M, K, N: [(2, min(M, 65), 8 * min(K, 65))],
+        lambda targets: (
+            lambda x: rotary_qkv(
+                x, 2, *rotary_tables(x.shape[1], x.shape[2] // 4), n_kv_head=1, qk_norm=len(targets) % 2 > 0
+            )
+        ),
+    ),
     "layer_norm": (lambda M, K, N: [(M, K), (K,), (K,)], lambda targets: layer_norm),
     "add_layer_norm": (lambda M, K, N: [(M, K), (M, K), (K,), (K,)], lambda targets: add_layer_norm),
     "gelu": (lambda M, K, N: [(M, K)], lambda targets: gelu),

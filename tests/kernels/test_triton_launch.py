@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, embedding, gelu, launch, layer_norm
+from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, embedding, gelu, launch, layer_norm, rotary
 from fastgpt.kernels.triton.launch import Device
 
 RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
@@ -67,12 +67,22 @@ def test_the_forward_of_gelu_made_again_in_the_backward_costs_no_launch_of_its_o
     assert launched == ["gelu_backward", "gelu_bias_backward", "columns_sum"]
 
 
-@pytest.mark.parametrize("name", ["gelu", "layer_norm", "cross_entropy"])
+def test_packed_heads_are_normed_and_turned_in_one_launch_forward_and_one_backward():
+    qkv, (cos, sin) = torch.empty(2, 8, 3 * 16, device="meta"), (torch.empty(8, 4, device="meta") for _ in range(2))
+    launched = []
+    with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(launch.name_of(kernel.fn))):
+        out, rstd = rotary.rotary_qkv(qkv, 2, 2, cos, sin, True, 1e-6, False)
+        rotary.rotary_qkv_backward(out, out, rstd, 2, 2, cos, sin, False)
+    assert launched == ["rotary_forward", "rotary_backward_from_result"]
+
+
+@pytest.mark.parametrize("name", ["gelu", "layer_norm", "cross_entropy", "rotary"])
 def test_a_million_rows_fit_the_grid(name):
     """Whose second and third axis end at 65535 programs."""
     rows = torch.empty(2**20, 64, device="meta", dtype=torch.bfloat16)
     vector, each = torch.empty(64, device="meta", dtype=torch.bfloat16), torch.empty(2**20, device="meta")
     targets = torch.empty(2**20, device="meta", dtype=torch.int64)
+    heads, of_heads = rows.view(2**20, 1, 1, 64), each.view(2**20, 1, 1)
     calls = {
         "gelu": [("gelu", (rows, vector, True)), ("gelu_backward", (rows, rows, vector, True))],
         "layer_norm": [
@@ -84,6 +94,12 @@ def test_a_million_rows_fit_the_grid(name):
             ("cross_entropy_", (rows, targets, each[0], -1)),
             ("cross_entropy_", (rows, targets, each, -1, 30.0, 0.1, 0.1)),
         ],
+        "rotary": [
+            ("rms_norm_rotary", (heads, vector, None, None, 1e-6, False)),
+            ("rms_norm_rotary_backward", (heads, heads, vector, None, None, of_heads, False)),
+            ("rms_norm_rotary_backward_", (heads, heads, None, None, of_heads, False)),
+        ],
+        "cross_entropy": [("cross_entropy", (rows, targets, -1)), ("cross_entropy_", (rows, targets, each[0], -1))],
     }
     grids = []
     with launch.ahead_of_time(RTX_4070, lambda kernel, grid, *_: grids.append(grid)):
