@@ -106,22 +106,29 @@ def _attention(launch: Launch) -> Work | None:
     return min(loops, key=len), _tiles(kernel, q.shape, grid, options), n_bytes
 
 
-def _layer_norm(launch: Launch) -> Work | None:
+def _norm(launch: Launch) -> Work | None:
     kernel, machine, _, args, options = launch
     x = args[0]
     passes = {"forward": 2 + 2 * options.get("HAS_RESIDUAL", 0), "backward": 3 + options.get("HAS_DSUM", 0)}
     n_bytes = passes[kernel.split()[1]] * x.numel() * x.element_size()
-    if kernel == "layer_norm forward":
+    if kernel.endswith("forward"):
         return machine.code, launch.programs, n_bytes
     return _looped(machine), -(-x.shape[0] // options["ROWS"]), n_bytes
 
 
-def _gelu(launch: Launch) -> Work | None:
+def _activation(launch: Launch) -> Work | None:
     kernel, machine, _, args, options = launch
     x = args[0]
     n_bytes = (2 if "forward" in kernel else 3 + options["AGAIN"]) * x.numel() * x.element_size()
     if kernel == "gelu bias_backward":
         return _looped(machine), _blocks_of(x, options), n_bytes
+    return machine.code, launch.programs, n_bytes
+
+
+def _glu(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    x = args[0]
+    n_bytes = (3 if kernel == "glu forward" else 5 + options["AGAIN"]) * x.numel() * x.element_size()
     return machine.code, launch.programs, n_bytes
 
 
@@ -164,8 +171,11 @@ def _adamw(launch: Launch) -> Work | None:
 # By file of fastgpt/kernels/triton/, the work of its launches. One without work here takes no time in a training step.
 WORK: dict[str, Callable[[Launch], Work | None]] = {
     "attention": _attention,
-    "layer_norm": _layer_norm,
-    "gelu": _gelu,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "gelu": _activation,
+    "relu2": _activation,
+    "glu": _glu,
     "linear": _linear,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,

@@ -11,24 +11,34 @@ from fastgpt.kernels.attention import attention, attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
 from fastgpt.kernels.dispatch import backends, use_backend
 from fastgpt.kernels.gelu import gelu
+from fastgpt.kernels.glu import geglu, swiglu
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt.kernels.modules import (
+    GEGLU,
     GELU,
     AddLayerNorm,
+    AddRMSNorm,
     CausalSelfAttention,
     CrossEntropyLoss,
     Embedding,
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
+    ReLU2,
+    RMSNorm,
+    SwiGLU,
 )
 from fastgpt.kernels.muon import FusedMuon
+from fastgpt.kernels.relu2 import relu2
+from fastgpt.kernels.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
+    "GEGLU",
     "GELU",
     "AddLayerNorm",
+    "AddRMSNorm",
     "CausalSelfAttention",
     "CrossEntropyLoss",
     "Embedding",
@@ -37,15 +47,23 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "RMSNorm",
+    "ReLU2",
+    "SwiGLU",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_qkv",
     "backends",
     "cross_entropy",
     "embedding",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "relu2",
+    "rms_norm",
+    "swiglu",
     "use_backend",
 ]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
@@ -13,6 +14,9 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
+    swiglu,
     use_backend,
 )
 
@@ -35,6 +39,13 @@ CASES = {
     "add_layer_norm": (
         lambda *t: add_layer_norm(*t)[0], [(4, 8), (4, 8), (8,)], [half, single, single], single, single,
     ),
+    "rms_norm": (rms_norm, [(4, 8), (8,)], [half, single], single, single),
+    "add_rms_norm": (
+        lambda *t: add_rms_norm(*t)[0], [(4, 8), (4, 8), (8,)], [half, single, single], single, single,
+    ),
+    "relu2": (relu2, [(4, 8)], [half], half, half),
+    "swiglu": (swiglu, [(4, 8), (4, 8)], [half, half], half, half),
+    "swiglu, packed": (swiglu, [(4, 8)], [single], single, single),
     "gelu": (lambda x, b: gelu(x, bias=b), [(4, 8), (8,)], [half, single], half, half),
     "cross_entropy": (lambda x: cross_entropy(x, targets(x)), [(4, 7)], [half], half, single),
 }  # fmt: skip

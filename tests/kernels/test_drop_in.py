@@ -16,15 +16,21 @@ from fastgpt.kernels import (
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
+    RMSNorm,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
     embedding,
+    geglu,
     gelu,
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 
 # ---- modules ----
@@ -33,6 +39,7 @@ MODULES = {
     "Linear": (Linear, nn.Linear, (4, 2), torch.randn(3, 4)),
     "Embedding": (Embedding, nn.Embedding, (5, 4), torch.tensor([0, 4, 2])),
     "LayerNorm": (LayerNorm, nn.LayerNorm, (4,), torch.randn(3, 4)),
+    "RMSNorm": (RMSNorm, nn.RMSNorm, (4,), torch.randn(3, 4)),
     "GELU": (GELU, nn.GELU, (), torch.randn(3, 4)),
 }
 modules = pytest.mark.parametrize(("ours", "theirs", "args", "x"), MODULES.values(), ids=list(MODULES))
@@ -50,13 +57,16 @@ def test_the_constructor_shows_torch_nns_signature(ours, theirs, args, x):
     assert inspect.signature(ours).parameters.keys() == inspect.signature(theirs).parameters.keys()
 
 
-@pytest.mark.parametrize(("module", "args"), [(Linear, (4, 2)), (Embedding, (5, 4)), (LayerNorm, (4,))])
+@pytest.mark.parametrize(
+    ("module", "args"), [(Linear, (4, 2)), (Embedding, (5, 4)), (LayerNorm, (4,)), (RMSNorm, (4,))]
+)
 def test_initialisation_may_be_skipped(module, args):
     assert skip_init(module, *args).weight.device.type == "cpu"
 
 
-def test_a_layer_norm_may_have_no_parameters():
-    module, peer = (kind(4, elementwise_affine=False) for kind in (LayerNorm, nn.LayerNorm))
+@pytest.mark.parametrize(("ours", "theirs"), [(LayerNorm, nn.LayerNorm), (RMSNorm, nn.RMSNorm)])
+def test_a_norm_may_have_no_parameters(ours, theirs):
+    module, peer = (kind(4, elementwise_affine=False) for kind in (ours, theirs))
     x = torch.randn(3, 4)
     torch.testing.assert_close(module(x), peer(x))
     assert list(module.parameters()) == []
@@ -172,6 +182,11 @@ def rows(*shape):
 COPY_ON_WRITE = {
     "layer_norm": lambda t: layer_norm(t(rows(512, 256)), t(rows(256)), t(rows(256))),
     "add_layer_norm": lambda t: add_layer_norm(t(rows(512, 256)), t(rows(512, 256)), t(rows(256)))[0],
+    "rms_norm": lambda t: rms_norm(t(rows(512, 256)), t(rows(256))),
+    "add_rms_norm": lambda t: add_rms_norm(t(rows(512, 256)), t(rows(512, 256)), t(rows(256)))[0],
+    "relu2": lambda t: relu2(t(rows(512, 256))),
+    "swiglu": lambda t: swiglu(t(rows(512, 256)), t(rows(512, 256))),
+    "geglu": lambda t: geglu(t(rows(512, 256))),
     "gelu": lambda t: gelu(t(rows(512, 256))),
     "attention": lambda t: attention(t(rows(2, 4, 64, 16)), t(rows(2, 4, 64, 16)), t(rows(2, 4, 64, 16))),
     "attention_qkv": lambda t: attention_qkv(t(rows(2, 64, 96)), 4),

@@ -14,13 +14,18 @@ from hypothesis import strategies as st
 
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
+    geglu,
     gelu,
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 from fastgpt.kernels.matmul import matmul_into
 
@@ -59,7 +64,12 @@ CALLS = {
     "attention_qkv": (lambda M, K, N: [(2, min(M, 65), 6 * min(K, 65))], lambda targets: lambda x: attention_qkv(x, 2)),
     "layer_norm": (lambda M, K, N: [(M, K), (K,), (K,)], lambda targets: layer_norm),
     "add_layer_norm": (lambda M, K, N: [(M, K), (M, K), (K,), (K,)], lambda targets: add_layer_norm),
+    "rms_norm": (lambda M, K, N: [(M, K), (K,)], lambda targets: rms_norm),
+    "add_rms_norm": (lambda M, K, N: [(M, K), (M, K), (K,)], lambda targets: add_rms_norm),
     "gelu": (lambda M, K, N: [(M, K)], lambda targets: gelu),
+    "relu2": (lambda M, K, N: [(M, K)], lambda targets: relu2),
+    "swiglu": (lambda M, K, N: [(M, K), (M, K)], lambda targets: swiglu),
+    "geglu": (lambda M, K, N: [(M, 2 * K)], lambda targets: geglu),
 }
 
 
