@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import Function
 
 from fastgpt.kernels import checks, dispatch, reference
@@ -54,8 +55,10 @@ class _PackedGlu(Function):
 
 
 def _mapped() -> bool:
-    """Whether torch.func may be mapping over a backward, as jacrev does: not over operators that write in place."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether vmap is at work, as in jacrev: it does not map over an operator that only writes in place."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(transform.key() == TransformType.Vmap for transform in get_interpreter_stack() or ())
 
 
 def halves(packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,22 +92,22 @@ class RMSNorm(nn.RMSNorm):
         if len(self.normalized_shape) != 1:
             raise ValueError(f"normalized_shape: expected one dimension, got {tuple(self.normalized_shape)}")
 
-    def _eps(self, input: Tensor) -> float:
-        in_float64 = isinstance(input, Tensor) and input.dtype == torch.float64
+    def _eps(self, x: Tensor) -> float:
+        in_float64 = isinstance(x, Tensor) and x.dtype == torch.float64
         default = torch.finfo(torch.float64 if in_float64 else torch.float32).eps
         return default if self.eps is None else self.eps
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
-        return rms_norm(input, self.weight, self._eps(input))
+        return rms_norm(x, self.weight, self._eps(x))
 
 
 class AddRMSNorm(RMSNorm):
     """:class:`RMSNorm` fused with the residual add before it, on :func:`add_rms_norm`."""
 
-    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Two ``(..., C)`` to the norm of their sum, and the sum."""
-        return add_rms_norm(input, residual, self.weight, self._eps(input))
+        return add_rms_norm(x, residual, self.weight, self._eps(x))
 
 
 class GELU(nn.GELU):

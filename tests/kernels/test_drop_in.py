@@ -49,7 +49,8 @@ modules = pytest.mark.parametrize(("ours", "theirs", "args", "x"), MODULES.value
 def test_a_module_takes_its_input_by_name(ours, theirs, args, x):
     module, peer = ours(*args), theirs(*args)
     peer.load_state_dict(module.state_dict())
-    torch.testing.assert_close(module(input=x), peer(input=x))
+    (name,) = inspect.signature(peer.forward).parameters
+    torch.testing.assert_close(module(**{name: x}), peer(**{name: x}))
 
 
 @modules
@@ -141,6 +142,24 @@ def test_an_option_that_is_set_later_is_refused_too(option):
 def test_layer_norm_takes_no_weight(device, dtype, rule, function):
     x = torch.randn(5, 33, device=device).to(dtype)
     rule.accuracy(lambda x: function(x), lambda x: F.layer_norm(x, x.shape[-1:]), [x])
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_an_rms_norm_without_an_eps_has_torch_nns(name):
+    """That of the arithmetic, not of the input: a row so small shows which."""
+    x = 1e-4 * torch.randn(5, 33).to(getattr(torch, name))
+    torch.testing.assert_close(RMSNorm(33, dtype=x.dtype)(x), torch.nn.RMSNorm(33, dtype=x.dtype)(x))
+
+
+def test_an_rms_norm_loads_the_weight_of_transformers_norms():
+    """Whose modules have one parameter, ``weight``, too."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    theirs, ours = llama.LlamaRMSNorm(33, eps=1e-5), RMSNorm(33, eps=1e-5)
+    with torch.no_grad():
+        theirs.weight.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 33)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_embedding_takes_int32():

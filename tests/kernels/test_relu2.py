@@ -68,7 +68,7 @@ def test_the_forward_is_made_again_from_any_strides(device, dtype, strided):
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 def test_a_gradient_that_cannot_be_written_over_is_refused(device):
     x = torch.randn(5, 7, device=device)
-    with pytest.raises(RuntimeError, match=r"^dy: expected to be contiguous"):
+    with pytest.raises(RuntimeError, match=r"\bdy: expected to be contiguous"):
         dispatch.resolve("relu2_backward_recompute_", x)(torch.randn(7, 5, device=device).t(), x)
 
 
