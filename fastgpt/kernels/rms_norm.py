@@ -32,7 +32,8 @@ class _RMSNorm(Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         if dy is None:
             return ()
-        return backward(dy, None, *ctx.saved_tensors, ctx.weight_main_grad)
+        x, weight, rstd = ctx.saved_tensors
+        return backward(dy, None, x, weight, rstd, ctx.weight_main_grad)
 
 
 class _AddRMSNorm(Function):
@@ -58,7 +59,8 @@ class _AddRMSNorm(Function):
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
         if dy is None:
             return dsum, dsum
-        dx, dweight = backward(dy, dsum, *ctx.saved_tensors, ctx.weight_main_grad)
+        total, weight, rstd = ctx.saved_tensors
+        dx, dweight = backward(dy, dsum, total, weight, rstd, ctx.weight_main_grad)
         return dx, dx, dweight
 
 
