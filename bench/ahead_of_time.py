@@ -38,6 +38,7 @@ from triton.runtime import driver
 from bench import bounds, sass
 from bench.bounds import GPUS, blocks_per_sm, bound
 from fastgpt import limits
+from fastgpt.kernels.ops import GELU_EXACT, GELU_TANH, SILU
 from fastgpt.kernels.triton import IMPLEMENTATIONS as OPS
 from fastgpt.kernels.triton import launch
 
@@ -111,6 +112,15 @@ def _layer_norm(width: int) -> None:
     OPS["layer_norm_backward"](x, x, x, w, mean, rstd, True, main_grad, main_grad, main_grad)
 
 
+def _rms_norm(width: int) -> None:
+    """With all optional arguments, and with none."""
+    x, w = _empty(B, T, width), _empty(width)
+    _, _, rstd = OPS["add_rms_norm"](x, x, w, 1e-6)
+    OPS["rms_norm_backward"](x, x, x, w, rstd, _empty(width, dtype=torch.float32))
+    OPS["rms_norm"](x, None, 1e-6)
+    OPS["rms_norm_backward"](x, None, x, None, rstd)
+
+
 def _gelu(with_bias: bool, tanh: bool, again: bool = False) -> None:
     x, bias = _empty(B, T, 4 * C), _empty(4 * C) if with_bias else None
     main_grad = _empty(4 * C, dtype=torch.float32) if with_bias else None
@@ -139,6 +149,21 @@ def _rotary_qkv(D: int, turns: bool = True) -> None:
     qkv = _empty(B, T, 3 * C)
     out, scales = OPS["rotary_qkv"](qkv, H, H, *angles, True, 1e-6, False)
     OPS["rotary_qkv_backward"](qkv, out, scales, H, H, *angles, False)
+def _relu2() -> None:
+    x = _empty(B, T, 4 * C)
+    OPS["relu2"](x)
+    OPS["relu2_backward"](x, x)
+    OPS["relu2_backward_recompute_"](x, x)
+
+
+def _glu(activation: int) -> None:
+    """Of a packed tensor and, at a width that leaves no part of it aligned, of two."""
+    H = 8 * C // 3
+    packed, y = _empty(B, T, 2 * H), _empty(B, T, H)
+    for gate, up in (packed.split(H, -1), (_empty(B, T, H + 1)[..., 1:], y)):
+        OPS["glu"](gate, up, activation)
+        for again in (None, y):
+            OPS["glu_backward_"](*_empty(B, T, 2 * H).split(H, -1), y, gate, up, activation, again)
 
 
 def _bias_gradient(rows: int, columns: int) -> None:
@@ -190,6 +215,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"attention bf16 D{D} dropout": lambda D=D: _attention(D, BF16, dropout_p=0.1) for D in (32, 64, 128, 256)},
     **{f"attention fp32 D{D} dropout": lambda D=D: _attention(D, FP32, dropout_p=0.1) for D in (32, 64, 128)},
     **{f"layer_norm bf16 C{w}": lambda w=w: _layer_norm(w) for w in (64, 128, 256, 512, 768, 1600, 4096, 8192)},
+    **{f"rms_norm bf16 C{w}": lambda w=w: _rms_norm(w) for w in (64, 128, 256, 512, 768, 1600, 4096, 8192)},
     "gelu bf16 tanh": lambda: _gelu(False, True),
     "gelu bf16 exact": lambda: _gelu(False, False),
     "gelu bf16 bias": lambda: _gelu(True, True),
@@ -202,6 +228,10 @@ CASES: dict[str, Callable[[], None]] = {
     "rotary fp32 D128 interleaved": lambda: _rotary(128, FP32, interleaved=True),
     "rotary bf16 D64 packed": lambda: _rotary_qkv(64),
     "rotary bf16 D96 packed, norm alone": lambda: _rotary_qkv(96, turns=False),
+    "relu2 bf16": _relu2,
+    "glu bf16 silu": lambda: _glu(SILU),
+    "glu bf16 gelu tanh": lambda: _glu(GELU_TANH),
+    "glu bf16 gelu exact": lambda: _glu(GELU_EXACT),
     "linear bf16 bias": lambda: _bias_gradient(B * T, 3 * C),
     "linear bf16 bias, few rows": lambda: _bias_gradient(B, T * C),
     "embedding bf16": lambda: _embedding(B * T, C),

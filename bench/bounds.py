@@ -106,17 +106,17 @@ def _attention(launch: Launch) -> Work | None:
     return min(loops, key=len), _tiles(kernel, q.shape, grid, options), n_bytes
 
 
-def _layer_norm(launch: Launch) -> Work | None:
+def _norm(launch: Launch) -> Work | None:
     kernel, machine, _, args, options = launch
     x = args[0]
     passes = {"forward": 2 + 2 * options.get("HAS_RESIDUAL", 0), "backward": 3 + options.get("HAS_DSUM", 0)}
     n_bytes = passes[kernel.split()[1]] * x.numel() * x.element_size()
-    if kernel == "layer_norm forward":
+    if kernel.endswith("forward"):
         return machine.code, launch.programs, n_bytes
     return _looped(machine), -(-x.shape[0] // options["ROWS"]), n_bytes
 
 
-def _gelu(launch: Launch) -> Work | None:
+def _activation(launch: Launch) -> Work | None:
     kernel, machine, _, args, options = launch
     x = args[0]
     n_bytes = (2 if "forward" in kernel else 3 + options["AGAIN"]) * x.numel() * x.element_size()
@@ -132,6 +132,10 @@ def _rotary(launch: Launch) -> Work | None:
     if kernel == "rotary backward":
         B, T, H, _ = x.shape
         return _looped(machine), B * -(-T // options["POSITIONS"]) * -(-H // options["HEADS"]), n_bytes
+def _glu(launch: Launch) -> Work | None:
+    kernel, machine, _, args, options = launch
+    x = args[0]
+    n_bytes = (3 if kernel == "glu forward" else 5 + options["AGAIN"]) * x.numel() * x.element_size()
     return machine.code, launch.programs, n_bytes
 
 
@@ -177,6 +181,11 @@ WORK: dict[str, Callable[[Launch], Work | None]] = {
     "layer_norm": _layer_norm,
     "gelu": _gelu,
     "rotary": _rotary,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "gelu": _activation,
+    "relu2": _activation,
+    "glu": _glu,
     "linear": _linear,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,

@@ -137,7 +137,7 @@ def attention(s: Setting) -> Op:
 
 
 def against_eager(
-    kernel: Function, eager: Function, inputs: list[Tensor], douts: list[Tensor | None], forward: int, backward: int
+    kernel: Function, eager: Function, inputs: list[Tensor], douts: list[Tensor | None], forward: float, backward: float
 ) -> Op:
     """An op bound by memory. ``forward``, ``backward``: tensors of the first input's size that are read or written."""
     compiled = torch.compile(eager, dynamic=False)
@@ -166,6 +166,26 @@ def add_layer_norm(s: Setting) -> Op:
 
     inputs = [s.leaf(B, T, C), s.leaf(B, T, C), s.leaf(C), s.leaf(C)]
     return against_eager(ours.add_layer_norm, eager, inputs, [s.draw(B, T, C), s.draw(B, T, C)], 4, 4)
+
+
+def rms_norm(s: Setting) -> Op:
+    B, T, C = s.B, s.T, s.C
+
+    def eager(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (C,), weight, 1e-6)
+
+    return against_eager(ours.rms_norm, eager, [s.leaf(B, T, C), s.leaf(C)], [s.draw(B, T, C)], 2, 3)
+
+
+def add_rms_norm(s: Setting) -> Op:
+    B, T, C = s.B, s.T, s.C
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.rms_norm(total, (C,), weight, 1e-6), total
+
+    inputs = [s.leaf(B, T, C), s.leaf(B, T, C), s.leaf(C)]
+    return against_eager(ours.add_rms_norm, eager, inputs, [s.draw(B, T, C), s.draw(B, T, C)], 4, 4)
 
 
 def gelu(s: Setting, with_bias: bool = False) -> Op:
@@ -228,6 +248,33 @@ def rotary_qkv(s: Setting, qk_norm: bool = False) -> Op:
         return torch.cat([t.flatten(2) for t in (turned(q, *twice), turned(k, *twice), v)], dim=2)
 
     return against_eager(kernel, eager, [s.leaf(s.B, s.T, 3 * s.C)], [s.draw(s.B, s.T, 3 * s.C)], 2, 2 + qk_norm)
+def relu2(s: Setting) -> Op:
+    def eager(x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+    shape = (s.B, s.T, 4 * s.C)
+    return against_eager(ours.relu2, eager, [s.leaf(*shape)], [s.draw(*shape)], 2, 3)
+
+
+def gated_unit(s: Setting, kernel: Function, activation: Function, packed: bool) -> Op:
+    """With H = 8 C / 3, which gives an MLP of three matrices the size of one of two with 4 C."""
+    shape, double = (s.B, s.T, 8 * s.C // 3), (s.B, s.T, 2 * (8 * s.C // 3))
+
+    def eager(gate: Tensor, up: Tensor | None = None) -> Tensor:
+        gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+        return activation(gate) * up
+
+    inputs = [s.leaf(*double)] if packed else [s.leaf(*shape), s.leaf(*shape)]
+    halves = 2 if packed else 1  # of the first input
+    return against_eager(kernel, eager, inputs, [s.draw(*shape)], 3 / halves, 5 / halves)
+
+
+def swiglu(s: Setting, packed: bool = False) -> Op:
+    return gated_unit(s, ours.swiglu, F.silu, packed)
+
+
+def geglu(s: Setting, packed: bool = False) -> Op:
+    return gated_unit(s, ours.geglu, partial(F.gelu, approximate="tanh"), packed)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -369,12 +416,18 @@ OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
     "attention": (attention, 100),
     "layer_norm": (layer_norm, 100),
     "add_layer_norm": (add_layer_norm, 100),
+    "rms_norm": (rms_norm, 100),
+    "add_rms_norm": (add_rms_norm, 100),
     "gelu": (gelu, 100),
     "gelu_bias": (partial(gelu, with_bias=True), 100),
     "rotary": (rotary, 100),
     "rms_norm_rotary": (partial(rotary, qk_norm=True), 100),
     "rotary_qkv": (rotary_qkv, 100),
     "rotary_qkv_norm": (partial(rotary_qkv, qk_norm=True), 100),
+    "relu2": (relu2, 100),
+    "swiglu": (swiglu, 100),
+    "swiglu_packed": (partial(swiglu, packed=True), 100),
+    "geglu": (geglu, 100),
     "cross_entropy": (cross_entropy, 100),
     "cross_entropy_smoothed": (partial(cross_entropy, label_smoothing=0.1), 30),
     "linear": (linear, 100),

@@ -14,8 +14,8 @@ KINDS = (  # the first pattern that matches a kernel's name decides
     ("optimizer", r"adam|multi_tensor|squares_kernel|root_kernel|foreach|lpnorm"),
     ("GEMM", r"gemm|cutlass|xmma|nvjet|cublas|matmul|\bmm\b|addmm|s16816|splitk"),
     ("loss", r"cross_entropy|log_softmax|nll_loss|SoftMax"),
-    ("norm", r"layer_norm|native_layer_norm|layernorm|GammaBeta|columns_sum"),
-    ("GELU", r"gelu"),
+    ("norm", r"layer_norm|rms_norm|native_layer_norm|layernorm|GammaBeta|columns_sum"),
+    ("activation", r"gelu|silu|relu|glu"),
     ("embedding", r"embedding|indexing_backward|index_put|radix_?sort"),
     ("copy", r"memcpy|memset|copy|fill"),
 )

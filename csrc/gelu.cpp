@@ -1,63 +1,15 @@
 // GELU, exact (erf) and its tanh approximation: y = x * Phi(x) and y = x * sigmoid(2u(x)) with
 // u(x) = sqrt(2/pi) (x + 0.044715 x^3). The latter is the same function as 0.5 x (1 + tanh u), without a tanh.
 // Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
-#include "tensor.h"
+#include "activations.h"
 
 namespace fastgpt {
 namespace {
-
-constexpr int64_t kGrain = 8192;  // minimum elements of a task: fewer cost less than handing them to a thread
-constexpr float kTwoSqrt2OverPi = 1.59576912160573071f;  // 2 sqrt(2/pi), the factor of 2u
-constexpr float kCubic = 0.044715f;                      // the approximation's coefficient, from the paper
 
 // A constant for each number of columns, so that sums are taken in the same order for any number of threads. At most
 // 64, so that a sum over many rows is taken in two steps and its rounding errors stay small.
 int64_t rows_per_task(int64_t columns) {
   return std::clamp<int64_t>(8 * kGrain / std::max<int64_t>(1, columns), 1, 64);
-}
-
-// GELU and its derivative.
-struct Gelu {
-  Vec value, derivative;
-};
-
-struct Exact {
-  static FASTGPT_INLINE Gelu at(Vec x) {
-    const Normal n = normal(x);
-    return {x * n.cdf, n.cdf + x * n.pdf};  // (x Phi)' = Phi + x phi
-  }
-};
-
-struct Tanh {
-  static FASTGPT_INLINE Gelu at(Vec x) {
-    const Sigmoid s = sigmoid(kTwoSqrt2OverPi * x * (1.0f + kCubic * x * x));
-    const Vec slope = kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * x * x);  // of the sigmoid's argument
-    // for large |x| the sigmoid's derivative is 0 while x * slope overflows: 0 * inf would be NaN
-    return {x * s.value, s.value + (s.derivative == Vec{} ? Vec{} : x * slope * s.derivative)};
-  }
-};
-
-// x, y: n elements, contiguous.
-template <class T, class Kind>
-void forward(const T* x, T* y, int64_t n) {
-  torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
-    for_each_vector(end - begin, [&](int64_t i, int64_t lanes) {
-      store(y + begin + i, Kind::at(load(x + begin + i, lanes)).value, lanes);
-    });
-  });
-}
-
-// x, dy, dx, y: n elements, contiguous; dx may be dy. Writes GELU's value to y unless y is null.
-template <class T, class Kind>
-void backward(const T* dy, const T* x, T* dx, T* y, int64_t n) {
-  torch::stable::parallel_for(0, n, kGrain, [=](int64_t begin, int64_t end) {
-    for_each_vector(end - begin, [&](int64_t i, int64_t lanes) {
-      const int64_t at = begin + i;
-      const Gelu gelu = Kind::at(load(x + at, lanes));
-      store(dx + at, load(dy + at, lanes) * gelu.derivative, lanes);
-      if (y) store(y + at, gelu.value, lanes);
-    });
-  });
 }
 
 // x, y: (rows, columns), contiguous. bias: (columns).
@@ -85,7 +37,7 @@ void backward_with_bias(
       for (int64_t row = share * per_share; row < std::min(rows, (share + 1) * per_share); ++row) {
         const int64_t at = row * columns;
         for_each_vector(columns, [&](int64_t i, int64_t lanes) {
-          const Gelu gelu = Kind::at(load(x + at + i, lanes) + load(bias + i, lanes));
+          const Activation gelu = Kind::at(load(x + at + i, lanes) + load(bias + i, lanes));
           const Vec gradient = load(dy + at + i, lanes) * gelu.derivative;
           store(dx + at + i, gradient, lanes);
           if (y) store(y + at + i, gelu.value, lanes);
@@ -107,11 +59,11 @@ Tensor gelu(const Tensor& x_in, const std::optional<Tensor>& bias_in, bool tanh)
   Tensor y = empty(sizes_of(x), x.scalar_type());
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (!bias_in) return (tanh ? forward<T, Tanh> : forward<T, Exact>)(data<T>(x), data<T>(y), x.numel());
+    if (!bias_in) return (tanh ? activate<T, GeluTanh> : activate<T, GeluExact>)(data<T>(x), data<T>(y), x.numel());
     const Tensor bias = dense(*bias_in);
     const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
-    (tanh ? forward_with_bias<T, Tanh> : forward_with_bias<T, Exact>)(data<T>(x), data<T>(bias), data<T>(y), rows,
-                                                                      columns);
+    (tanh ? forward_with_bias<T, GeluTanh> : forward_with_bias<T, GeluExact>)(data<T>(x), data<T>(bias), data<T>(y),
+                                                                              rows, columns);
   });
   return y;
 }
@@ -128,12 +80,13 @@ Tensor backward(
     using T = decltype(element);
     T* value = y ? data<T>(*y) : nullptr;
     if (!bias_in)
-      return (tanh ? backward<T, Tanh> : backward<T, Exact>)(data<T>(dy), data<T>(x), data<T>(dx), value, x.numel());
+      return (tanh ? differentiate<T, GeluTanh> : differentiate<T, GeluExact>)(data<T>(dy), data<T>(x), data<T>(dx),
+                                                                               value, x.numel());
     const Tensor bias = dense(*bias_in);
     const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
-    (tanh ? backward_with_bias<T, Tanh> : backward_with_bias<T, Exact>)(data<T>(dy), data<T>(x), data<T>(bias),
-                                                                        data<T>(dx), data<T>(dbias), main_grad, value,
-                                                                        rows, columns);
+    (tanh ? backward_with_bias<T, GeluTanh> : backward_with_bias<T, GeluExact>)(data<T>(dy), data<T>(x), data<T>(bias),
+                                                                                data<T>(dx), data<T>(dbias), main_grad,
+                                                                                value, rows, columns);
   });
   return dbias;
 }

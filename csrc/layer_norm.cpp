@@ -1,18 +1,13 @@
 // Layer norm over the last dimension, alone or after a residual add, and the backward of both.
 // Ba, Kiros and Hinton, "Layer Normalization", 2016.
-#include "tensor.h"
+#include "rows.h"
 
 namespace fastgpt {
 namespace {
 
-// Minimum elements of a task: fewer cost less than handing them to a thread. 32 KiB of fp32, a first-level cache.
-constexpr int64_t kElementsPerTask = 8192;
-
 // Rows whose weight gradients one task sums. A constant, so that the order of summation, and with it every bit of the
 // result, is the same for any number of threads. Short sums also keep rounding errors small.
 constexpr int64_t kRowsPerPartial = 64;
-
-int64_t row_grain(int64_t n_columns) { return 1 + kElementsPerTask / n_columns; }
 
 // One row of C elements: y = (x - mean) * rstd * weight + bias. The mean is taken first and the variance about it, in
 // two passes over a row that sits in the first-level cache: sum(x^2) - mean^2 in one pass would cancel. bias may be
@@ -36,20 +31,6 @@ void normalise_row(
   });
   *mean = mu;
   *rstd = r;
-}
-
-// (..., C) as rows by C.
-struct Shape {
-  int64_t rows, columns;
-};
-Shape shape_of(const Tensor& x) {
-  const int64_t columns = x.size(x.dim() - 1);
-  return {columns ? x.numel() / columns : 0, columns};
-}
-std::vector<int64_t> leading_sizes(const Tensor& x) {
-  std::vector<int64_t> sizes = sizes_of(x);
-  sizes.pop_back();
-  return sizes;
 }
 
 // x: (..., C), any strides. weight, bias: (C). Returns y (..., C), and mean and rstd (...) fp32.

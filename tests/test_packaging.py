@@ -208,6 +208,19 @@ def report():
                 lambda x, r, w, b: torch.stack([F.layer_norm(x + r, w.shape, w, b), x + r]),
                 [(3, 5, 33), (3, 5, 33), (33,), (33,)],
             ),
+            "rms_norm": (ours.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), [(3, 5, 33), (33,)]),
+            "add_rms_norm": (
+                lambda *t: torch.stack(ours.add_rms_norm(*t)),
+                lambda x, r: torch.stack([F.rms_norm(x + r, x.shape[-1:], None, 1e-6), x + r]),
+                [(3, 5, 33), (3, 5, 33)],
+            ),
+            "relu2": (ours.relu2, lambda x: F.relu(x).square(), [(7, 33)]),
+            "swiglu": (ours.swiglu, lambda gate, up: F.silu(gate) * up, [(7, 33), (7, 33)]),
+            "geglu, packed": (
+                ours.geglu,
+                lambda x: F.gelu(x[:, :33], approximate="tanh") * x[:, 33:],
+                [(7, 66)],
+            ),
             "gelu": (ours.gelu, lambda x: F.gelu(x, approximate="tanh"), [(7, 33)]),
             "gelu, of a sum, exact": (
                 lambda x, b: ours.gelu(x, "none", bias=b),

@@ -89,6 +89,20 @@ def _add_layer_norm(ops: Ops, rows: int, C: int) -> None:
     ops["layer_norm_backward"](dy, x, total, weight, mean, rstd, True, *main_grads)
 
 
+def _rms_norm(ops: Ops, rows: int, C: int) -> None:
+    x, dy = _random(rows, C + 8)[:, :C], _random(rows, C)
+    _, rstd = ops["rms_norm"](x, None, 1e-6)
+    ops["rms_norm_backward"](dy, None, x, None, rstd)
+
+
+def _add_rms_norm(ops: Ops, rows: int, C: int) -> None:
+    """With all optional arguments."""
+    x, dy, weight = _random(rows, C + 8)[:, :C], _random(rows, C), _random(C)
+    _, total, rstd = ops["add_rms_norm"](x, _random(rows, C), weight, 1e-6)
+    ops["rms_norm_backward"](dy, x, total, weight, rstd)
+    ops["rms_norm_backward"](dy, x, total, weight, rstd, torch.zeros(C))
+
+
 def _gelu(ops: Ops, rows: int, C: int, bias: bool, tanh: bool) -> None:
     x, dy, b = _random(rows, C), _random(rows, C), _random(C) if bias else None
     ops["gelu"](x, b, tanh)
@@ -129,6 +143,21 @@ def _rotary_qkv(ops: Ops, B: int, T: int, heads: tuple[int, int], D: int, qk_nor
     out, rstd = ops["rotary_qkv"](qkv, *heads, *turns, qk_norm, 1e-6, interleaved)
     result = (out, rstd) if qk_norm else (None, None)
     ops["rotary_qkv_backward"](dout, *result, *heads, *turns, interleaved)
+def _relu2(ops: Ops, rows: int, C: int) -> None:
+    x, dy = _random(rows, C), _random(rows, C)
+    ops["relu2"](x)
+    ops["relu2_backward"](dy, x)
+    ops["relu2_backward_recompute_"](dy, x)
+
+
+def _glu(ops: Ops, rows: int, C: int, packed: bool) -> None:
+    """Of halves of a packed tensor, with their gradients likewise; or of two tensors."""
+    gate, up = _random(rows, 2 * C).split(C, -1) if packed else (_random(rows, C), _random(rows, C))
+    dgate, dup = _random(rows, 2 * C).split(C, -1) if packed else (_random(rows, C), _random(rows, C))
+    for activation in range(3):
+        y = ops["glu"](gate, up, activation)
+        ops["glu_backward_"](dgate, dup, _random(rows, C), gate, up, activation)
+        ops["glu_backward_"](dgate, dup, _random(rows, C), gate, up, activation, y)
 
 
 def _column_sums(ops: Ops, rows: int, C: int) -> None:
@@ -199,6 +228,9 @@ SMALL: dict[str, Case] = {
     "layer_norm C100": partial(_layer_norm, rows=70, C=100),
     "add_layer_norm C96": partial(_add_layer_norm, rows=37, C=96),
     "add_layer_norm C768": partial(_add_layer_norm, rows=19, C=768),
+    "rms_norm C100": partial(_rms_norm, rows=70, C=100),
+    "add_rms_norm C96": partial(_add_rms_norm, rows=37, C=96),
+    "add_rms_norm C768": partial(_add_rms_norm, rows=19, C=768),
     "gelu": partial(_gelu, rows=7, C=301, bias=False, tanh=True),
     "gelu exact": partial(_gelu, rows=4, C=512, bias=False, tanh=False),
     "gelu bias": partial(_gelu, rows=150, C=301, bias=True, tanh=True),
@@ -208,6 +240,9 @@ SMALL: dict[str, Case] = {
     "rotary D256 interleaved": partial(_rotary, B=1, T=3, H=2, D=256, interleaved=True),
     "rotary_qkv": partial(_rotary_qkv, B=2, T=9, heads=(3, 3), D=34, qk_norm=False, interleaved=False),
     "rotary_qkv normed": partial(_rotary_qkv, B=2, T=7, heads=(6, 2), D=32, qk_norm=True, interleaved=True),
+    "relu2": partial(_relu2, rows=7, C=301),
+    "glu": partial(_glu, rows=7, C=301, packed=False),
+    "glu packed": partial(_glu, rows=7, C=1301, packed=True),
     "linear bias": partial(_column_sums, rows=150, C=301),
     "linear bias, few rows": partial(_column_sums, rows=13, C=301),
     "embedding": partial(_embedding, rows=170, C=301),
@@ -254,11 +289,22 @@ def _large_layer_norm(ops: Ops) -> None:
     ops["layer_norm_backward"](x, x, x, weight, each, each, True)
 
 
+def _large_rms_norm(ops: Ops) -> None:
+    rows, C = 2**31 // 8192 + 9, 8192
+    x, weight, each = _untouched(rows, C), _untouched(C), _untouched(rows, dtype=FP32)
+    ops["add_rms_norm"](x, x, weight, 1e-6)
+    ops["rms_norm_backward"](x, x, x, weight, each)
+
+
 def _far_rows(ops: Ops) -> None:
     """Few rows, 2**29 elements apart."""
     x, weight, each = _untouched(9, 2**29)[:, :64], _untouched(64), _untouched(9, dtype=FP32)
     ops["layer_norm"](x, weight, weight, 1e-5)
     ops["layer_norm_backward"](x, x, x, weight, each, each, True)
+    ops["rms_norm"](x, weight, 1e-6)
+    ops["rms_norm_backward"](x, x, x, weight, each)
+    ops["glu"](x, x, 0)
+    ops["glu_backward_"](_untouched(9, 2**29)[:, :64], _untouched(9, 2**29)[:, :64], x, x, x, 0)
     ops["gelu"](x, weight, True)
     ops["gelu_backward"](x, x, weight, True)
     ops["add_column_sums_"](torch.zeros(64), x)
@@ -270,6 +316,21 @@ def _large_gelu(ops: Ops) -> None:
     x = _untouched(2**31 + 5)
     ops["gelu"](x, None, True)
     ops["gelu_backward_recompute_"](x, x, None, False)
+
+
+def _large_relu2(ops: Ops) -> None:
+    x = _untouched(2**31 + 5)
+    ops["relu2"](x)
+    ops["relu2_backward_recompute_"](x, x)
+
+
+def _large_glu(ops: Ops) -> None:
+    """A long row, and many short ones."""
+    for packed in (_untouched(2 * (2**31 + 5)), _untouched(2**15 + 3, 2**17)):
+        H = packed.shape[-1] // 2
+        halves, y = packed.split(H, -1), _untouched(*packed.shape[:-1], H)
+        ops["glu"](*halves, 0)
+        ops["glu_backward_"](*_untouched(*packed.shape).split(H, -1), y, *halves, 0)
 
 
 def _large_bias(ops: Ops) -> None:
@@ -347,8 +408,11 @@ LARGE: dict[str, Case] = {
     "attention, 2**31 elements": _large_attention,
     "attention, positions 2**23 - 16 apart": _wide_attention,
     "layer_norm, 2**31 elements": _large_layer_norm,
+    "rms_norm, 2**31 elements": _large_rms_norm,
     "all that take rows, far apart": _far_rows,
     "gelu, 2**31 elements": _large_gelu,
+    "relu2, 2**31 elements": _large_relu2,
+    "glu, 2**31 elements": _large_glu,
     "gelu and linear bias, 2**31 elements": _large_bias,
     "gelu bias, 2**18 rows": _tall_gelu,
     "rotary, 2**31 elements": _large_rotary,
@@ -390,6 +454,8 @@ def _rotary_in_place(ops: Ops, D: int, dtype: torch.dtype, interleaved: bool, tu
     ops["rms_norm_rotary_backward_"](heads, _no_data(2, 64, 6, D, dtype=dtype), *angles, rstd, interleaved)
     if turns:
         ops["rotary_"](heads, *angles, interleaved, False)
+def _relu2_in_place(ops: Ops, C: int) -> None:
+    ops["relu2_backward_recompute_"](_no_data(64, C), _no_data(64, C))
 
 
 def _sums_in_place(ops: Ops, rows: int, C: int) -> None:
@@ -446,6 +512,7 @@ IN_PLACE: dict[str, Case] = {
             )
         ),
     ),
+    **_named("relu2", _relu2_in_place, {"C": 3072}, {"C": 301}),
     **_named("linear bias", _sums_in_place, *({"rows": rows, "C": C} for rows in (8, 512) for C in (768, 301))),
     **_named("embedding", _embedding_in_place, {"C": 768}, {"C": 301}),
     **_named(

@@ -265,12 +265,39 @@ def an_add_layer_norm(draw: Draw) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def an_rms_norm(draw: Draw) -> dict[str, Any]:
+    C = draw.size()
+    return {"x": draw.floats(*draw.of(LEADING), C), "weight": draw.tensor_or_none(C), "eps": draw.option(*EPS)}
+
+
+def an_add_rms_norm(draw: Draw) -> dict[str, Any]:
+    shape = (*draw.of(LEADING), draw.size())
+    return {
+        "x": draw.floats(*shape), "residual": draw.floats(*shape), "weight": draw.tensor_or_none(shape[-1]),
+        "eps": draw.option(*EPS),
+    }  # fmt: skip
+
+
 def a_gelu(draw: Draw) -> dict[str, Any]:
     C = draw.size()
     return {
         "x": draw.floats(*draw.of(LEADING), C), "approximate": draw.option("tanh", "none"),
         "bias": draw.tensor_or_none(C),
     }  # fmt: skip
+
+
+def a_relu2(draw: Draw) -> dict[str, Any]:
+    return {"x": draw.floats(*draw.of(LEADING), draw.size())}
+
+
+def a_swiglu(draw: Draw) -> dict[str, Any]:
+    shape, H = draw.of(LEADING), draw.size()
+    up = draw.tensor_or_none(*shape, H)
+    return {"gate": draw.floats(*shape, 2 * H if up is None else H), "up": up}
+
+
+def a_geglu(draw: Draw) -> dict[str, Any]:
+    return {**a_swiglu(draw), "approximate": draw.option("tanh", "none")}
 
 
 def attention_options(draw: Draw) -> dict[str, Any]:
@@ -375,7 +402,12 @@ def an_embedding(draw: Draw) -> dict[str, Any]:
 ARGUMENTS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "layer_norm": a_layer_norm,
     "add_layer_norm": an_add_layer_norm,
+    "rms_norm": an_rms_norm,
+    "add_rms_norm": an_add_rms_norm,
     "gelu": a_gelu,
+    "relu2": a_relu2,
+    "swiglu": a_swiglu,
+    "geglu": a_geglu,
     "attention": an_attention,
     "attention_qkv": an_attention_qkv,
     "rotary": a_rotary,

@@ -11,12 +11,15 @@ from fastgpt.kernels.attention import attention, attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
 from fastgpt.kernels.dispatch import backends, use_backend
 from fastgpt.kernels.gelu import gelu
+from fastgpt.kernels.glu import geglu, swiglu
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt.kernels.modules import (
+    GEGLU,
     GELU,
     AddLayerNorm,
+    AddRMSNorm,
     CausalSelfAttention,
     CrossEntropyLoss,
     Embedding,
@@ -27,10 +30,19 @@ from fastgpt.kernels.modules import (
 )
 from fastgpt.kernels.muon import FusedMuon
 from fastgpt.kernels.rotary import rms_norm_rotary, rotary, rotary_qkv, rotary_tables
+    ReLU2,
+    RMSNorm,
+    SwiGLU,
+)
+from fastgpt.kernels.muon import FusedMuon
+from fastgpt.kernels.relu2 import relu2
+from fastgpt.kernels.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
+    "GEGLU",
     "GELU",
     "AddLayerNorm",
+    "AddRMSNorm",
     "CausalSelfAttention",
     "CrossEntropyLoss",
     "Embedding",
@@ -40,12 +52,17 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "RotaryEmbedding",
+    "RMSNorm",
+    "ReLU2",
+    "SwiGLU",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_qkv",
     "backends",
     "cross_entropy",
     "embedding",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear",
@@ -54,5 +71,8 @@ __all__ = [
     "rotary",
     "rotary_qkv",
     "rotary_tables",
+    "relu2",
+    "rms_norm",
+    "swiglu",
     "use_backend",
 ]

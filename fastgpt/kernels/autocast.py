@@ -1,7 +1,7 @@
 """``torch.autocast`` for fastgpt's functions, with the rules that PyTorch has for its own functions on a GPU.
 
 Products (attention, linear, linear + cross-entropy) cast their inputs to autocast's dtype and norms cast them to fp32.
-GELU and cross-entropy cast nothing. Outside autocast nothing is ever cast: different dtypes are a ``TypeError``.
+Activations and cross-entropy cast nothing. Outside autocast nothing is ever cast: different dtypes are a ``TypeError``.
 """
 
 from collections.abc import Callable

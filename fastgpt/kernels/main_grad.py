@@ -1,7 +1,7 @@
 """Gradients accumulated in place: the ``main_grad`` convention.
 
 A parameter may carry an attribute ``main_grad``, a contiguous fp32 tensor of its shape. Functions of fastgpt that
-compute the gradient of a parameter (``linear``, ``embedding``, ``layer_norm``, ``gelu``, ``linear_cross_entropy``) then
+compute the gradient of a parameter (``linear``, ``embedding``, the norms, ``gelu``, ``linear_cross_entropy``) then
 add it to ``main_grad`` as they compute it and return no gradient to autograd. This needs no temporary of the weight's
 size and no second pass to add it, and it accumulates in fp32 for a bf16 weight. The name and the idea are Megatron-LM's
 (``gradient_accumulation_fusion``). Without the attribute, gradients flow through autograd as usual.

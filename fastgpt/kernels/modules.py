@@ -20,6 +20,12 @@ from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt.kernels.rotary import rotary, rotary_tables
+from fastgpt.kernels.glu import geglu, swiglu
+from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
+from fastgpt.kernels.linear import embedding, linear
+from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt.kernels.relu2 import relu2
+from fastgpt.kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class Linear(nn.Linear):
@@ -76,12 +82,86 @@ class AddLayerNorm(LayerNorm):
         return add_layer_norm(input, residual, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last dimension, on :func:`rms_norm`. It also loads the weight of transformers' norms.
+
+    With ``eps=None``, the default, eps is that of the arithmetic: of fp32, or of fp64 for fp64.
+
+    Raises:
+        ValueError: ``normalized_shape`` has several dimensions.
+    """
+
+    @wraps(nn.RMSNorm.__init__)  # type: ignore[misc]  # its signature, which nn.utils.skip_init looks at
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"normalized_shape: expected one dimension, got {tuple(self.normalized_shape)}")
+
+    def _eps(self, x: Tensor) -> float:
+        in_float64 = isinstance(x, Tensor) and x.dtype == torch.float64
+        default = torch.finfo(torch.float64 if in_float64 else torch.float32).eps
+        return default if self.eps is None else self.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., C)``."""
+        return rms_norm(x, self.weight, self._eps(x))
+
+
+class AddRMSNorm(RMSNorm):
+    """:class:`RMSNorm` fused with the residual add before it, on :func:`add_rms_norm`."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Two ``(..., C)`` to the norm of their sum, and the sum."""
+        return add_rms_norm(x, residual, self.weight, self._eps(x))
+
+
 class GELU(nn.GELU):
     """``nn.GELU`` on :func:`gelu`: exact by default; ``approximate="tanh"`` is GPT-2's form."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
         return gelu(input, self.approximate)
+
+
+class ReLU2(nn.Module):
+    """The squared ReLU, on :func:`relu2`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape to the same."""
+        return relu2(input)
+
+
+class SwiGLU(nn.Module):
+    """The gated unit with SiLU, on :func:`swiglu`; the products before and after it are the caller's."""
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """Two tensors of any shape to one, or a packed ``(..., 2H)``, gate first, to ``(..., H)``."""
+        return swiglu(gate, up)
+
+
+class GEGLU(nn.Module):
+    """The gated unit with GELU, on :func:`geglu`; the products before and after it are the caller's.
+
+    Args:
+        approximate: ``"tanh"`` or ``"none"``, as :func:`geglu` takes it.
+
+    Raises:
+        ValueError: ``approximate`` has another value.
+    """
+
+    def __init__(self, approximate: str = "tanh") -> None:
+        super().__init__()
+        if approximate not in ("tanh", "none"):
+            raise ValueError(f"approximate: expected 'tanh' or 'none', got {approximate!r}")
+        self.approximate = approximate
+
+    def extra_repr(self) -> str:
+        """The constructor's argument, for ``repr``."""
+        return f"approximate={self.approximate!r}"
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """Two tensors of any shape to one, or a packed ``(..., 2H)``, gate first, to ``(..., H)``."""
+        return geglu(gate, up, self.approximate)
 
 
 class CausalSelfAttention(nn.Module):

@@ -154,10 +154,54 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight_shape), weight.new_empty(bias_shape)
 
 
+# ---- RMS norm ----
+
+
+@operator("rms_norm", "(Tensor x, Tensor? weight, float eps) -> (Tensor y, Tensor rstd)", kind="norm")
+def _(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """y = x * rstd * weight, with rstd = 1 / sqrt(mean(x^2) + eps) of each row.
+
+    x, y: (..., C). weight: (C,), or None for ones. rstd: (...) fp32, or fp64 if x is.
+    """
+    return x.new_empty(x.shape), _statistics(x)
+
+
+@operator(
+    "add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor y, Tensor sum, Tensor rstd)",
+    kind="norm",
+)
+def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """sum = x + residual, rounded to the dtype of x; y and rstd are those of rms_norm(sum).
+
+    x, residual, y, sum: (..., C). weight: (C,), or None for ones. rstd: (...) fp32, or fp64 if x is.
+    """
+    return x.new_empty(x.shape), x.new_empty(x.shape), _statistics(x)
+
+
+@operator(
+    "rms_norm_backward",
+    "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor rstd, Tensor(a!)? weight_main_grad=None)"
+    " -> (Tensor dx, Tensor dweight)",
+    kind="norm",
+)
+def _(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor,
+    weight_main_grad: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of rms_norm; of add_rms_norm, if x is its sum and dsum the sum's own gradient.
+
+    dy, dsum, x, dx: (..., C). rstd: (...), as the forward returned it. weight: (C,), or None for ones.
+    dweight: (C,), empty without a weight or with weight_main_grad. weight_main_grad: (C,) fp32.
+    """
+    weight_shape = (0,) if weight is None or weight_main_grad is not None else weight.shape
+    return x.new_empty(x.shape), x.new_empty(weight_shape)
+
+
 # ---- GELU ----
 
 
-@operator("gelu", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", kind="GELU")
+@operator("gelu", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", kind="activation")
 def _(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """GELU of x + bias, exact (erf) or, with tanh, GPT-2's approximation.
 
@@ -169,7 +213,7 @@ def _(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 @operator(
     "gelu_backward",
     "(Tensor dy, Tensor x, Tensor? bias, bool tanh, Tensor(a!)? bias_main_grad=None) -> (Tensor dx, Tensor dbias)",
-    kind="GELU",
+    kind="activation",
 )
 def _(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
@@ -186,7 +230,7 @@ def _(
 @operator(
     "gelu_backward_recompute_",
     "(Tensor(a!) dy, Tensor x, Tensor? bias, bool tanh, Tensor(b!)? bias_main_grad=None) -> (Tensor y, Tensor dbias)",
-    kind="GELU",
+    kind="activation",
 )
 def _(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, bias_main_grad: Tensor | None = None
@@ -197,6 +241,66 @@ def _(
     """
     bias_shape = (0,) if bias is None or bias_main_grad is not None else bias.shape
     return x.new_empty(x.shape), x.new_empty(bias_shape)
+
+
+# ---- squared ReLU ----
+
+
+@operator("relu2", "(Tensor x) -> Tensor", kind="activation")
+def _(x: Tensor) -> Tensor:
+    """max(x, 0)^2.
+
+    x, result: any shape.
+    """
+    return x.new_empty(x.shape)
+
+
+@operator("relu2_backward", "(Tensor dy, Tensor x) -> Tensor", kind="activation")
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of relu2, 2 max(x, 0) dy.
+
+    dy, x, result: any shape.
+    """
+    return x.new_empty(x.shape)
+
+
+@operator("relu2_backward_recompute_", "(Tensor(a!) dy, Tensor x) -> Tensor y", kind="activation")
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    """relu2_backward with dx written over dy, and y = relu2(x) recomputed, so that it need not be kept.
+
+    dy: any shape, contiguous; dx afterwards. x, y: the same shape.
+    """
+    return x.new_empty(x.shape)
+
+
+# ---- gated linear units ----
+
+# The activation of the gate.
+SILU, GELU_TANH, GELU_EXACT = 0, 1, 2
+
+
+@operator("glu", "(Tensor gate, Tensor up, int activation) -> Tensor", kind="activation")
+def _(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    """activation(gate) * up; only the product is rounded to the dtype of gate.
+
+    gate, up, result: (..., H). Halves of one packed tensor, whose rows are further apart than H, are read in place.
+    """
+    return gate.new_empty(gate.shape)
+
+
+@operator(
+    "glu_backward_",
+    "(Tensor(a!) dgate, Tensor(b!) dup, Tensor dy, Tensor gate, Tensor up, int activation, Tensor(c!)? y=None) -> ()",
+    kind="activation",
+)
+def _(
+    dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor, activation: int, y: Tensor | None = None
+) -> None:
+    """The gradients of glu(gate, up, activation), and y = glu(gate, up, activation) recomputed if there is a y.
+
+    dgate, dup, y: (..., H), written, none of them in memory that is read. Their rows are contiguous and evenly spaced,
+    so that dgate and dup may be the halves of one packed tensor. dy, gate, up: (..., H).
+    """
 
 
 # ---- attention ----

@@ -15,7 +15,7 @@ from fastgpt.kernels import torch_matmul
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.heads import split_heads
 from fastgpt.kernels.moments_8bit import MOMENT_BLOCK, decode_moment, encode_moment
-from fastgpt.kernels.ops import statistics_dtype
+from fastgpt.kernels.ops import GELU_EXACT, GELU_TANH, SILU, statistics_dtype
 from fastgpt.kernels.philox import dropout_factors, philox
 from fastgpt.kernels.torch_matmul import with_zeros_behind
 
@@ -97,6 +97,40 @@ def layer_norm_backward(
     return _result(dx, x.dtype), dweight, dbias
 
 
+# ---- RMS norm ----
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = wide * rstd
+    if weight is not None:
+        y = y * _wide(weight)
+    return _result(y, x.dtype), _result(rstd.squeeze(-1), statistics_dtype(x.dtype))
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = _result(x + residual, x.dtype)
+    y, rstd = rms_norm(total, weight, eps)
+    return y, total, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor,
+    weight_main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad, scale = _wide(dy), rstd.unsqueeze(-1).to(_wide(x).dtype)
+    normal = _wide(x) * scale
+    g = grad if weight is None else grad * _wide(weight)
+    dx = scale * (g - normal * (g * normal).mean(-1, keepdim=True))
+    if dsum is not None:
+        dx = dx + _wide(dsum)
+    dweight = x.new_empty(0)
+    if weight is not None:
+        dweight = _delivered((grad * normal).reshape(-1, x.shape[-1]).sum(0), weight.dtype, weight_main_grad)
+    return _result(dx, x.dtype), dweight
+
+
 # ---- GELU ----
 
 
@@ -123,6 +157,57 @@ def gelu_backward_recompute_(
     dx, dbias = gelu_backward(dy, x, bias, tanh, bias_main_grad)
     dy.copy_(dx)
     return gelu(x, bias, tanh), dbias
+
+
+# ---- squared ReLU ----
+
+
+def relu2(x: Tensor) -> Tensor:
+    return _result(_wide(x).relu().square(), x.dtype)
+
+
+def relu2_backward(dy: Tensor, x: Tensor) -> Tensor:
+    return _result(_wide(dy) * (2.0 * _wide(x).relu()), x.dtype)
+
+
+def relu2_backward_recompute_(dy: Tensor, x: Tensor) -> Tensor:
+    dy.copy_(relu2_backward(dy, x))
+    return relu2(x)
+
+
+# ---- gated linear units ----
+
+
+def glu(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    return _result(_activated(_wide(gate), activation) * _wide(up), gate.dtype)
+
+
+def glu_backward_(
+    dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor, activation: int, y: Tensor | None = None
+) -> None:
+    gradients = glu_gradients(dy, gate, up, activation)
+    dgate.copy_(gradients[0])
+    dup.copy_(gradients[1])
+    if y is not None:
+        y.copy_(glu(gate, up, activation))
+
+
+def glu_gradients(dy: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+    """What glu_backward_ writes to dgate and dup, as new tensors: in the form that torch.func can map over."""
+    grad, wide = _wide(dy), _wide(gate)
+    slope = grad * _wide(up)
+    if activation == SILU:
+        dgate = torch.ops.aten.silu_backward(slope, wide)
+    else:
+        dgate = torch.ops.aten.gelu_backward(slope, wide, approximate=_GELU_FORMS[activation])
+    return _result(dgate, gate.dtype), _result(grad * _activated(wide, activation), up.dtype)
+
+
+_GELU_FORMS = {GELU_TANH: "tanh", GELU_EXACT: "none"}
+
+
+def _activated(gate: Tensor, activation: int) -> Tensor:
+    return F.silu(gate) if activation == SILU else F.gelu(gate, approximate=_GELU_FORMS[activation])
 
 
 # ---- attention ----

@@ -25,6 +25,13 @@ def test_work_is_counted_as_stated():
     assert ops.attention_work(s) == {"fwd": 2 * product / 2, "fwd+bwd": 2 * product / 2 * 3.5}
     assert ops.layer_norm(s).work == {"fwd": 2 * N * C * 2, "fwd+bwd": 5 * N * C * 2}
     assert ops.add_layer_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
+    assert ops.rms_norm(s).work == {"fwd": 2 * N * C * 2, "fwd+bwd": 5 * N * C * 2}
+    assert ops.add_rms_norm(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
+    assert ops.relu2(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
+    H = 8 * C // 3
+    for unit in (ops.swiglu, ops.geglu):
+        for packed in (False, True):
+            assert unit(s, packed).work == {"fwd": 3 * N * H * 2, "fwd+bwd": 8 * N * H * 2}
     assert ops.gelu(s).work == {"fwd": 2 * N * 4 * C * 2, "fwd+bwd": 5 * N * 4 * C * 2}
     assert ops.rotary(s).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 8 * N * C * 2}
     assert ops.rotary(s, qk_norm=True).work == {"fwd": 4 * N * C * 2, "fwd+bwd": 10 * N * C * 2}

@@ -18,6 +18,9 @@ from fastgpt.kernels.triton import launch
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 86, 89, 90, 120)
 OPS = {"attention", "layer_norm", "gelu", "linear", "embedding", "cross_entropy", "adamw", "rotary"}
+OPS = {
+    "attention", "layer_norm", "rms_norm", "gelu", "relu2", "glu", "linear", "embedding", "cross_entropy", "adamw",
+}  # fmt: skip
 # bytes of shared memory that a block may have: NVIDIA's CUDA programming guide, compute capabilities
 LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
@@ -76,10 +79,12 @@ def test_on_hopper_products_do_not_wait_for_each_other(rows):
 def test_every_kernel_is_compiled_for_every_architecture(rows):
     import fastgpt.kernels.triton as kernels
 
-    modules = (kernels.adamw, kernels.attention, kernels.columns, kernels.cross_entropy, kernels.gelu)
+    modules = (kernels.adamw, kernels.attention, kernels.columns, kernels.cross_entropy, kernels.gelu, kernels.glu)
+    others = (kernels.embedding, kernels.layer_norm, kernels.linear, kernels.relu2, kernels.rms_norm)
     expected = {
         f"{module.__name__.rpartition('.')[2]} {name.strip('_').removesuffix('_kernel')}"
         for module in (*modules, kernels.embedding, kernels.layer_norm, kernels.linear, kernels.rotary)
+        for module in (*modules, *others)
         for name in vars(module)
         if name.endswith("_kernel")
     }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastgpt.kernels import (
     FusedAdamW,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
@@ -23,6 +24,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 from fastgpt.kernels.attention import draw_seed
 from fastgpt.kernels.philox import dropout_factors
@@ -51,6 +55,17 @@ def plain_attention_qkv(qkv, n_head):
 def plain_add_layer_norm(x, residual, weight, bias):
     total = x + residual
     return F.layer_norm(total, (C,), weight, bias), total
+
+
+def plain_add_rms_norm(x, residual, weight):
+    total = x + residual
+    return F.rms_norm(total, (C,), weight, 1e-6), total
+
+
+def plain_swiglu(packed):
+    wide = packed.float() if packed.dtype in (torch.bfloat16, torch.float16) else packed
+    gate, up = wide.chunk(2, -1)
+    return (F.silu(gate) * up).to(packed.dtype)
 
 
 def plain_gelu(x, bias=None):
@@ -85,6 +100,10 @@ def mean_loss(logits, targets):
 CASES = {
     "layer_norm": (layer_norm, lambda x, w, b: F.layer_norm(x, (C,), w, b), [(B, T, C), (C,), (C,)]),
     "add_layer_norm": (add_layer_norm, plain_add_layer_norm, [(B, T, C), (B, T, C), (C,), (C,)]),
+    "rms_norm": (rms_norm, lambda x, w: F.rms_norm(x, (C,), w, 1e-6), [(B, T, C), (C,)]),
+    "add_rms_norm": (add_rms_norm, plain_add_rms_norm, [(B, T, C), (B, T, C), (C,)]),
+    "relu2": (relu2, lambda x: F.relu(x).square(), [(B, T, 4 * C)]),
+    "swiglu": (swiglu, plain_swiglu, [(B, T, 4 * C)]),
     "gelu": (gelu, plain_gelu, [(B, T, 4 * C)]),
     "gelu with bias": (lambda x, b: gelu(x, bias=b), plain_gelu, [(B, T, 4 * C), (4 * C,)]),
     "attention": (attention, plain_attention, [(B, H, T, C // H)] * 3),

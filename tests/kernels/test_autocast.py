@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
@@ -17,6 +18,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
     use_backend,
 )
 
@@ -49,6 +53,13 @@ CASES = {
         lambda x, w: rms_norm_rotary(x, *angles(x), w), [(2, 9, 3, 4), (4,)], [half, single], half, half,
     ),
     "rotary_qkv": (lambda x: rotary_qkv(x, 2, *angles(x), qk_norm=True), [(2, 9, 24)], [half], half, half),
+    "rms_norm": (rms_norm, [(4, 8), (8,)], [half, single], single, single),
+    "add_rms_norm": (
+        lambda *t: add_rms_norm(*t)[0], [(4, 8), (4, 8), (8,)], [half, single, single], single, single,
+    ),
+    "relu2": (relu2, [(4, 8)], [half], half, half),
+    "swiglu": (swiglu, [(4, 8), (4, 8)], [half, half], half, half),
+    "swiglu, packed": (swiglu, [(4, 8)], [single], single, single),
     "gelu": (lambda x, b: gelu(x, bias=b), [(4, 8), (8,)], [half, single], half, half),
     "linear_cross_entropy, of each row": (
         lambda x, w: linear_cross_entropy(

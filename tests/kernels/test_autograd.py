@@ -7,9 +7,11 @@ from torch.autograd import forward_ad
 
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
+    geglu,
     gelu,
     layer_norm,
     linear,
@@ -18,6 +20,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 from tests.kernels import peers
 
@@ -59,10 +64,23 @@ FUNCTIONS = {
         lambda x, r, w, b: F.layer_norm(x + r, (8,), w, b),
         [(4, 8), (4, 8), (8,), (8,)],
     ),
+    "rms_norm": (rms_norm, lambda x, w: F.rms_norm(x, (8,), w, 1e-6), [(4, 8), (8,)]),
+    "add_rms_norm": (
+        lambda x, r, w: add_rms_norm(x, r, w)[0],
+        lambda x, r, w: F.rms_norm(x + r, (8,), w, 1e-6),
+        [(4, 8), (4, 8), (8,)],
+    ),
     "gelu": (
         lambda x, b: gelu(x, bias=b),
         lambda x, b: F.gelu(x + b, approximate="tanh"),
         [(4, 8), (8,)],
+    ),
+    "relu2": (relu2, lambda x: F.relu(x).square(), [(4, 8)]),
+    "swiglu and geglu": (swiglu, lambda gate, up: F.silu(gate) * up, [(4, 8), (4, 8)]),
+    "swiglu and geglu, packed": (
+        lambda x: geglu(x, approximate="none"),
+        lambda x: F.gelu(x[:, :4]) * x[:, 4:],
+        [(4, 8)],
     ),
     "attention": (attention, causal, [(2, 3, 9, 4)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), packed, [(2, 9, 24)]),

@@ -6,10 +6,12 @@ import torch
 from fastgpt.kernels import (
     FusedAdamW,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
     embedding,
+    geglu,
     gelu,
     layer_norm,
     linear,
@@ -18,6 +20,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
     use_backend,
 )
 
@@ -43,9 +48,19 @@ CASES = {
     "layer_norm, no bias": (layer_norm, [(4, 8), (8,)]),
     "add_layer_norm": (add_layer_norm, [(4, 8), (4, 8), (8,), (8,)]),
     "add_layer_norm, only the sum": (lambda *t: add_layer_norm(*t)[1] * t[2], [(4, 8), (4, 8), (8,)]),
+    "rms_norm": (rms_norm, [(4, 8), (8,)]),
+    "rms_norm, no weight": (rms_norm, [(4, 8)]),
+    "add_rms_norm": (add_rms_norm, [(4, 8), (4, 8), (8,)]),
+    "add_rms_norm, no weight": (add_rms_norm, [(4, 8), (4, 8)]),
     "gelu": (gelu, [(4, 8)]),
     "gelu, exact": (lambda t: gelu(t, "none"), [(4, 8)]),
     "gelu with bias": (lambda *t: gelu(t[0], bias=t[1]), [(4, 8), (8,)]),
+    "relu2": (relu2, [(4, 8)]),
+    "swiglu": (swiglu, [(4, 8), (4, 8)]),
+    "swiglu, packed": (swiglu, [(4, 8)]),
+    "swiglu, halves": (lambda t: swiglu(*t.chunk(2, -1)), [(4, 8)]),
+    "geglu": (geglu, [(4, 8), (4, 8)]),
+    "geglu, exact, packed": (lambda t: geglu(t, approximate="none"), [(4, 8)]),
     "attention": (attention, [(2, 3, 20, 8)] * 3),
     "attention, full": (lambda *t: attention(*t, causal=False, scale=0.3), [(2, 3, 20, 8)] * 3),
     "attention, transposed": (lambda *t: attention(*(x.transpose(1, 2) for x in t)), [(2, 20, 3, 8)] * 3),
@@ -121,6 +136,9 @@ def block(x, index, wte, ln, w_qkv, w_out):
     h, x = add_layer_norm(a, x, ln, wte[0])
     q, k, v = (t.view(2, 10, 2, 8) for t in (x, h, a))
     q, k, v = (t.transpose(1, 2) for t in (rotary(q, cos, sin), rms_norm_rotary(k, cos, sin, ln[:8]), v))
+    q, k, v = (t.view(2, 10, 2, 8).transpose(1, 2) for t in (x, h, a))
+    h, x = add_rms_norm(relu2(h), x, ln)
+    h = swiglu(h, rms_norm(x)) + geglu(linear(h, w_qkv)[..., :32])
     x = x + linear(gelu(h) + gelu(h, "none"), w_out) + attention(q, k, v).transpose(1, 2).reshape(2, 10, 16)
     x = x.view(20, 16)
     return linear_cross_entropy(x, wte, index.view(20)) + cross_entropy(linear(x, wte), index.view(20))
@@ -145,8 +163,13 @@ def test_a_block_of_all_functions_in_one_graph_equals_eager(backend, compiler, d
 
 @pytest.mark.parametrize(
     "function",
-    [lambda t: attention(t, t, t), lambda t: add_layer_norm(t, t, t[0, 0, 0])[0]],
-    ids=["attention", "add_layer_norm"],
+    [
+        lambda t: attention(t, t, t),
+        lambda t: add_layer_norm(t, t, t[0, 0, 0])[0],
+        lambda t: add_rms_norm(t, t, t[0, 0, 0])[0],
+        lambda t: swiglu(t, t),
+    ],
+    ids=["attention", "add_layer_norm", "add_rms_norm", "swiglu"],
 )
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_one_tensor_may_be_several_arguments(backend, function, compiled):

@@ -16,15 +16,21 @@ from fastgpt.kernels import (
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
+    RMSNorm,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
     embedding,
+    geglu,
     gelu,
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 
 # ---- modules ----
@@ -33,6 +39,7 @@ MODULES = {
     "Linear": (Linear, nn.Linear, (4, 2), torch.randn(3, 4)),
     "Embedding": (Embedding, nn.Embedding, (5, 4), torch.tensor([0, 4, 2])),
     "LayerNorm": (LayerNorm, nn.LayerNorm, (4,), torch.randn(3, 4)),
+    "RMSNorm": (RMSNorm, nn.RMSNorm, (4,), torch.randn(3, 4)),
     "GELU": (GELU, nn.GELU, (), torch.randn(3, 4)),
 }
 modules = pytest.mark.parametrize(("ours", "theirs", "args", "x"), MODULES.values(), ids=list(MODULES))
@@ -42,7 +49,8 @@ modules = pytest.mark.parametrize(("ours", "theirs", "args", "x"), MODULES.value
 def test_a_module_takes_its_input_by_name(ours, theirs, args, x):
     module, peer = ours(*args), theirs(*args)
     peer.load_state_dict(module.state_dict())
-    torch.testing.assert_close(module(input=x), peer(input=x))
+    (name,) = inspect.signature(peer.forward).parameters
+    torch.testing.assert_close(module(**{name: x}), peer(**{name: x}))
 
 
 @modules
@@ -50,13 +58,16 @@ def test_the_constructor_shows_torch_nns_signature(ours, theirs, args, x):
     assert inspect.signature(ours).parameters.keys() == inspect.signature(theirs).parameters.keys()
 
 
-@pytest.mark.parametrize(("module", "args"), [(Linear, (4, 2)), (Embedding, (5, 4)), (LayerNorm, (4,))])
+@pytest.mark.parametrize(
+    ("module", "args"), [(Linear, (4, 2)), (Embedding, (5, 4)), (LayerNorm, (4,)), (RMSNorm, (4,))]
+)
 def test_initialisation_may_be_skipped(module, args):
     assert skip_init(module, *args).weight.device.type == "cpu"
 
 
-def test_a_layer_norm_may_have_no_parameters():
-    module, peer = (kind(4, elementwise_affine=False) for kind in (LayerNorm, nn.LayerNorm))
+@pytest.mark.parametrize(("ours", "theirs"), [(LayerNorm, nn.LayerNorm), (RMSNorm, nn.RMSNorm)])
+def test_a_norm_may_have_no_parameters(ours, theirs):
+    module, peer = (kind(4, elementwise_affine=False) for kind in (ours, theirs))
     x = torch.randn(3, 4)
     torch.testing.assert_close(module(x), peer(x))
     assert list(module.parameters()) == []
@@ -133,6 +144,24 @@ def test_layer_norm_takes_no_weight(device, dtype, rule, function):
     rule.accuracy(lambda x: function(x), lambda x: F.layer_norm(x, x.shape[-1:]), [x])
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_an_rms_norm_without_an_eps_has_torch_nns(name):
+    """That of the arithmetic, not of the input: a row so small shows which."""
+    x = 1e-4 * torch.randn(5, 33).to(getattr(torch, name))
+    torch.testing.assert_close(RMSNorm(33, dtype=x.dtype)(x), torch.nn.RMSNorm(33, dtype=x.dtype)(x))
+
+
+def test_an_rms_norm_loads_the_weight_of_transformers_norms():
+    """Whose modules have one parameter, ``weight``, too."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    theirs, ours = llama.LlamaRMSNorm(33, eps=1e-5), RMSNorm(33, eps=1e-5)
+    with torch.no_grad():
+        theirs.weight.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 33)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_embedding_takes_int32():
     weight = torch.randn(5, 3, requires_grad=True)
     index = torch.tensor([[4, 0, 4]], dtype=torch.int32)
@@ -172,6 +201,11 @@ def rows(*shape):
 COPY_ON_WRITE = {
     "layer_norm": lambda t: layer_norm(t(rows(512, 256)), t(rows(256)), t(rows(256))),
     "add_layer_norm": lambda t: add_layer_norm(t(rows(512, 256)), t(rows(512, 256)), t(rows(256)))[0],
+    "rms_norm": lambda t: rms_norm(t(rows(512, 256)), t(rows(256))),
+    "add_rms_norm": lambda t: add_rms_norm(t(rows(512, 256)), t(rows(512, 256)), t(rows(256)))[0],
+    "relu2": lambda t: relu2(t(rows(512, 256))),
+    "swiglu": lambda t: swiglu(t(rows(512, 256)), t(rows(512, 256))),
+    "geglu": lambda t: geglu(t(rows(512, 256))),
     "gelu": lambda t: gelu(t(rows(512, 256))),
     "attention": lambda t: attention(t(rows(2, 4, 64, 16)), t(rows(2, 4, 64, 16)), t(rows(2, 4, 64, 16))),
     "attention_qkv": lambda t: attention_qkv(t(rows(2, 64, 96)), 4),

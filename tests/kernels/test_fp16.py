@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from fastgpt.kernels import (
     FusedAdamW,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
     dispatch,
+    geglu,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -18,6 +20,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 from tests.kernels import peers
 
@@ -72,6 +77,19 @@ CASES = {
         lambda *t: add_layer_norm(*t)[0],
         lambda x, r, w: F.layer_norm(x + r, x.shape[-1:], w),
         [(63, 127), (63, 127), (127,)],
+    ),
+    "rms_norm": (rms_norm, lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6), [(63, 127), (127,)]),
+    "add_rms_norm": (
+        lambda *t: add_rms_norm(*t)[0],
+        lambda x, r, w: F.rms_norm(x + r, x.shape[-1:], w, 1e-6),
+        [(63, 127), (63, 127), (127,)],
+    ),
+    "relu2": (relu2, lambda x: F.relu(x).square(), [(63, 127)]),
+    "swiglu": (swiglu, in_fp32(lambda gate, up: F.silu(gate) * up), [(63, 127), (63, 127)]),
+    "geglu, packed": (
+        geglu,
+        in_fp32(lambda x: F.gelu(x[:, :127], approximate="tanh") * x[:, 127:]),
+        [(63, 254)],
     ),
     "gelu": (gelu, lambda x: F.gelu(x, approximate="tanh"), [(63, 127)]),
     "gelu with bias": (

@@ -89,6 +89,8 @@ NO_INTEGERS = (None, 2.0, "2", True, [2], torch.tensor(2), HUGE)
 PLAIN = Argument()
 OPTIONAL = Argument(optional=True)
 ROWS = Argument(any_rank=True, any_size=(-3, -2), empty=(-3, -2))
+ANYTHING = Argument(any_rank=True, any_size=(-3, -2, -1), empty=(-3, -2, -1), any_dtype=True, any_device=True)
+PACKED = Argument((floats(2, 3, 7), torch.tensor(1.0), None, [1.0], torch.arange(8)))
 EPS = Argument((None, *NO_NUMBERS, -1e-5))
 SCALE = Argument(NO_NUMBERS)
 PROBABILITY = Argument((None, *NO_NUMBERS, -0.1, 1.0, 1, 1.5))
@@ -128,6 +130,25 @@ TARGETS = {
         {"x": floats(2, 3, 8), "bias": floats(8)},
         {"x": ROWS, "approximate": KIND, "bias": OPTIONAL},
     ),
+    "rms_norm": Target(
+        kernels.rms_norm,
+        {"x": floats(2, 3, 8), "weight": floats(8)},
+        {"x": ROWS, "weight": OPTIONAL, "eps": EPS},
+    ),
+    "add_rms_norm": Target(
+        kernels.add_rms_norm,
+        {"x": floats(2, 3, 8), "residual": floats(2, 3, 8), "weight": floats(8)},
+        {"x": PLAIN, "residual": PLAIN, "weight": OPTIONAL, "eps": EPS},
+    ),
+    "relu2": Target(kernels.relu2, {"x": floats(2, 3, 8)}, {"x": ANYTHING}),
+    "swiglu": Target(kernels.swiglu, {"gate": floats(2, 3, 8), "up": floats(2, 3, 8)}, {"gate": PLAIN, "up": OPTIONAL}),
+    "swiglu, packed": Target(kernels.swiglu, {"gate": floats(2, 3, 8)}, {"gate": PACKED}),
+    "geglu": Target(
+        kernels.geglu,
+        {"gate": floats(2, 3, 8), "up": floats(2, 3, 8)},
+        {"gate": PLAIN, "up": OPTIONAL, "approximate": KIND},
+    ),
+    "geglu, packed": Target(kernels.geglu, {"gate": floats(2, 3, 8)}, {"gate": PACKED}),
     "attention": Target(
         kernels.attention,
         {"q": floats(2, 2, 5, 4), "k": floats(2, 2, 5, 4), "v": floats(2, 2, 5, 4)},
@@ -291,13 +312,29 @@ TARGETS = {
         {"x": PLAIN, "residual": PLAIN, "eps": EPS},
         {"weight"},
     ),
-    "GELU": Target(
-        made_and_called(kernels.GELU, "x"),
-        {"x": floats(2, 3, 8)},
-        {
-            "x": Argument(any_rank=True, any_size=(-3, -2, -1), empty=(-3, -2, -1), any_dtype=True, any_device=True),
-            "approximate": KIND,
-        },
+    "RMSNorm": Target(
+        made_and_called(kernels.RMSNorm, "x"),
+        {"x": floats(2, 3, 8), "normalized_shape": 8},
+        {"x": ROWS, "normalized_shape": Argument(((3, 8), ())), "eps": Argument(EPS.values[1:])},
+        {"weight"},
+    ),
+    "AddRMSNorm": Target(
+        made_and_called(kernels.AddRMSNorm, "x", "residual"),
+        {"x": floats(2, 3, 8), "residual": floats(2, 3, 8), "normalized_shape": 8},
+        {"x": PLAIN, "residual": PLAIN, "eps": Argument(EPS.values[1:])},
+        {"weight"},
+    ),
+    "GELU": Target(made_and_called(kernels.GELU, "x"), {"x": floats(2, 3, 8)}, {"x": ANYTHING, "approximate": KIND}),
+    "ReLU2": Target(made_and_called(kernels.ReLU2, "x"), {"x": floats(2, 3, 8)}, {"x": ANYTHING}),
+    "SwiGLU": Target(
+        made_and_called(kernels.SwiGLU, "gate", "up"),
+        {"gate": floats(2, 3, 8), "up": floats(2, 3, 8)},
+        {"gate": PLAIN, "up": OPTIONAL},
+    ),
+    "GEGLU": Target(
+        made_and_called(kernels.GEGLU, "gate", "up"),
+        {"gate": floats(2, 3, 8), "up": floats(2, 3, 8)},
+        {"gate": PLAIN, "up": OPTIONAL, "approximate": KIND},
     ),
     "CausalSelfAttention": Target(
         made_and_called(kernels.CausalSelfAttention, "x"),

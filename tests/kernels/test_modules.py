@@ -9,8 +9,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastgpt.kernels import (
+    GEGLU,
     GELU,
     AddLayerNorm,
+    AddRMSNorm,
     CausalSelfAttention,
     CrossEntropyLoss,
     Embedding,
@@ -19,6 +21,9 @@ from fastgpt.kernels import (
     LinearCrossEntropyLoss,
     cross_entropy,
     RotaryEmbedding,
+    ReLU2,
+    RMSNorm,
+    SwiGLU,
     modules,
 )
 
@@ -56,6 +61,30 @@ class Rotation(nn.Module):
         a, b = x.chunk(2, -1)
         product = torch.complex(a, b) * self.factors[: x.shape[1]].unsqueeze(1)
         return torch.cat([product.real, product.imag], -1)
+class RMSNormOfSum(nn.RMSNorm):
+    """Likewise."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x + residual), x + residual
+
+
+class SquaredReLU(nn.Module):
+    """torch.nn has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
+class GatedUnit(nn.Module):
+    """torch.nn has none."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+        return self.activation(gate) * up
 
 
 def rows():
@@ -78,8 +107,18 @@ PAIRS = {
     "LayerNorm": (LayerNorm, nn.LayerNorm, (C,), {}, lambda: [rows()]),
     "LayerNorm, no bias": (LayerNorm, nn.LayerNorm, (C,), {"bias": False, "eps": 0.1}, lambda: [rows()]),
     "AddLayerNorm": (AddLayerNorm, NormOfSum, (C,), {}, lambda: [rows(), rows()]),
+    "RMSNorm": (RMSNorm, nn.RMSNorm, (C,), {}, lambda: [rows()]),
+    "RMSNorm, no weight": (
+        RMSNorm, nn.RMSNorm, (C,), {"elementwise_affine": False, "eps": 0.1}, lambda: [rows()],
+    ),
+    "AddRMSNorm": (AddRMSNorm, RMSNormOfSum, (C,), {"eps": 1e-6}, lambda: [rows(), rows()]),
     "GELU": (GELU, nn.GELU, (), {}, lambda: [rows()]),
     "GELU, tanh": (GELU, nn.GELU, ("tanh",), {}, lambda: [rows()]),
+    "ReLU2": (ReLU2, SquaredReLU, (), {}, lambda: [rows()]),
+    "SwiGLU": (SwiGLU, lambda: GatedUnit(nn.SiLU()), (), {}, lambda: [rows(), rows()]),
+    "SwiGLU, packed": (SwiGLU, lambda: GatedUnit(nn.SiLU()), (), {}, lambda: [rows()]),
+    "GEGLU": (GEGLU, lambda: GatedUnit(nn.GELU("tanh")), (), {}, lambda: [rows(), rows()]),
+    "GEGLU, exact": (GEGLU, lambda kind: GatedUnit(nn.GELU(kind)), ("none",), {}, lambda: [rows()]),
     "CausalSelfAttention": (CausalSelfAttention, CausalMultiheadAttention, (C, 3), {}, lambda: [rows()]),
     "CausalSelfAttention, no bias": (
         CausalSelfAttention, CausalMultiheadAttention, (C, 3), {"bias": False}, lambda: [rows()],
@@ -108,6 +147,8 @@ PAIRS = {
 }  # fmt: skip
 pairs = pytest.mark.parametrize("name", PAIRS)
 takes_factory = [name for name in PAIRS if name.split(",")[0] not in ("GELU", "RotaryEmbedding", "CrossEntropyLoss")]
+WITHOUT_PARAMETERS = "GELU", "ReLU2", "SwiGLU", "GEGLU", "CrossEntropyLoss"
+takes_factory = [name for name in PAIRS if name.split(",")[0] not in WITHOUT_PARAMETERS]
 
 
 def made(name, **options):
@@ -202,6 +243,12 @@ def test_defaults_are_torch_nns():
         (lambda: CrossEntropyLoss(label_smoothing=1.1), "label_smoothing"),
         (lambda: CrossEntropyLoss(reduction="average"), "reduction"),
         (lambda: CrossEntropyLoss(softcap=0.0), "softcap"),
+        (lambda: RMSNorm((T, C)), "normalized_shape"),
+        (lambda: AddRMSNorm((T, C)), "normalized_shape"),
+        (lambda: GEGLU("erf"), "approximate"),
+        (lambda: CrossEntropyLoss(weight=torch.ones(V)), "weight"),
+        (lambda: CrossEntropyLoss(label_smoothing=0.1), "label_smoothing"),
+        (lambda: CrossEntropyLoss(reduction="sum"), "reduction"),
         (lambda: CausalSelfAttention(C, 3, kdim=8), "kdim"),
         (lambda: CausalSelfAttention(C, 5), "num_heads"),
         (lambda: CausalSelfAttention(C, 3, dropout=1.0), "dropout"),

@@ -17,11 +17,13 @@ import fastgpt.kernels
 from fastgpt import hardware
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     backends,
     cross_entropy,
     dispatch,
+    geglu,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -31,8 +33,12 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
     use_backend,
 )
+from fastgpt.kernels.glu import halves
 
 ROOT = Path(fastgpt.__file__).parents[1]
 ORDER = ["default", *hardware.ISAS]  # of instruction sets, the narrowest first
@@ -97,6 +103,13 @@ def cases(dtype):
     yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, True, f(7), f(7))
     yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, True, None, f(7))
     yield "layer_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows, rows, False, f(7), None, f(7))
+    yield "rms_norm", (r(3, 4, 7), r(7), 1e-6)
+    yield "rms_norm", (turned, None, 1e-6)
+    yield "add_rms_norm", (r(3, 4, 7), r(3, 4, 7), r(7), 1e-6)
+    yield "add_rms_norm", (turned, r(3, 4, 7), None, 1e-6)
+    yield "rms_norm_backward", (r(3, 4, 7), None, r(3, 4, 7), r(7), rows)
+    yield "rms_norm_backward", (r(3, 4, 7), r(3, 4, 7), turned, None, rows)
+    yield "rms_norm_backward", (r(3, 4, 7), r(3, 4, 7), turned, r(7), rows, f(7))
     yield "gelu", (turned, None, True)
     yield "gelu", (r(3, 4), r(4), False)
     yield "gelu_backward", (turned, r(3, 4, 7), r(7), True)
@@ -105,6 +118,13 @@ def cases(dtype):
     yield "gelu_backward_recompute_", (r(3, 4, 7), turned, r(7), True)
     yield "gelu_backward_recompute_", (r(3, 4, 7), turned, r(7), True, f(7))
     yield "gelu_backward_recompute_", (r(3, 4), r(3, 4), None, False)
+    yield "relu2", (turned,)
+    yield "relu2_backward", (turned, r(3, 4, 7))
+    yield "relu2_backward_recompute_", (r(3, 4, 7), turned)
+    for activation in (ops.SILU, ops.GELU_TANH, ops.GELU_EXACT):
+        yield "glu", (turned, r(3, 4, 7), activation)
+        yield "glu_backward_", (*halves(r(3, 4, 14)), turned, *halves(r(3, 4, 14)), activation)
+        yield "glu_backward_", (r(3, 4, 7), r(3, 4, 7), turned, r(3, 4, 7), turned, activation, r(3, 4, 7))
     yield "attention", (heads, heads, heads, True, 0.5, 0.0, None)
     yield "attention", (heads.transpose(1, 2), heads.transpose(1, 2), heads.transpose(1, 2), True, 0.5, 0.2, seed)
     yield "attention_backward", (heads, heads, heads, heads, heads, lse, True, 0.5, 0.2, seed)
@@ -213,7 +233,13 @@ def calls():
 
     yield "layer_norm", layer_norm, [random(3, 8), random(8), random(8)]
     yield "add_layer_norm", lambda *t: add_layer_norm(*t)[0], [random(3, 8), random(3, 8), random(8)]
+    yield "rms_norm", rms_norm, [random(3, 8), random(8)]
+    yield "add_rms_norm", lambda *t: add_rms_norm(*t)[0], [random(3, 8), random(3, 8), random(8)]
     yield "gelu", gelu, [random(3, 8)]
+    yield "relu2", relu2, [random(3, 8)]
+    yield "swiglu", swiglu, [random(3, 8), random(3, 8)]
+    yield "swiglu, packed", swiglu, [random(3, 8)]
+    yield "geglu", geglu, [random(3, 8), random(3, 8)]
     yield "attention", attention, [random(2, 3, 20, 8) for _ in range(3)]
     yield "attention_qkv", lambda t: attention_qkv(t, 2), [random(2, 20, 24)]
     yield "rotary", lambda t: rotary(t, *rotary_tables(20, 8)), [random(2, 20, 3, 8)]
@@ -486,6 +512,8 @@ def test_a_narrower_instruction_set_keeps_the_error_rule_too(backend, isa):
         "surroundings",
     )
         "layer_norm", "gelu", "attention", "rotary", "cross_entropy", "linear", "linear_cross_entropy", "surroundings",
+        "layer_norm", "rms_norm", "gelu", "relu2", "glu", "attention", "cross_entropy", "linear",
+        "linear_cross_entropy", "surroundings",
     )  # fmt: skip
     code = code.replace("FILES", repr([str(Path(__file__).with_name(f"test_{name}.py")) for name in tested]))
     out, _ = python(code, **hardware.environment_for(isa))

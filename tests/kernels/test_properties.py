@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
+    geglu,
     gelu,
     layer_norm,
     linear,
@@ -29,6 +31,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 from fastgpt.kernels.philox import dropout_factors
 from tests.kernels import peers
@@ -167,6 +172,25 @@ def an_add_layer_norm(draw: Draw) -> Call:
     return Call(add_layer_norm, plain, [x, draw.tensor(*x.shape), *rest])
 
 
+def an_rms_norm(draw: Draw) -> Call:
+    shape, eps = (*draw.one_of(LEADING), draw.one_of(WIDTHS)), draw.one_of([1e-6, 0.5])
+    sizes = [shape, shape[-1:]][: 1 + draw.flag()]
+    return Call(
+        lambda *t: rms_norm(*t, eps=eps),
+        lambda x, *weight: F.rms_norm(x, shape[-1:], *weight, eps=eps),
+        [draw.tensor(*size) for size in sizes],
+    )
+
+
+def an_add_rms_norm(draw: Draw) -> Call:
+    x, *weight = an_rms_norm(draw).tensors
+
+    def plain(x: Tensor, residual: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x + residual, x.shape[-1:], *weight, eps=1e-6), x + residual
+
+    return Call(add_rms_norm, plain, [x, draw.tensor(*x.shape), *weight])
+
+
 def a_gelu(draw: Draw) -> Call:
     kind = draw.one_of(["tanh", "none"])
     return Call(
@@ -183,6 +207,26 @@ def a_gelu_with_bias(draw: Draw) -> Call:
         lambda x, bias: F.gelu(wide(x) + wide(bias), approximate=kind).to(x.dtype),
         [draw.tensor(*shape), draw.tensor(shape[-1])],
     )
+
+
+def a_relu2(draw: Draw) -> Call:
+    tensors = [draw.tensor(*draw.one_of(LEADING), *draw.one_of([(), (33,), (0,)]))]
+    return Call(relu2, lambda x: F.relu(x).square(), tensors)
+
+
+def a_gated_unit(draw: Draw) -> Call:
+    kind, packed = draw.one_of(["silu", "tanh", "none"]), draw.flag()
+    shape = (*draw.one_of(LEADING), *draw.one_of([(33,), (1,), (0,)] if packed else [(), (33,), (1,), (0,)]))
+
+    def ours(*t: Tensor) -> Tensor:
+        return swiglu(*t) if kind == "silu" else geglu(*t, approximate=kind)
+
+    def plain(gate: Tensor, *up: Tensor) -> Tensor:
+        a, b = (wide(t) for t in ((gate, *up) if up else gate.chunk(2, -1)))
+        return ((F.silu(a) if kind == "silu" else F.gelu(a, approximate=kind)) * b).to(gate.dtype)
+
+    shapes = [(*shape[:-1], 2 * shape[-1])] if packed else [shape, shape]
+    return Call(ours, plain, [draw.tensor(*each) for each in shapes])
 
 
 def formula(causal: bool, scale: float | None, factors: Tensor | None = None) -> Callable[..., Tensor]:
@@ -389,8 +433,12 @@ def a_linear(draw: Draw) -> Call:
 CALLS = {
     "layer_norm": a_layer_norm,
     "add_layer_norm": an_add_layer_norm,
+    "rms_norm": an_rms_norm,
+    "add_rms_norm": an_add_rms_norm,
     "gelu": a_gelu,
     "gelu with bias": a_gelu_with_bias,
+    "relu2": a_relu2,
+    "swiglu and geglu": a_gated_unit,
     "attention": an_attention,
     "attention_qkv": an_attention_qkv,
     "rotary": a_rotary,

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from fastgpt.kernels import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
     cross_entropy,
+    geglu,
     gelu,
     layer_norm,
     linear,
@@ -25,6 +27,9 @@ from fastgpt.kernels import (
     rotary,
     rotary_qkv,
     rotary_tables,
+    relu2,
+    rms_norm,
+    swiglu,
 )
 from fastgpt.kernels.matmul import matmul_into
 
@@ -97,7 +102,12 @@ CALLS = {
     ),
     "layer_norm": (lambda M, K, N: [(M, K), (K,), (K,)], lambda targets: layer_norm),
     "add_layer_norm": (lambda M, K, N: [(M, K), (M, K), (K,), (K,)], lambda targets: add_layer_norm),
+    "rms_norm": (lambda M, K, N: [(M, K), (K,)], lambda targets: rms_norm),
+    "add_rms_norm": (lambda M, K, N: [(M, K), (M, K), (K,)], lambda targets: add_rms_norm),
     "gelu": (lambda M, K, N: [(M, K)], lambda targets: gelu),
+    "relu2": (lambda M, K, N: [(M, K)], lambda targets: relu2),
+    "swiglu": (lambda M, K, N: [(M, K), (M, K)], lambda targets: swiglu),
+    "geglu": (lambda M, K, N: [(M, 2 * K)], lambda targets: geglu),
 }
 
 

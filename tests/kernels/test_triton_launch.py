@@ -9,6 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, embedding, gelu, launch, layer_norm, rotary
+from fastgpt.kernels.triton import IMPLEMENTATIONS, attention, autotune, embedding, gelu, glu, launch, layer_norm, relu2
 from fastgpt.kernels.triton.launch import Device
 
 RTX_4070 = Device("NVIDIA GeForce RTX 4070", 89, 46, 101_376)
@@ -58,13 +59,15 @@ def test_a_configuration_handed_out_is_the_callers_own():
     assert launch.configuration(RTX_4070, "adamw", "any")
 
 
-def test_the_forward_of_gelu_made_again_in_the_backward_costs_no_launch_of_its_own():
+def test_the_forward_of_an_activation_made_again_in_the_backward_costs_no_launch_of_its_own():
     x, bias = torch.empty(8, 16, device="meta"), torch.empty(16, device="meta")
     launched = []
     with launch.ahead_of_time(RTX_4070, lambda kernel, *_: launched.append(launch.name_of(kernel.fn))):
         gelu.gelu_backward_recompute_(x, x, None, True)
         gelu.gelu_backward_recompute_(x, x, bias, True)
-    assert launched == ["gelu_backward", "gelu_bias_backward", "columns_sum"]
+        relu2.relu2_backward_recompute_(x, x)
+        glu.glu_backward_(*torch.empty(8, 32, device="meta").split(16, -1), x, x, x, 0, x)
+    assert launched == ["gelu_backward", "gelu_bias_backward", "columns_sum", "relu2_backward", "glu_backward"]
 
 
 def test_packed_heads_are_normed_and_turned_in_one_launch_forward_and_one_backward():
@@ -77,6 +80,7 @@ def test_packed_heads_are_normed_and_turned_in_one_launch_forward_and_one_backwa
 
 
 @pytest.mark.parametrize("name", ["gelu", "layer_norm", "cross_entropy", "rotary"])
+@pytest.mark.parametrize("name", ["gelu", "glu", "layer_norm", "rms_norm", "cross_entropy"])
 def test_a_million_rows_fit_the_grid(name):
     """Whose second and third axis end at 65535 programs."""
     rows = torch.empty(2**20, 64, device="meta", dtype=torch.bfloat16)
@@ -85,6 +89,15 @@ def test_a_million_rows_fit_the_grid(name):
     heads, of_heads = rows.view(2**20, 1, 1, 64), each.view(2**20, 1, 1)
     calls = {
         "gelu": [("gelu", (rows, vector, True)), ("gelu_backward", (rows, rows, vector, True))],
+        "glu": [
+            ("glu", (rows, rows, 0)),
+            ("glu_backward_", (rows, rows, rows, rows, rows, 0)),
+            ("glu", (*torch.empty(2**20, 128, device="meta").split(64, -1), 0)),
+        ],
+        "rms_norm": [
+            ("rms_norm", (rows, vector, 1e-6)),
+            ("rms_norm_backward", (rows, rows, rows, vector, each)),
+        ],
         "layer_norm": [
             ("layer_norm", (rows, vector, vector, 1e-5)),
             ("layer_norm_backward", (rows, rows, rows, vector, each, each, True)),

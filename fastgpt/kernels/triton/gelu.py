@@ -3,8 +3,8 @@
     exact:  x Phi(x) = x (1 + erf(x / sqrt(2))) / 2,               slope Phi(x) + x phi(x)
     tanh:   x (1 + tanh(u)) / 2,  u = sqrt(2 / pi) (x + 0.044715 x**3)
 
-Phi is the standard normal distribution function, phi its density. tanh is never computed: (1 + tanh(u)) / 2 is the
-sigmoid of 2u, one exponential and one division. Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+Phi is the standard normal distribution function, phi its density (see activations.py). Hendrycks and Gimpel, "Gaussian
+Error Linear Units", 2016.
 
 Without a bias the tensor is one long row. With a bias, a program of the backward owns a block of columns and walks down
 the rows, so that it sums the bias's gradient in registers while it writes the input's.
@@ -14,46 +14,12 @@ moves 4 s; two kernels would move 5 s. The bias's gradient needs no pass of its 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.triton.activations import gelu_and_derivative
 from fastgpt.kernels.triton.columns import sum_of_shares
 from fastgpt.kernels.triton.launch import cdiv, configuration, device_of, kernel, launch, rows_of
-
-TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi), so that 2u needs no product of its own
-CUBIC = tl.constexpr(0.044715)  # the coefficient of the approximation, from the paper
-SQRT_HALF = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
-INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)  # phi(0)
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e))
-
-
-@triton.jit
-def _exponential(x):
-    """exp(-2u), because (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
-    return tl.exp2(x * (-TWO_SQRT_2_OVER_PI * LOG2E) * (x * x * CUBIC + 1.0))
-
-
-@triton.jit
-def _value_and_derivative(x, TANH: tl.constexpr):
-    """GELU and its derivative at x, fp32. They share the expensive part; the compiler drops an unused result."""
-    if TANH:
-        e = _exponential(x)
-        sigmoid = 1.0 / (1.0 + e)
-        value = x * sigmoid
-        slope = (x * x * (3.0 * CUBIC) + 1.0) * TWO_SQRT_2_OVER_PI  # d(2u)/dx
-        # sigmoid' = sigmoid**2 * e; sigmoid * (1 - sigmoid) would cancel. Far out e is 0 or infinite (or its square
-        # overflows, from 1e37 on) while the slope grows without bound, and the true product is 0.
-        x_times_slope = tl.where((e > 0.0) & (e < 1e37), x * slope * (sigmoid * sigmoid * e), 0.0)
-        derivative = sigmoid + x_times_slope
-    else:
-        twice_phi = 1.0 + tl.erf(x * SQRT_HALF)
-        value = x * (0.5 * twice_phi)
-        density = x * INVERSE_SQRT_2_PI * tl.exp2(x * x * (-0.5 * LOG2E))
-        # An explicit FMA: otherwise the compiler chooses which product to fuse, depending on whether the value is used,
-        # and the backward with the value would differ from the one without in the last bit.
-        derivative = tl.fma(0.5, twice_phi, density)
-    return value, derivative
 
 
 @kernel
@@ -65,7 +31,7 @@ def _forward_kernel(
     """One program: BLOCK elements. Grid: (cdiv(n, BLOCK),)."""
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
-    value, _ = _value_and_derivative(a, TANH)
+    value, _ = gelu_and_derivative(a, TANH)
     tl.store(y + here, value.to(y.dtype.element_ty), mask=here < n)
 
 
@@ -81,7 +47,7 @@ def _backward_kernel(
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + here, mask=here < n, other=0.0).to(tl.float32)
     grad = tl.load(dy + here, mask=here < n, other=0.0).to(tl.float32)
-    value, derivative = _value_and_derivative(a, TANH)
+    value, derivative = gelu_and_derivative(a, TANH)
     tl.store(dx + here, (grad * derivative).to(dx.dtype.element_ty), mask=here < n)
     if AGAIN:
         tl.store(y + here, value.to(y.dtype.element_ty), mask=here < n)
@@ -101,7 +67,7 @@ def _bias_forward_kernel(
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     a += tl.load(bias + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
-    value, _ = _value_and_derivative(a, TANH)
+    value, _ = gelu_and_derivative(a, TANH)
     tl.store(y + rows[:, None] * n_columns + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -129,7 +95,7 @@ def _bias_backward_kernel(
         inside = (rows < n_rows)[:, None] & in_columns[None, :]
         a = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dy + rows[:, None] * dy_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        value, derivative = _value_and_derivative(a + b[None, :], TANH)
+        value, derivative = gelu_and_derivative(a + b[None, :], TANH)
         result = grad * derivative
         dbias += result
         here = rows[:, None] * n_columns + columns[None, :]

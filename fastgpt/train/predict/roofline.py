@@ -39,7 +39,7 @@ class Shares:
     Attributes:
         product: FLOP/s of products whose tiles fill the device, relative to a large product.
         attention: FLOP/s of attention, relative to a large product; on a GPU, for long sequences.
-        elementwise: bandwidth of norms, GELU and the loss, relative to a copy; they also compute.
+        elementwise: bandwidth of norms, activations and the loss, relative to a copy; they also compute.
         reuse: fraction of the L2 cache that holds operands which a kernel reads.
     """
 
@@ -168,7 +168,7 @@ def predict(setup: Setup, machine: Machine, trace: Trace | None = None) -> Predi
 def seconds(call: Call, machine: Machine) -> float:
     """Return the predicted seconds of one call."""
     shares = CPU_SHARES if machine.n_sm is None else machine.shares
-    bandwidth = machine.bandwidth * (shares.elementwise if call.kind in ("norm", "GELU", "loss") else 1.0)
+    bandwidth = machine.bandwidth * (shares.elementwise if call.kind in ("norm", "activation", "loss") else 1.0)
     if call.product is not None:
         computing = _product_seconds(call, machine) / shares.product
     else:

@@ -71,7 +71,7 @@ class Call:
 
     Attributes:
         operator: name of the operator, without its namespace.
-        kind: ``GEMM``, ``attention``, ``norm``, ``GELU``, ``loss``, ``optimizer`` or ``other``.
+        kind: ``GEMM``, ``attention``, ``norm``, ``activation``, ``loss``, ``optimizer`` or ``other``.
         flops: FLOPs of matrix products; causal attention counts only the half that is not masked.
         bytes: bytes read plus bytes written, if each tensor is read once and written once.
         product: (M, N, K) of a matrix product, ``None`` for other calls.
@@ -263,6 +263,10 @@ def _is_free(func: Any, operands: list[Tensor], results: list[Tensor]) -> bool:
     return not writes and (views or "empty" in func._schema.name or not results)
 
 
+# Names of arguments that are changed and not read: of products, of AdamW, of a gated unit's backward.
+_ONLY_WRITTEN = ("out", "copies", "dgate", "dup", "y")
+
+
 def _traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> float:
     """Return the bytes read and written if every tensor is touched once.
 
@@ -273,8 +277,8 @@ def _traffic(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> float:
         return float(sum(map(_bytes, results)))
     for argument, value in zip(func._schema.arguments, _in_order(func, args, kwargs), strict=False):
         changed = argument.alias_info is not None and argument.alias_info.is_write
-        # "out" and AdamW's "copies" are written and not read, but addmm.dtype_out accumulates into its "out"
-        only_written = changed and argument.name in ("out", "copies") and func is not aten.addmm.dtype_out
+        # addmm.dtype_out accumulates into its "out"
+        only_written = changed and argument.name in _ONLY_WRITTEN and func is not aten.addmm.dtype_out
         for tensor in tree_iter(value):
             if isinstance(tensor, Tensor):
                 total += _bytes(tensor) * (2 if changed and not only_written else 1)

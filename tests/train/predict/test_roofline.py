@@ -45,15 +45,15 @@ def test_a_product_with_few_tiles_and_a_long_sum_is_split():
 
 
 def test_what_has_to_be_moved_takes_its_bytes():
-    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), CARD) == pytest.approx(5e-3)
+    assert roofline.seconds(Call("gelu", "activation", 0.0, 5e9), CARD) == pytest.approx(5e-3)
     assert roofline.seconds(product(256, 128, 8, n_bytes=5e9), CARD) == pytest.approx(5e-3)
 
 
 def test_half_of_what_a_kernel_moves_may_lie_in_the_cache():
     cached = replace(CARD, l2=2 * 10**9, shares=replace(CARD.shares, reuse=0.5))
     # 5 GB: half of the cache, 1 GB, is saved. 1 GB: half of the traffic is saved.
-    assert roofline.seconds(Call("gelu", "GELU", 0.0, 5e9), cached) == pytest.approx(4e-3)
-    assert roofline.seconds(Call("gelu", "GELU", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
+    assert roofline.seconds(Call("gelu", "activation", 0.0, 5e9), cached) == pytest.approx(4e-3)
+    assert roofline.seconds(Call("gelu", "activation", 0.0, 1e9), cached) == pytest.approx(0.5e-3)
 
 
 def test_attention_over_few_tokens_runs_at_less_of_its_rate():

@@ -107,6 +107,18 @@ def test_adamw_moves_34_bytes_per_parameter():
     assert moved == pytest.approx(34 * GPT2.n_params, rel=1e-3)
 
 
+def test_a_gated_units_gradients_are_written_and_not_read():
+    packed, dy, y = (torch.empty(4, n, device="meta") for n in (16, 8, 8))
+    dpacked = torch.empty_like(packed)
+    with Recorder(Setup(GPT2, 1)) as recorder:
+        arguments = *dpacked.split(8, -1), dy, *packed.split(8, -1), 0
+        torch.ops.fastgpt.glu_backward_(*arguments)
+        torch.ops.fastgpt.glu_backward_(*arguments, y)
+    calls = [call for call in recorder.calls if call.operator == "glu_backward_"]
+    assert [call.bytes for call in calls] == [4 * 5 * 32, 4 * 6 * 32]
+    assert {call.kind for call in calls} == {"activation"}
+
+
 def test_weights_gradients_and_moments_take_their_bytes_a_parameter():
     for state_bits, expected in ((32, 8.0), (8, 2 + 2 * 4 / 256)):
         memory = trace_step(Setup(GPT2, 1, state_bits=state_bits)).memory
