@@ -15,6 +15,7 @@ from fastgpt.kernels import (
     linear,
     linear_cross_entropy,
 )
+from tests.kernels import local
 
 
 def targets(t):
@@ -45,6 +46,11 @@ FUNCTIONS = {
     ),
     "attention": (attention, causal, [(2, 3, 9, 4)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), packed, [(2, 9, 24)]),
+    "attention, local": (
+        lambda *t: attention(*t, window=4, softcap=2.0),
+        local.formula(window=4, softcap=2.0),
+        [(2, 4, 9, 4), (2, 2, 9, 4), (2, 2, 9, 4)],
+    ),
     "cross_entropy": (
         lambda x: cross_entropy(x, targets(x)),
         lambda x: F.cross_entropy(x, targets(x), ignore_index=-1),

@@ -15,6 +15,7 @@ from fastgpt.kernels import (
     layer_norm,
     linear_cross_entropy,
 )
+from tests.kernels import local
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
@@ -58,6 +59,11 @@ CASES = {
     "attention": (attention, plain_attention, [(1, 2, 130, 40)] * 3),
     "attention, single pass": (lambda *t: attention(*t, deterministic=False), plain_attention, [(1, 2, 130, 40)] * 3),
     "attention_qkv": (lambda t: attention_qkv(t, 2), plain_attention_qkv, [(1, 130, 96)]),
+    "attention, local": (
+        lambda *t: attention(*t, window=40, softcap=5.0),
+        local.formula(window=40, softcap=5.0),
+        [(1, 2, 130, 40), (1, 1, 130, 40), (1, 1, 130, 40)],
+    ),
     "cross_entropy": (
         lambda t: cross_entropy(t, targets(63)),
         in_fp32(lambda t: F.cross_entropy(t, targets(63))),
