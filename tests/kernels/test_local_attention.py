@@ -254,9 +254,13 @@ def test_one_head_needs_no_dimension_of_its_own(device):
 BLOCK = 256
 
 
+compiled = pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)  # the reference computes all
+
+
+@compiled
 @passes
 @pytest.mark.parametrize("options", [{"window": 20}, {"lengths": [400]}], ids=["window", "documents"])
-def test_blocks_that_nobody_sees_are_not_computed(device, dtype, options, deterministic):
+def test_blocks_that_nobody_sees_are_not_computed(backend, device, dtype, options, deterministic):
     """A masked weight is 0, and 0 * NaN is NaN: a NaN is in every result of every block that reads it.
 
     Without a window, one key of NaN spoils all later rows, and without blocks that are left out the earlier ones too.
@@ -282,8 +286,9 @@ def test_blocks_that_nobody_sees_are_not_computed(device, dtype, options, determ
     assert with_all[0, 0, far].isnan().all()  # the test can fail
 
 
+@compiled
 @pytest.mark.parametrize("options", [{"window": 20}, {"lengths": [400]}], ids=["window", "documents"])
-def test_keys_before_those_that_one_query_sees_are_not_read(device, dtype, options):
+def test_keys_before_those_that_one_query_sees_are_not_read(backend, device, dtype, options):
     """As when a text is generated with a window: of 1200 keys, those of the last blocks."""
     for T in (1, 5, 20):
         q, k, v = operands(1, 2, 1, T, 1200, 16, dtype=dtype, device=device)
