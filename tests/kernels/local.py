@@ -18,7 +18,9 @@ def visible(T, S, causal=True, window=None, documents=None, device=None):
     return mask
 
 
-def formula(causal=True, scale=None, window=None, softcap=None, documents=None, factors=None):
+def formula(causal=True, scale=None, window=None, softcap=None, documents=None, factors=None, from_lse=False):
+    """Attention as it is written down; the weights are exp(score - logsumexp) if ``from_lse``."""
+
     def plain(q, k, v):
         group = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -27,16 +29,19 @@ def formula(causal=True, scale=None, window=None, softcap=None, documents=None, 
             scores = softcap * torch.tanh(scores / softcap)
         T, S = scores.shape[-2:]
         hidden = ~visible(T, S, causal, window, documents, q.device)
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -math.inf)
+        weights = (scores - scores.logsumexp(-1, keepdim=True)).exp() if from_lse else scores.softmax(-1)
         return (weights if factors is None else weights * factors.to(weights.dtype)) @ v
 
     return plain
 
 
 def sdpa(causal=True, scale=None, window=None, softcap=None, documents=None):
-    """PyTorch's own, which has no soft cap."""
+    """PyTorch's own, which like ours recomputes the weights from the logsumexp. With a soft cap, which it has not, a
+    formula that does so.
+    """
     if softcap is not None:
-        return None
+        return formula(causal, scale, window, softcap, documents, from_lse=True)
 
     def peer(q, k, v):
         mask = visible(q.shape[2], k.shape[2], causal, window, documents, q.device)
