@@ -23,7 +23,7 @@ for each element of q, if L2 holds a head's sums while its blocks are added.
 q, k and v, and the gradients, are read and written wherever they lie: a packed (B, T, 3C) tensor needs no split.
 
 Heads of q may share one of k and v (GROUP of them). A program for a block of keys then walks along the queries of each
-in turn, and dk and dv are sums over all of them, in fp32.
+in turn, all of them masked, and dk and dv are sums over all of them, in fp32.
 
 A window, or documents, hide keys from a query that causality shows it (LOCAL). The blocks that no query of a block sees
 are not in its loop, which begins at the first key that its first query sees; in the pass along the queries it ends at
@@ -448,25 +448,36 @@ def _dq_kernel(
 
 @triton.jit
 def _accumulate_dk_dv(
-    dk, dv, dq, k, v, q, dout, lse, delta, q_stride, dout_stride, begin, end, start_n, n_query, n_key, offset, until,
-    head, seed, threshold, scale, keep,
-    ADD_DQ: tl.constexpr, MASKED: tl.constexpr, LOCAL: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dk, dv, dq, k, v, q, dout, lse, delta, q_head, q_stride, dout_head, dout_stride, begin, end, start_n, n_query,
+    n_key, offset, until, head, seed, threshold, scale, keep,
+    ADD_DQ: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, LOCAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FP32: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the shares of the queries from ``begin`` to ``end`` to dk and dv, (BLOCK_N, BLOCK_D) fp32, without the scale.
 
     Tiles of scores and weights are transposed here, (BLOCK_N, BLOCK_M), because both products need them as the left
-    operand. With ADD_DQ the keys' share of dq is added to memory, also without the scale.
+    operand. With ADD_DQ the keys' share of dq is added to memory, also without the scale. The queries of a GROUP of
+    heads are walked along in one loop, one head behind the other: a loop in a loop would spill registers.
 
-    k, v: (BLOCK_N, BLOCK_D), tiles. q, dout, lse, delta: pointers to a head's first row. dq: to its sums, or None.
+    k, v: (BLOCK_N, BLOCK_D), tiles. q, dout, lse, delta: pointers to the first head's first row. dq: to its sums, or
+    None.
     until: (BLOCK_N,), the end of the positions whose queries see each key; not read without LOCAL.
     """
-    for start_m in range(begin, end, BLOCK_M):
+    rows_of_head = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M) * BLOCK_M if GROUP > 1 else 0
+    for step in range(begin, begin + GROUP * rows_of_head if GROUP > 1 else end, BLOCK_M):
+        start_m, this_head = step, head
+        if GROUP > 1:
+            i = (step - begin) // rows_of_head
+            start_m, this_head = step - i * rows_of_head, head + i
+            i = tl.cast(i, tl.int64)
+            of_head = i * n_query
+        else:
+            i, of_head = 0, 0
         rows = start_m + tl.arange(0, BLOCK_M)
-        queries = _tile(q, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+        queries = _tile(q + i * q_head, start_m, q_stride, n_query, True, D, BLOCK_M, BLOCK_D)
         # infinity makes the weights of queries beyond the end 0
-        row_lse = _to_base(tl.load(lse + rows, mask=rows < n_query, other=float("inf")), FP32)
+        row_lse = _to_base(tl.load(lse + of_head + rows, mask=rows < n_query, other=float("inf")), FP32)
         scores = tl.dot(k, queries.T, input_precision=PRECISION)
         weights, sloped = _weights(scores, scale, row_lse[None, :], SOFTCAP, FP32)
         if MASKED:
@@ -475,53 +486,21 @@ def _accumulate_dk_dv(
                 visible &= (offset + rows)[:, None] < until[None, :]
             weights = tl.where(visible.T, weights, 0.0)
             sloped = tl.where(visible.T, sloped, 0.0) if SOFTCAP > 0.0 else weights
-        grad = _tile(dout, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
+        grad = _tile(dout + i * dout_head, start_m, dout_stride, n_query, True, D, BLOCK_M, BLOCK_D)
         dweights = tl.dot(v, grad.T, input_precision=PRECISION)
         used = weights
         if DROPOUT:
-            kept = _dropout_keeps(seed, threshold, head, start_m, start_n, BLOCK_M, BLOCK_N).T
+            kept = _dropout_keeps(seed, threshold, this_head, start_m, start_n, BLOCK_M, BLOCK_N).T
             used = tl.where(kept, weights * keep, 0.0)
             dweights = tl.where(kept, dweights * keep, 0.0)
         dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        row_delta = tl.load(delta + rows, mask=rows < n_query, other=0.0)
+        row_delta = tl.load(delta + of_head + rows, mask=rows < n_query, other=0.0)
         dscores = sloped * (dweights - row_delta[None, :])
         dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision=PRECISION)
         if ADD_DQ:
             share = tl.dot(dscores.to(k.dtype).T, k, input_precision=PRECISION)
-            _add_tile(dq, share, start_m, n_query, D, BLOCK_M, BLOCK_D)
+            _add_tile(dq + of_head * D, share, start_m, n_query, D, BLOCK_M, BLOCK_D)
     return dk, dv
-
-
-@triton.jit
-def _dk_dv_of_head(
-    dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, end, start_n,
-    n_query, n_key, offset, until, head, seed, threshold, scale, keep,
-    ADD_DQ: tl.constexpr, LOCAL: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, FP32: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add the shares of the queries of a head, with a mask from ``begin`` on and without from ``unmasked`` on.
-
-    q, dout: pointers to the head's first row. dq, lse, delta: to those of all heads.
-    """
-    lse += head.to(tl.int64) * n_query
-    delta += head.to(tl.int64) * n_query
-    if ADD_DQ:
-        dq += head.to(tl.int64) * n_query * D
-    if CAUSAL or ADD_DQ:
-        dkeys, dvalues = _accumulate_dk_dv(
-            dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, start_n,
-            n_query, n_key, offset, until, head, seed, threshold, scale, keep,
-            ADD_DQ, True, LOCAL, SOFTCAP, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    # keys beyond the end need no mask: what they gather is not stored
-    if not LOCAL:
-        dkeys, dvalues = _accumulate_dk_dv(
-            dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, unmasked, end, start_n,
-            n_query, n_key, offset, until, head, seed, threshold, scale, keep,
-            ADD_DQ, False, LOCAL, SOFTCAP, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    return dkeys, dvalues
 
 
 @triton.jit
@@ -547,6 +526,10 @@ def _dk_dv_of_block(
     q += b * q_batch + h * GROUP * q_head  # the first of the heads that read these keys
     dout += b * dout_batch + h * GROUP * dout_head
     head = head * GROUP
+    lse += head.to(tl.int64) * n_query
+    delta += head.to(tl.int64) * n_query
+    if ADD_DQ:
+        dq += head.to(tl.int64) * n_query * D
 
     seed_value = tl.load(seed) if DROPOUT else 0
     keys = _tile(k, start_n, k_stride, n_key, True, D, BLOCK_N, BLOCK_D)
@@ -563,28 +546,27 @@ def _dk_dv_of_block(
         unmasked = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M, n_query)
     elif ADD_DQ:  # a key beyond the end is 0, but its weight may be infinite, and 0 * infinity would be added to dq
         unmasked = tl.where(start_n + BLOCK_N > n_key, n_query, 0)
-    if WINDOW > 0 or DOCUMENTS:
+    LOCAL: tl.constexpr = WINDOW > 0 or DOCUMENTS
+    if LOCAL:
         documents += b * 2 * n_key
         until = _end_position(documents, start_n + tl.arange(0, BLOCK_N), n_key, WINDOW, DOCUMENTS)
         last = tl.minimum(start_n + BLOCK_N, n_key) - 1
         end = tl.minimum(_end_position(documents, last, n_key, WINDOW, DOCUMENTS) - offset, n_query)
+    if LOCAL or GROUP > 1:
         unmasked = end
-    if GROUP == 1:
-        dkeys, dvalues = _dk_dv_of_head(
-            dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, end,
-            start_n, n_query, n_key, offset, until, head, seed_value, threshold, scale_in_base, keep,
-            ADD_DQ, WINDOW > 0 or DOCUMENTS, SOFTCAP, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    if CAUSAL or ADD_DQ or GROUP > 1:
+        dkeys, dvalues = _accumulate_dk_dv(
+            dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_head, q_stride, dout_head, dout_stride, begin,
+            unmasked, start_n, n_query, n_key, offset, until, head, seed_value, threshold, scale_in_base, keep,
+            ADD_DQ, True, GROUP, LOCAL, SOFTCAP, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    else:
-        for i in range(GROUP):
-            dkeys, dvalues = _dk_dv_of_head(
-                dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_stride, dout_stride, begin, unmasked, end,
-                start_n, n_query, n_key, offset, until, head + i, seed_value, threshold, scale_in_base, keep,
-                ADD_DQ, WINDOW > 0 or DOCUMENTS, SOFTCAP, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M,
-                BLOCK_N,
-            )  # fmt: skip
-            q += q_head
-            dout += dout_head
+    # keys beyond the end need no mask: what they gather is not stored
+    if not (LOCAL or GROUP > 1):
+        dkeys, dvalues = _accumulate_dk_dv(
+            dkeys, dvalues, dq, keys, values, q, dout, lse, delta, q_head, q_stride, dout_head, dout_stride, unmasked,
+            n_query, start_n, n_query, n_key, offset, until, head, seed_value, threshold, scale_in_base, keep,
+            ADD_DQ, False, GROUP, LOCAL, SOFTCAP, CAUSAL, DROPOUT, PRECISION, FP32, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     _store_tile(dk, dkeys * scale, start_n, dk_stride, n_key, D, BLOCK_N, BLOCK_D)
     _store_tile(dv, dvalues, start_n, dv_stride, n_key, D, BLOCK_N, BLOCK_D)
 
