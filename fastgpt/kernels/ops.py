@@ -243,6 +243,7 @@ def _(
     dout, out, q, dq: (B, H, T, D). k, v, dk, dv: (B, Hk, S, D). lse: (B, H, T), as the forward returned it.
     dk and dv are sums over the heads that read a key head, added in fp32.
     seed: () int64, or None.
+    window, softcap, documents: as in attention.
     dq, dk and dv are laid out in memory as (B, T, H, D). deterministic=False lets dq be added up in any order.
     """
     return empty_heads(q), empty_heads(k), empty_heads(v)

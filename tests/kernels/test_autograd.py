@@ -133,7 +133,7 @@ def test_a_second_derivative_is_refused(backend, device, name, argument):
     try:
         gradient = torch.autograd.grad(penalty(ours), tensors[argument])[0]
     except RuntimeError as error:
-        assert str(error).startswith(f"{name}: cannot be differentiated twice")  # noqa: PT017
+        assert str(error).startswith(f"{name.partition(',')[0]}: cannot be differentiated twice")  # noqa: PT017
     else:  # no gradient depends on what is added last
         assert (name, argument) in {("layer_norm", 2), ("linear", 2)}
         torch.testing.assert_close(gradient, torch.autograd.grad(penalty(plain), tensors[argument])[0])
