@@ -788,17 +788,22 @@ def _launch(
     def run(config: dict[str, int]) -> None:
         launch(kernel, (cdiv(length, config[block]) * B * heads,), q, *args, **constants, **config)
 
-    config = configuration(device_of(q), name, _kind(constants))
+    config = configuration(device_of(q), name, _kind(q, name, constants))
     config = _tuned(q, kernel, (name, length, constants), config, run)
     if before is not None:
         before()
     run(config)
 
 
-def _kind(constants: dict[str, Any]) -> str:
-    """The key of a launch configuration in configs/."""
+def _kind(q: Tensor, name: str, constants: dict[str, Any]) -> str:
+    """The key of a kernel's launch configuration in configs/.
+
+    With a window, documents or a soft cap it ends in "local" if there is such a key: where the other would spill.
+    """
     dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
-    return f"{dtype} D{constants['BLOCK_D']}{dropout}"
+    kind = f"{dtype} D{constants['BLOCK_D']}{dropout}"
+    local = constants["WINDOW"] > 0 or constants["DOCUMENTS"] or constants["SOFTCAP"] > 0.0
+    return f"{kind} local" if local and has_configuration(device_of(q), name, f"{kind} local") else kind
 
 
 def _tuned(
@@ -853,7 +858,8 @@ def _backward(
     constants = _constants(q, k, causal, dropout_p, seed, of_scores)
     pointers = _pointers(lse, seed, of_scores.documents)
     scalars = (scale, *_dropout(dropout_p))
-    if deterministic or not has_configuration(device_of(q), "attention_single_pass", _kind(constants)):
+    single_pass = "attention_single_pass"
+    if deterministic or not has_configuration(device_of(q), single_pass, _kind(q, single_pass, constants)):
         _launch(
             "attention_dq", _dq_kernel, (q, "BLOCK_M"),
             q, k, v, out, dout, lse, dq, delta, *pointers, *_strides(q, k, v, out, dout, dq), H, T, S, *scalars,
@@ -869,7 +875,7 @@ def _backward(
     dq_sums = q.new_empty(q.shape, dtype=torch.float32)
     width = {name: constants[name] for name in ("D", "BLOCK_D")}
     _launch(
-        "attention_single_pass", _single_pass_kernel, (k, "BLOCK_N"),
+        single_pass, _single_pass_kernel, (k, "BLOCK_N"),
         q, k, v, dout, lse, delta, dq_sums, dk, dv, *pointers, *_strides(q, k, v, dout, dk, dv), H, T, S, *scalars,
         constants=constants,
         before=lambda: _launch_on_rows(
