@@ -238,8 +238,9 @@ FASTGPT_AMX inline void weigh(
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t at = row_of_sums(i + row) + half * kSumsOfTile, column = half * kTileLanes;
         const Vec capped = p.softcap > 0.0f ? tanh(load(scores + at) * factor) : Vec{};
-        const Vec score = p.softcap > 0.0f ? p.softcap * capped : load(scores + at) * p.scale;
-        Vec weight = exp_nonpositive(score - load(lse + column));
+        Vec weight = exp_nonpositive(
+            p.softcap > 0.0f ? p.softcap * capped - load(lse + column)
+                             : load(scores + at) * p.scale - load(lse + column));
         if (masked) {
           const auto this_key = static_cast<int32_t>(key + i + row);
           if (this_key >= p.n_key)
