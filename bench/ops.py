@@ -166,10 +166,14 @@ def local_attention(
         return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
 
     blocks = create_block_mask(sees, None, None, s.T, s.T, device=str(s.device))
-    flex = partial(
-        torch.compile(flex_attention), score_mod=None if softcap is None else capped, block_mask=blocks,
-        enable_gqa=group > 1,
-    )  # fmt: skip
+    score = None if softcap is None else capped
+    compiled = partial(torch.compile(flex_attention), score_mod=score, block_mask=blocks, enable_gqa=group > 1)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # on a CPU it has no backward, and refuses tensors that ask for one
+            q, k, v = (t.detach() for t in (q, k, v))
+        return compiled(q, k, v)
+
     contenders = [
         Contender("fastgpt", partial(ours.attention, window=window, documents=starts, softcap=softcap)),
         Contender("eager", eager),

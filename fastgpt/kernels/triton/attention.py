@@ -798,12 +798,13 @@ def _launch(
 def _kind(q: Tensor, name: str, constants: dict[str, Any]) -> str:
     """The key of a kernel's launch configuration in configs/.
 
-    With a window, documents or a soft cap it ends in "local" if there is such a key: where the other would spill.
+    With a window, documents, shared keys (all blocks are masked then) or a soft cap it ends in "masked" if there is
+    such a key: where the other would spill.
     """
     dtype, dropout = ("fp32" if constants["FP32"] else "16-bit"), (" dropout" if constants["DROPOUT"] else "")
     kind = f"{dtype} D{constants['BLOCK_D']}{dropout}"
-    local = constants["WINDOW"] > 0 or constants["DOCUMENTS"] or constants["SOFTCAP"] > 0.0
-    return f"{kind} local" if local and has_configuration(device_of(q), name, f"{kind} local") else kind
+    extra = constants["WINDOW"] or constants["DOCUMENTS"] or constants["SOFTCAP"] or constants["GROUP"] > 1
+    return f"{kind} masked" if extra and has_configuration(device_of(q), name, f"{kind} masked") else kind
 
 
 def _tuned(
