@@ -251,7 +251,7 @@ def attention_qkv(
     checks.boolean("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     scale = scale_or_default(scale, C // n_head)
-    of_scores = _of_scores(causal, window, softcap, documents, *qkv.shape[:2], qkv.device)
+    of_scores = _of_scores(causal, window, softcap, documents, qkv.shape[0], qkv.shape[1], qkv.device)
     if qkv.shape[0] == 0:
         return qkv[..., :C].clone()
     seed = draw_seed(dropout_p, qkv.device)
