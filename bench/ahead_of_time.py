@@ -103,6 +103,19 @@ def _attention_of_later_queries(D: int, dtype: torch.dtype) -> None:
         OPS["attention_backward"](out, q, k, k, out, lse, True, D**-0.5, 0.0, None, deterministic)
 
 
+def _attention_of_shared_keys(D: int, window: int = 0, softcap: float = 0.0, documents: bool = False) -> None:
+    """Three heads of queries read one of keys."""
+    H = C // D
+    qkv, scores = _empty(B, T, (H + 2 * (H // 3)) * D), (window, softcap, None)
+    if documents:
+        scores = (window, softcap, _empty(B, 2, T, dtype=torch.int32))
+    out, lse = OPS["attention_qkv"](qkv, H, True, D**-0.5, 0.0, None, H // 3, *scores)
+    for deterministic in (True, False):
+        OPS["attention_qkv_backward"](
+            out, qkv, out, lse, H, True, D**-0.5, 0.0, None, deterministic, H // 3, *scores
+        )  # fmt: skip
+
+
 def _layer_norm(width: int) -> None:
     """With all optional arguments: residual, bias, gradient of the sum."""
     x, w = _empty(B, T, width), _empty(width)
@@ -212,6 +225,12 @@ CASES: dict[str, Callable[[], None]] = {
     "attention bf16 D64 later queries": lambda: _attention_of_later_queries(64, BF16),
     "attention fp32 D64 later queries": lambda: _attention_of_later_queries(64, FP32),
     "attention bf16 D64 full": lambda: _attention(64, BF16, causal=False),
+    **{f"attention bf16 D{D} shared": lambda D=D: _attention_of_shared_keys(D) for D in (64, 128)},
+    **{f"attention bf16 D{D} window": lambda D=D: _attention_of_shared_keys(D, window=256) for D in (64, 128)},
+    **{
+        f"attention bf16 D{D} local": lambda D=D: _attention_of_shared_keys(D, 256, 50.0, documents=True)
+        for D in (64, 128)
+    },
     **{f"attention bf16 D{D} dropout": lambda D=D: _attention(D, BF16, dropout_p=0.1) for D in (32, 64, 128, 256)},
     **{f"attention fp32 D{D} dropout": lambda D=D: _attention(D, FP32, dropout_p=0.1) for D in (32, 64, 128)},
     **{f"layer_norm bf16 C{w}": lambda w=w: _layer_norm(w) for w in (64, 128, 256, 512, 768, 1600, 4096, 8192)},

@@ -96,7 +96,8 @@ def _attention(launch: Launch) -> Work | None:
         return machine.code, launch.programs, sums.numel() * (4 + dq.element_size())
     # take the loop without a mask for both loops; the masked one has a compare and a select more for each element
     loops = [loop for loop in machine.loops if any(i.pipe == "tensor" for i in loop)]
-    if not loops or not options["SQUARE"]:  # the work is stated for as many keys as queries only
+    # the work is stated for as many keys as queries, of which causality alone hides some
+    if not loops or not options["SQUARE"] or options["WINDOW"] or options["DOCUMENTS"] or options["GROUP"] > 1:
         return None
     # the number of tensors of the size of q, and further bytes per element of q: the sums of dq, in fp32, enter L2 once
     # and leave it once

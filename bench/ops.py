@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastgpt.kernels as ours
 
@@ -134,6 +135,59 @@ def attention(s: Setting) -> Op:
     contenders = [Contender("fastgpt", ours.attention), *peers]
     inputs = [s.leaf(*shape) for _ in range(3)]
     return Op(inputs, [s.draw(*shape)], contenders, "sdpa math", attention_work(s), "FLOP/s")
+
+
+def local_attention(
+    s: Setting, head_size: int = 64, group: int = 1, window: int | None = None, documents: int | None = None,
+    softcap: float | None = None,
+) -> Op:  # fmt: skip
+    """Three tensors in, one out; ``group`` heads read one of keys, and ``documents`` of that length lie side by side.
+
+    The peers get the mask that says the same: SDPA as booleans, FlexAttention as blocks that it leaves out.
+    """
+    H, positions = s.C // head_size, torch.arange(s.T, device=s.device)
+    starts = None if documents is None else (positions // documents * documents).int().expand(s.B, s.T)
+    distance = positions[:, None] - positions
+    mask = (distance >= 0) & (distance < (window or s.T))
+    if documents is not None:
+        mask &= positions[:, None] // documents == positions // documents
+    hides = window is not None or documents is not None
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & mask[query, key]
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        scores = q @ k.transpose(2, 3) * head_size**-0.5
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+    blocks = create_block_mask(sees, None, None, s.T, s.T, device=str(s.device))
+    score = None if softcap is None else capped
+    compiled = partial(torch.compile(flex_attention), score_mod=score, block_mask=blocks, enable_gqa=group > 1)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # on a CPU it has no backward, and refuses tensors that ask for one
+            q, k, v = (t.detach() for t in (q, k, v))
+        return compiled(q, k, v)
+
+    contenders = [
+        Contender("fastgpt", partial(ours.attention, window=window, documents=starts, softcap=softcap)),
+        Contender("eager", eager),
+        Contender("torch.compile", torch.compile(eager)),
+        Contender("flex_attention", flex),
+    ]
+    if softcap is None:
+        masked = {"attn_mask": mask} if hides else {"is_causal": True}
+        plain = partial(F.scaled_dot_product_attention, **masked, enable_gqa=group > 1)
+        contenders.append(Contender("sdpa", plain))
+    inputs = [s.leaf(s.B, h, s.T, head_size) for h in (H, H // group, H // group)]
+    forward = 4.0 * s.B * s.C * mask.sum().item()
+    work = {"fwd": forward, "fwd+bwd": 3.5 * forward}
+    return Op(inputs, [s.draw(s.B, H, s.T, head_size)], contenders, "eager", work, "FLOP/s")
 
 
 def against_eager(
@@ -414,6 +468,10 @@ OPS: dict[str, tuple[Callable[[Setting], Op], int]] = {
     "attention_qkv_d128": (partial(attention_qkv, head_size=128), 30),
     "attention_qkv_dropout": (partial(attention_qkv, dropout_p=0.1), 30),
     "attention": (attention, 100),
+    "attention_shared": (partial(local_attention, group=3), 30),
+    "attention_window": (partial(local_attention, window=128), 30),
+    "attention_documents": (partial(local_attention, documents=128), 30),
+    "attention_softcap": (partial(local_attention, softcap=50.0), 30),
     "layer_norm": (layer_norm, 100),
     "add_layer_norm": (add_layer_norm, 100),
     "rms_norm": (rms_norm, 100),

@@ -246,6 +246,21 @@ FASTGPT_INLINE Vec exp_nonpositive(Vec x) {
   return x < broadcast(-87.3365448f) ? Vec{} : p * n.power;
 }
 
+// tanh(x), within 3 ulp. Below 0.6 an odd polynomial, fitted by least squares to a relative error of 3e-9; from there
+// on 1 - 2 / (1 + e**2|x|), written with e**-2|x|, whose subtraction would cancel below.
+FASTGPT_INLINE Vec tanh(Vec x) {
+  const Vec magnitude = x < Vec{} ? -x : x, square = x * x;
+  Vec p = broadcast(-0.0058939453f);
+  p = p * square + 0.0207946177f;
+  p = p * square - 0.053783293f;
+  p = p * square + 0.133319153f;
+  p = p * square - 0.333332975f;
+  const Vec small = x + x * square * p;
+  const Vec e = exp_nonpositive(magnitude * -2.0f);
+  const Vec large = (1.0f - e) / (1.0f + e);
+  return magnitude < broadcast(0.6f) ? small : (x < Vec{} ? -large : large);
+}
+
 // s(x) = 1 / (1 + e**-x) and s' = s (1 - s), both from e = e**-|x|: s = 1 / (1 + e) or e / (1 + e), s' = e / (1 +
 // e)**2. Neither subtracts, so neither cancels.
 struct Sigmoid {

@@ -74,6 +74,18 @@ def _attention_across(ops: Ops, T: int, S: int, deterministic: bool = True) -> N
     ops["attention_backward"](_random(1, 2, T, 40), q, k, v, out, lse, False, 0.1, 0.0, None, deterministic)
 
 
+def _local_attention(
+    ops: Ops, T: int, S: int, D: int, window: int = 0, softcap: float = 0.0, documents: bool = False,
+    deterministic: bool = True,
+) -> None:  # fmt: skip
+    """Of the last T of S positions; four heads of queries read two of keys. Bounds of documents are at random."""
+    q, dout, (k, v) = _random(2, 4, T, D), _random(2, 4, T, D), (_random(2, 2, S, D) for _ in range(2))
+    bounds = torch.randint(-9, S + 9, (2, 2, S), dtype=torch.int32) if documents else None
+    options, scores = (True, D**-0.5, 0.0, None), (window, softcap, bounds)
+    out, lse = ops["attention"](q, k, v, *options, *scores)
+    ops["attention_backward"](dout, q, k, v, out, lse, *options, deterministic, *scores)
+
+
 def _layer_norm(ops: Ops, rows: int, C: int) -> None:
     x, dy, weight = _random(rows, C + 8)[:, :C], _random(rows, C), _random(C)
     _, mean, rstd = ops["layer_norm"](x, weight, None, 1e-5)
@@ -225,6 +237,13 @@ SMALL: dict[str, Case] = {
     "attention single pass, dropout": partial(_attention, B=1, H=1, T=70, D=128, dropout_p=0.1, deterministic=False),
     "attention single pass, fp32": partial(_attention, B=1, H=2, T=70, D=32, dtype=FP32, deterministic=False),
     "attention single pass, across": partial(_attention_across, T=77, S=145, deterministic=False),
+    "attention, shared keys": partial(_local_attention, T=70, S=70, D=64),
+    "attention, window": partial(_local_attention, T=150, S=150, D=64, window=40),
+    "attention, documents": partial(_local_attention, T=77, S=145, D=64, documents=True, softcap=5.0),
+    "attention single pass, window": partial(_local_attention, T=77, S=145, D=64, window=40, deterministic=False),
+    "attention single pass, documents": partial(
+        _local_attention, T=150, S=150, D=64, documents=True, softcap=5.0, deterministic=False
+    ),
     "layer_norm C100": partial(_layer_norm, rows=70, C=100),
     "add_layer_norm C96": partial(_add_layer_norm, rows=37, C=96),
     "add_layer_norm C768": partial(_add_layer_norm, rows=19, C=768),

@@ -307,19 +307,35 @@ def attention_options(draw: Draw) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def local_options(draw: Draw, B: int, S: int) -> dict[str, Any]:
+    """What hides keys, and the soft cap: each of them or not. Starts of documents may make no sense."""
+    options = {
+        "window": draw.option(None, 1, 16, 2**40), "softcap": draw.option(None, 1.0, 30, 1e-30),
+        "documents": replace(draw.indices(B, S, below=max(1, S // 2)), dtype="int32") if S else None,
+    }  # fmt: skip
+    chosen = draw.of(st.sets(st.sampled_from(sorted(options))))
+    return {name: options[name] for name in sorted(chosen)}
+
+
 def an_attention(draw: Draw) -> dict[str, Any]:
     heads = () if draw.of(mostly(False, [True])) else (draw.of(FEW),)
     B, T, D = draw.of(FEW), draw.size(), draw.of(HEAD_SIZES)
     options = attention_options(draw)
     S = T + draw.of(FEW) * draw.of(FEW) if options["causal"] is True else draw.size()
-    q, k, v = (draw.floats(B, *heads, n, D) for n in (T, S, S))
-    return {"q": q, "k": k, "v": v, **options}
+    group = draw.of(mostly(1, [2, 3])) if heads else 1
+    of_queries = tuple(group * n for n in heads)
+    q, k, v = (draw.floats(B, *h, n, D) for h, n in ((of_queries, T), (heads, S), (heads, S)))
+    return {"q": q, "k": k, "v": v, **options, **local_options(draw, B, S)}
 
 
 def an_attention_qkv(draw: Draw) -> dict[str, Any]:
-    n_head, D = draw.of(FEW), draw.of(HEAD_SIZES)
-    qkv = draw.floats(draw.of(FEW), draw.size(), 3 * n_head * D)
-    return {"qkv": qkv, "n_head": draw.option(n_head, n_head, 3), **attention_options(draw)}
+    n_kv_head, group, D = draw.of(FEW), draw.of(mostly(1, [2, 3])), draw.of(HEAD_SIZES)
+    n_head, B, T = group * n_kv_head, draw.of(FEW), draw.size()
+    qkv = draw.floats(B, T, (n_head + 2 * n_kv_head) * D)
+    options = {**attention_options(draw), **local_options(draw, B, T)}
+    if group > 1:
+        options["n_kv_head"] = draw.option(n_kv_head, n_kv_head, 3)
+    return {"qkv": qkv, "n_head": draw.option(n_head, n_head, 3), **options}
 
 
 def loss_options(draw: Draw, V: int, weight_name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fastgpt.kernels.adamw import FusedAdamW
 from fastgpt.kernels.attention import attention, attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
 from fastgpt.kernels.dispatch import backends, use_backend
+from fastgpt.kernels.documents import document_bounds, document_starts, document_starts_from_cu_seqlens
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.glu import geglu, swiglu
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
@@ -61,6 +62,9 @@ __all__ = [
     "attention_qkv",
     "backends",
     "cross_entropy",
+    "document_bounds",
+    "document_starts",
+    "document_starts_from_cu_seqlens",
     "embedding",
     "geglu",
     "gelu",

@@ -19,7 +19,7 @@ NUMBERS: Any = (Real, torch.SymInt, torch.SymFloat)
 def floating(**tensors: Tensor) -> None:
     """Check that each is a dense tensor of a dtype in ``FLOATING``. Call it before autocast casts."""
     for name, tensor in tensors.items():
-        _dense(name, tensor)
+        dense(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -63,7 +63,7 @@ def targets(tensor: Tensor, n_rows: int, device: torch.device, ignore_index: int
 
 def indices(name: str, tensor: Tensor, device: torch.device) -> None:
     """Check that ``tensor`` is int64 and on ``device``."""
-    _dense(name, tensor)
+    dense(name, tensor)
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {tensor.dtype}")
     if tensor.device != device:
@@ -72,7 +72,7 @@ def indices(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Check that ``tensor`` is 0-dim, of ``dtype`` and on ``device``."""
-    _dense(name, tensor)
+    dense(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     shape(name, tensor, ())
@@ -125,6 +125,13 @@ def epsilon(value: Any) -> None:
         raise ValueError(f"eps: expected at least 0, got {value}")
 
 
+def soft_cap(name: str, value: Any) -> None:
+    """Check that ``value`` can bound scores in fp32: it and its inverse are far from the ends of its range."""
+    number(name, value)
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name}: expected 1e-30 <= {name} <= 1e30, got {value}")
+
+
 def probability(name: str, value: Any) -> None:
     """Check that ``value`` is in [0, 1)."""
     number(name, value)
@@ -164,6 +171,7 @@ def class_weight(name: str, tensor: Tensor, n_classes: int, dtype: torch.dtype, 
 
 
 def _dense(name: str, tensor: Tensor) -> None:
+def dense(name: str, tensor: Tensor) -> None:
     """Check that ``tensor`` is a strided tensor: not sparse, not nested."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")

@@ -17,6 +17,13 @@ def empty_heads(x: Tensor) -> Tensor:
     return x.new_empty((B, T, H, D)).transpose(1, 2)
 
 
+def split_qkv(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, ...]:
+    """Return q, (B, n_head, T, D), k and v, (B, n_kv_head, T, D): views of ``packed``, where they lie side by side."""
+    B, T, width = packed.shape
+    heads = packed.view(B, T, n_head + 2 * n_kv_head, width // (n_head + 2 * n_kv_head)).transpose(1, 2)
+    return heads.split((n_head, n_kv_head, n_kv_head), dim=1)
+
+
 def split_heads(packed: Tensor, n_head: int, n: int) -> tuple[Tensor, ...]:
     """Return n views (B, H, T, D) of ``packed``, (B, T, n * C)."""
     B, T, width = packed.shape

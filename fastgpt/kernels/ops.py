@@ -308,16 +308,22 @@ def _(
 
 @operator(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed)"
-    " -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout_p, Tensor? seed,"
+    " int window=0, float softcap=0.0, Tensor? documents=None) -> (Tensor out, Tensor lse)",
     kind="attention",
 )
 def _(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, ...]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
+    window: int = 0, softcap: float = 0.0, documents: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """out = softmax(q k^T * scale) v, with dropout of the weights; lse is the logsumexp of each row of scores.
 
-    q: (B, H, T, D). k, v: (B, H, S, D); with causal S >= T, and query t sees the keys up to t + S - T.
+    q: (B, H, T, D). k, v: (B, Hk, S, D), where Hk divides H; head h reads key head h // (H / Hk).
+    With causal S >= T, and query t, at position p = t + S - T, sees the keys up to p. Only with causal: with a window
+    > 0 it sees those from p - window + 1 on, and with documents those from documents[b, 0, p] on.
+    documents: (B, 2, S) int32; of each position the first of its document, and of each key the end of the positions
+    that see it. Kernels keep them within [0, p] and [0, S].
+    softcap: a score s becomes softcap * tanh(s / softcap), before it is masked; 0 for none.
     seed: () int64, or None without dropout.
     out: (B, H, T, D), laid out in memory as (B, T, H, D). lse: (B, H, T) fp32, or fp64 if q is.
     """
@@ -327,17 +333,21 @@ def _(
 @operator(
     "attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale,"
-    " float dropout_p, Tensor? seed, bool deterministic=True) -> (Tensor dq, Tensor dk, Tensor dv)",
+    " float dropout_p, Tensor? seed, bool deterministic=True, int window=0, float softcap=0.0,"
+    " Tensor? documents=None) -> (Tensor dq, Tensor dk, Tensor dv)",
     kind="attention",
 )
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True, window: int = 0, softcap: float = 0.0,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of attention; its arguments and results are those of the forward.
 
-    dout, out, q, dq: (B, H, T, D). k, v, dk, dv: (B, H, S, D). lse: (B, H, T), as the forward returned it.
+    dout, out, q, dq: (B, H, T, D). k, v, dk, dv: (B, Hk, S, D). lse: (B, H, T), as the forward returned it.
+    dk and dv are sums over the heads that read a key head, added in fp32.
     seed: () int64, or None.
+    window, softcap, documents: as in attention.
     dq, dk and dv are laid out in memory as (B, T, H, D). deterministic=False lets dq be added up in any order.
     """
     return empty_heads(q), empty_heads(k), empty_heads(v)
@@ -345,36 +355,44 @@ def _(
 
 @operator(
     "attention_qkv",
-    "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)",
+    "(Tensor qkv, int n_head, bool causal, float scale, float dropout_p, Tensor? seed, int n_kv_head=0,"
+    " int window=0, float softcap=0.0, Tensor? documents=None) -> (Tensor out, Tensor lse)",
     kind="attention",
 )
 def _(
-    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Attention of q, k and v packed side by side; head h of each is columns h D to (h + 1) D of its C.
+    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None, n_kv_head: int = 0,
+    window: int = 0, softcap: float = 0.0, documents: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Attention of q, k and v packed side by side; head h of each is columns h D to (h + 1) D of its part.
 
-    qkv: (B, T, 3C). out: (B, T, C). lse: (B, n_head, T) fp32, or fp64 if qkv is.
+    qkv: (B, T, (n_head + 2 n_kv_head) D), where n_kv_head 0 stands for n_head. out: (B, T, C) with C = n_head D.
+    lse: (B, n_head, T) fp32, or fp64 if qkv is.
     seed: () int64, or None without dropout.
+    window, softcap, documents: as in attention.
     """
-    B, T, C3 = qkv.shape
-    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=statistics_dtype(qkv.dtype))
+    B, T, width = qkv.shape
+    C = width // (n_head + 2 * (n_kv_head or n_head)) * n_head
+    return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=statistics_dtype(qkv.dtype))
 
 
 @operator(
     "attention_qkv_backward",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, bool causal, float scale,"
-    " float dropout_p, Tensor? seed, bool deterministic=True) -> Tensor",
+    " float dropout_p, Tensor? seed, bool deterministic=True, int n_kv_head=0, int window=0, float softcap=0.0,"
+    " Tensor? documents=None) -> Tensor",
     kind="attention",
 )
 def _(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True, n_kv_head: int = 0, window: int = 0,
+    softcap: float = 0.0, documents: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of attention_qkv, packed like its input.
 
-    dout, out: (B, T, C). qkv, result: (B, T, 3C). lse: (B, n_head, T), as the forward returned it.
+    dout, out: (B, T, C). qkv, result: (B, T, (n_head + 2 n_kv_head) D). lse: (B, n_head, T), as the forward returned
+    it.
     seed: () int64, or None.
-    deterministic: as in attention_backward.
+    deterministic, window, softcap, documents: as in attention_backward.
     """
     return qkv.new_empty(qkv.shape)
 

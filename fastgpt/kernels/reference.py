@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt.kernels import torch_matmul
 from fastgpt.kernels.dry_run import on_gpu
-from fastgpt.kernels.heads import split_heads
+from fastgpt.kernels.heads import split_heads, split_qkv
 from fastgpt.kernels.moments_8bit import MOMENT_BLOCK, decode_moment, encode_moment
 from fastgpt.kernels.ops import GELU_EXACT, GELU_TANH, SILU, statistics_dtype
 from fastgpt.kernels.philox import dropout_factors, philox
@@ -213,14 +213,47 @@ def _activated(gate: Tensor, activation: int) -> Tensor:
 # ---- attention ----
 
 
-def _weights(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax weights (B, H, T, S), and logsumexp of the scores (B, H, T)."""
+def _scores(
+    q: Tensor, k: Tensor, causal: bool, scale: float, window: int, softcap: float, documents: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, H, T, S), hidden ones -inf; and their derivative by what they were before a soft cap, if there is one.
+
+    k: (B, H, S, D), its heads already those of q.
+    """
     scores = (_wide(q) @ _wide(k).transpose(-2, -1)) * scale
+    slope = None
+    if softcap > 0.0:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1.0 - capped.square()
     if causal:
         T, S = scores.shape[-2:]  # query t is the position S - T + t among the keys
         hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
         scores = scores.masked_fill(hidden, -math.inf)
-    return scores.softmax(-1), scores.logsumexp(-1)
+        if window > 0 or documents is not None:
+            scores = scores.masked_fill(_before_the_first(T, S, window, documents, q.device), -math.inf)
+    return scores, slope
+
+
+def _before_the_first(T: int, S: int, window: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """(T, S) or (B, 1, T, S) booleans: the key lies before the query's window, or before its document."""
+    keys = torch.arange(S, device=device)
+    positions = keys[S - T :]
+    first = (positions - window + 1 if window > 0 else torch.zeros_like(positions)).clamp(min=0)
+    if documents is not None:  # a position sees at least itself
+        first = torch.maximum(first, torch.minimum(documents[:, None, 0, S - T :], positions))
+    return keys < first.unsqueeze(-1)
+
+
+def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
+    """``x``, (B, Hk, S, D), with the head that each head of ``q`` reads: (B, H, S, D)."""
+    H, Hk = q.shape[1], x.shape[1]
+    return x if Hk == H else x.repeat_interleave(H // Hk, 1)
+
+
+def _per_key_head(gradient: Tensor, x: Tensor) -> Tensor:
+    """The sums of a gradient of :func:`_per_query_head`'s result over the heads that read one of ``x``."""
+    H, Hk = gradient.shape[1], x.shape[1]
+    return gradient if Hk == H else gradient.unflatten(1, (Hk, H // Hk)).sum(2)
 
 
 def _time_major(x: Tensor) -> Tensor:
@@ -229,9 +262,12 @@ def _time_major(x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    weights, lse = _weights(q, k, causal, scale)
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout_p: float, seed: Tensor | None,
+    window: int = 0, softcap: float = 0.0, documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k, v = _per_query_head(k, q), _per_query_head(v, q)
+    scores, _ = _scores(q, k, causal, scale, window, softcap, documents)
+    weights, lse = scores.softmax(-1), scores.logsumexp(-1)
     if dropout_p > 0.0 and seed is not None:
         weights = weights * dropout_factors(seed, dropout_p, *weights.shape).to(weights.dtype)
     return _time_major((weights @ _wide(v)).to(q.dtype)), _result(lse, statistics_dtype(q.dtype))
@@ -239,43 +275,52 @@ def attention(
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True, window: int = 0, softcap: float = 0.0,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    weights, _ = _weights(q, k, causal, scale)
+    keys, values = _per_query_head(k, q), _per_query_head(v, q)
+    scores, slope = _scores(q, keys, causal, scale, window, softcap, documents)
+    weights = scores.softmax(-1)
     grad = _wide(dout)
-    dweights = grad @ _wide(v).transpose(-2, -1)
+    dweights = grad @ _wide(values).transpose(-2, -1)
     used = weights
     if dropout_p > 0.0 and seed is not None:
         factors = dropout_factors(seed, dropout_p, *weights.shape).to(weights.dtype)
         used, dweights = weights * factors, dweights * factors
     delta = (weights * dweights).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta) * scale
-    dq, dk, dv = dscores @ _wide(k), dscores.transpose(-2, -1) @ _wide(q), used.transpose(-2, -1) @ grad
+    if slope is not None:
+        dscores = dscores * slope
+    dq, dk, dv = dscores @ _wide(keys), dscores.transpose(-2, -1) @ _wide(q), used.transpose(-2, -1) @ grad
+    dk, dv = _per_key_head(dk, k), _per_key_head(dv, v)
     return _time_major(dq.to(q.dtype)), _time_major(dk.to(k.dtype)), _time_major(dv.to(v.dtype))
 
 
 def _merge_heads(*heads: Tensor) -> Tensor:
-    """The inverse of :func:`split_heads`, contiguous."""
-    B, H, T, D = heads[0].shape
-    packed = torch.stack(heads, 0).permute(1, 3, 0, 2, 4).reshape(B, T, len(heads) * H * D)
+    """The inverse of :func:`split_heads` and of :func:`split_qkv`, contiguous."""
+    packed = torch.cat(heads, 1).transpose(1, 2).flatten(2)
     return _result(packed, packed.dtype)
 
 
 def attention_qkv(
-    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    q, k, v = split_heads(qkv.contiguous(), n_head, 3)
-    out, lse = attention(q, k, v, causal, scale, dropout_p, seed)
+    qkv: Tensor, n_head: int, causal: bool, scale: float, dropout_p: float, seed: Tensor | None, n_kv_head: int = 0,
+    window: int = 0, softcap: float = 0.0, documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = split_qkv(qkv.contiguous(), n_head, n_kv_head or n_head)
+    out, lse = attention(q, k, v, causal, scale, dropout_p, seed, window, softcap, documents)
     return _merge_heads(out), lse
 
 
 def attention_qkv_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool, scale: float,
-    dropout_p: float, seed: Tensor | None, deterministic: bool = True,
+    dropout_p: float, seed: Tensor | None, deterministic: bool = True, n_kv_head: int = 0, window: int = 0,
+    softcap: float = 0.0, documents: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    q, k, v = split_heads(qkv.contiguous(), n_head, 3)
+    q, k, v = split_qkv(qkv.contiguous(), n_head, n_kv_head or n_head)
     (dout_heads,), (out_heads,) = (split_heads(t.contiguous(), n_head, 1) for t in (dout, out))
-    gradients = attention_backward(dout_heads, q, k, v, out_heads, lse, causal, scale, dropout_p, seed)
+    gradients = attention_backward(
+        dout_heads, q, k, v, out_heads, lse, causal, scale, dropout_p, seed, deterministic, window, softcap, documents
+    )
     return _merge_heads(*gradients)
 
 

@@ -40,6 +40,10 @@ CASES = {
     "linear": (linear, [(4, 8), (7, 8), (7,)], [half, single, single], half, half),
     "attention": (attention, [(2, 3, 9, 4)] * 3, [single, half, single], half, half),
     "attention_qkv": (lambda t: attention_qkv(t, 2), [(2, 9, 24)], [single], half, half),
+    "attention, local": (
+        lambda *t: attention(*t, window=4, softcap=2.0), [(2, 4, 9, 4), (2, 2, 9, 4), (2, 2, 9, 4)],
+        [single, half, single], half, half,
+    ),
     "linear_cross_entropy": (
         lambda x, w: linear_cross_entropy(x, w, targets(x)), [(4, 8), (7, 8)], [single, single], half, single,
     ),

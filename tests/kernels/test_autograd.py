@@ -25,6 +25,7 @@ from fastgpt.kernels import (
     swiglu,
 )
 from tests.kernels import peers
+from tests.kernels import local
 
 
 def targets(t):
@@ -99,6 +100,10 @@ FUNCTIONS = {
         lambda x: rotary_qkv(x, 2, *angles(x), qk_norm=True),
         lambda x: turned_packed(x, qk_norm=True),
         [(2, 9, 24)],
+    "attention, local": (
+        lambda *t: attention(*t, window=4, softcap=2.0),
+        local.formula(window=4, softcap=2.0),
+        [(2, 4, 9, 4), (2, 2, 9, 4), (2, 2, 9, 4)],
     ),
     "cross_entropy": (
         lambda x: cross_entropy(x, targets(x)),

@@ -10,6 +10,7 @@ from fastgpt.kernels import (
     attention,
     attention_qkv,
     cross_entropy,
+    document_starts,
     embedding,
     geglu,
     gelu,
@@ -65,7 +66,17 @@ CASES = {
     "attention, full": (lambda *t: attention(*t, causal=False, scale=0.3), [(2, 3, 20, 8)] * 3),
     "attention, transposed": (lambda *t: attention(*(x.transpose(1, 2) for x in t)), [(2, 20, 3, 8)] * 3),
     "attention, single pass": (lambda *t: attention(*t, deterministic=False), [(2, 3, 20, 8)] * 3),
+    "attention, local": (
+        lambda *t: attention(
+            *t,
+            window=7,
+            softcap=2.0,
+            documents=document_starts(torch.arange(40, device=t[0].device).view(2, 20) % 9, 8),
+        ),
+        [(2, 4, 20, 8), (2, 2, 20, 8), (2, 2, 20, 8)],
+    ),
     "attention_qkv": (lambda t: attention_qkv(t, 2), [(2, 20, 24)]),
+    "attention_qkv, shared keys": (lambda t: attention_qkv(t, 4, n_kv_head=2, window=5), [(2, 20, 32)]),
     "attention_qkv, single pass": (lambda t: attention_qkv(t, 2, deterministic=False), [(2, 20, 24)]),
     "rotary": (lambda t: rotary(t, *angles(t)), [(2, 20, 3, 8)]),
     "rotary, interleaved, transposed": (

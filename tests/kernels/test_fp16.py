@@ -25,6 +25,7 @@ from fastgpt.kernels import (
     swiglu,
 )
 from tests.kernels import peers
+from tests.kernels import local
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
@@ -110,6 +111,10 @@ CASES = {
         lambda t: rotary_qkv(t, 3, *angles(t), n_kv_head=1, qk_norm=True),
         plain_rotary_qkv,
         [(1, 63, 5 * 34)],
+    "attention, local": (
+        lambda *t: attention(*t, window=40, softcap=5.0),
+        local.formula(window=40, softcap=5.0),
+        [(1, 2, 130, 40), (1, 1, 130, 40), (1, 1, 130, 40)],
     ),
     "cross_entropy": (
         lambda t: cross_entropy(t, targets(63)),

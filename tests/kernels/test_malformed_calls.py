@@ -114,7 +114,15 @@ START = Argument((*NO_INTEGERS, 2**63))
 INDICES = torch.tensor([1, -1, 4, 0])
 SEVEN = Argument(n_classes=7)
 NORM = {"weight": OPTIONAL, "bias": OPTIONAL, "eps": EPS}
-OPTIONS = {"causal": BOOL, "scale": SCALE, "dropout_p": PROBABILITY, "deterministic": BOOL}
+# (2, 5), as starts of documents must not be
+STARTS = torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]], dtype=torch.int32)
+NO_STARTS = (STARTS.tolist(), STARTS.numpy(), STARTS.long(), STARTS.float(), STARTS[:1], STARTS[:, :4], STARTS[0], 3)
+OPTIONS = {
+    "causal": BOOL, "scale": SCALE, "dropout_p": PROBABILITY, "deterministic": BOOL,
+    "window": Argument((2.0, "2", True, [2], torch.tensor(2), HUGE, 0, -2)),
+    "softcap": Argument((*NO_NUMBERS, 0.0, -1.0, 1e-31, 1e31)),
+    "documents": Argument((*NO_STARTS, STARTS.to("meta"), STARTS.to_sparse(), torch.stack(3 * [STARTS], 1))),
+}  # fmt: skip
 
 TARGETS = {
     "layer_norm": Target(
@@ -157,7 +165,18 @@ TARGETS = {
     "attention, full": Target(
         kernels.attention,
         {"q": floats(2, 2, 3, 4), "k": floats(2, 2, 5, 4), "v": floats(2, 2, 5, 4), "causal": False},
-        {"q": Argument(any_size=(-2,)), "k": PLAIN, "v": PLAIN},
+        {
+            "q": Argument(any_size=(-2,)),
+            "k": PLAIN,
+            "v": PLAIN,
+            "window": Argument((2,)),
+            "documents": Argument((STARTS,)),
+        },
+    ),
+    "attention, shared keys": Target(
+        kernels.attention,
+        {"q": floats(2, 4, 5, 4), "k": floats(2, 2, 5, 4), "v": floats(2, 2, 5, 4), "window": 3, "documents": STARTS},
+        {"q": Argument(any_shorter=(-2,)), "k": PLAIN, "v": PLAIN, **OPTIONS},
     ),
     "attention, heads too large": Target(
         lambda D: kernels.attention(*(floats(1, 1, 2, D) for _ in range(3))),
@@ -171,8 +190,40 @@ TARGETS = {
         {
             "qkv": Argument(any_size=(-3, -2), empty=(-3,), any_dtype=True, any_device=True),
             "n_head": Argument((*SIZE.values, 3, 16, 3 * 10**9)),
+            "n_kv_head": Argument((*SIZE.values[1:], 3, 4, 3 * 10**9)),
             **OPTIONS,
         },
+    ),
+    "attention_qkv, shared keys": Target(
+        kernels.attention_qkv,
+        {"qkv": floats(2, 5, 24), "n_head": 4, "n_kv_head": 1},
+        {
+            "qkv": Argument(any_size=(-3, -2), empty=(-3,), any_dtype=True, any_device=True),
+            "n_head": Argument((*SIZE.values, 3, 16, 3 * 10**9)),
+            "n_kv_head": Argument((*SIZE.values[1:], 3, 8)),
+        },
+        {"qkv"},
+    ),
+    "document_starts": Target(
+        kernels.document_starts,
+        {"tokens": torch.tensor([[1, 2, 3], [2, 2, 1]]), "end_of_text": 2},
+        {
+            "tokens": Argument((None, [[1]], 1.0, torch.rand(2, 3), torch.ones(3, dtype=torch.int64))),
+            "end_of_text": INDEX,
+        },
+    ),
+    "document_starts_from_cu_seqlens": Target(
+        kernels.document_starts_from_cu_seqlens,
+        {"cu_seqlens": torch.tensor([0, 2, 3]), "length": 4},
+        {
+            "cu_seqlens": Argument((None, [0, 1], torch.rand(3), torch.zeros(0, dtype=torch.int32), STARTS)),
+            "length": Argument((*SIZE.values[1:],)),
+        },
+    ),
+    "document_bounds": Target(
+        kernels.document_bounds,
+        {"starts": STARTS},
+        {"starts": Argument((None, STARTS.tolist(), STARTS.long(), STARTS[0]))},
     ),
     "attention_qkv, heads of 512": Target(
         kernels.attention_qkv, {"qkv": floats(1, 2, 3 * 512), "n_head": 2}, {"n_head": Argument((1,))}

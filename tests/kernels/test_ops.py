@@ -130,6 +130,33 @@ def cases(dtype):
     yield "attention_backward", (heads, heads, heads, heads, heads, lse, True, 0.5, 0.2, seed)
     yield "attention_backward", (heads, heads, keys, keys, heads, lse, False, 0.5, 0.0, None)
     yield "attention_backward", (heads, heads, heads, heads, heads, lse, True, 0.5, 0.2, seed, False)
+    documents = torch.tensor([[[0, 0, 2, 2, 2], [2, 2, 5, 5, 5]]], dtype=torch.int32).expand(2, 2, 5)
+    shared = heads[:, :1]
+    yield "attention", (heads, shared, shared, True, 0.5, 0.2, seed, 3, 2.0, documents)
+    yield (
+        "attention_backward",
+        (heads, heads, shared, shared, heads, lse, True, 0.5, 0.2, seed, True, 3, 2.0, documents),
+    )
+    yield "attention_qkv", (r(2, 5, 16), 4, True, 0.5, 0.0, None, 2, 3, 2.0, documents)
+    yield (
+        "attention_qkv_backward",
+        (
+            r(2, 5, 8),
+            r(2, 5, 16),
+            r(2, 5, 8),
+            torch.randn(2, 4, 5),
+            4,
+            True,
+            0.5,
+            0.0,
+            None,
+            True,
+            2,
+            3,
+            2.0,
+            documents,
+        ),
+    )
     yield "attention_qkv", (qkv, 2, True, 0.5, 0.0, None)
     yield "attention_qkv", (r(5, 2, 12).transpose(0, 1), 2, False, 0.5, 0.2, seed)
     yield "attention_qkv_backward", (r(2, 5, 4), qkv, r(2, 5, 4), torch.randn(2, 2, 5), 2, True, 0.5, 0.0, None)

@@ -37,6 +37,7 @@ from fastgpt.kernels import (
 )
 from fastgpt.kernels.philox import dropout_factors
 from tests.kernels import peers
+from tests.kernels import local
 from tests.kernels.peers import product
 
 # fp16 is for Triton and the reference. The interpreter is a thousand times slower than C++.
@@ -278,6 +279,22 @@ def an_attention(draw: Draw) -> Call:
     return Call(ours, formula(**options, factors=factors), tensors, is_laid_out=time_major)
 
 
+def a_local_attention(draw: Draw) -> Call:
+    """With fewer heads of keys, a window, documents and a soft cap, each of them or not."""
+    B, T, D = draw.one_of([1, 2]), draw.one_of(LENGTHS), draw.one_of(HEAD_SIZES)
+    Hk, group, S = draw.one_of([1, 2]), draw.one_of([1, 2, 3]), draw.one_of([n for n in LENGTHS if n >= T])
+    lengths = draw.one_of([None, [1], [50, 3], [S]])
+    options = {
+        "window": draw.one_of([None, 1, 7, 64, S]), "softcap": draw.one_of([None, 1.0, 30.0]),
+        "documents": None if lengths is None else local.starts_of(lengths, S, B),
+    }  # fmt: skip
+    deterministic, shapes = draw.flag(), [(B, Hk * group, T, D), (B, Hk, S, D), (B, Hk, S, D)]
+    return Call(
+        lambda *t: attention(*t, **options, deterministic=deterministic), local.formula(**options),
+        [draw.tensor(*shape, distinct=ATTENTIONS) for shape in shapes], local.sdpa(**options), is_laid_out=time_major,
+    )  # fmt: skip
+
+
 def time_major(out: Tensor) -> bool:
     return out.transpose(1, 2).is_contiguous()
 
@@ -444,6 +461,7 @@ CALLS = {
     "rotary": a_rotary,
     "rms_norm_rotary": a_rms_norm_rotary,
     "rotary_qkv": a_rotary_qkv,
+    "local attention": a_local_attention,
     "cross_entropy": a_cross_entropy,
     "linear_cross_entropy": a_linear_cross_entropy,
     "cross_entropy with options": a_cross_entropy_with_options,

@@ -213,16 +213,18 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         yield Call(name, "GEMM", 2.0 * batch * M * N * K, _traffic(func, args, kwargs, results), (batch * M, N, K))
     elif name in ("attention_qkv", "attention_qkv_backward"):
         backward, single_pass = name.endswith("backward"), _is_single_pass(func, args)
-        qkv = args[int(backward)]  # (B, T, 3C); the backward's first argument is dout
+        # The backward's first argument is dout, the forward's first result out.
+        qkv, C = args[int(backward)], (args[0] if backward else results[0]).shape[2]
         # Forward: q k' and p v. Backward: q k', dout v', and one each for dq, dk and dv. Two passes, one for dq and one
         # for dk and dv, both need the first two.
         n_products = (5 if single_pass else 7) if backward else 2
-        B, T, C3 = qkv.shape
+        B, T, _ = qkv.shape
         # A single pass accumulates dq in an fp32 buffer of B T C. Its elements are zeroed (4 bytes), read and written
         # by the atomic additions (8) and read for the cast (4).
-        sums = 16.0 * B * T * C3 / 3 if single_pass else 0.0
+        sums = 16.0 * B * T * C if single_pass else 0.0
         # A product takes 2 T T D FLOPs per head, 2 T T C for all heads. Half of it is masked, which leaves T T C.
-        flops = n_products * B * T * T * C3 / 3
+        # Windows and documents would leave less.
+        flops = float(n_products * B * T * T * C)
         yield Call(name, kind, flops, _traffic(func, args, kwargs, results) + sums, length=T)
     elif name == "embedding":
         # The rows that are looked up are read and written: not the whole table.
@@ -248,10 +250,12 @@ def _kind(name: str) -> str:
 def _is_single_pass(func: Any, args: Any) -> bool:
     """Whether a call is attention's single-pass backward, which adds up dq by atomics (GPUs only).
 
-    PyTorch leaves trailing arguments out where they equal their default. So ``deterministic``, the last argument of the
-    schema (default True), is the last of ``args`` only where it is False.
+    PyTorch leaves trailing arguments out where they equal their default, which is True for ``deterministic``.
     """
-    return func is torch.ops.fastgpt.attention_qkv_backward.default and args[-1] is False and on_gpu(args[0])
+    if func is not torch.ops.fastgpt.attention_qkv_backward.default or not on_gpu(args[0]):
+        return False
+    place = [argument.name for argument in func._schema.arguments].index("deterministic")
+    return len(args) > place and not args[place]
 
 
 def _is_free(func: Any, operands: list[Tensor], results: list[Tensor]) -> bool:
