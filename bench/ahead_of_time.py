@@ -162,6 +162,8 @@ def _rotary_qkv(D: int, turns: bool = True) -> None:
     qkv = _empty(B, T, 3 * C)
     out, scales = OPS["rotary_qkv"](qkv, H, H, *angles, True, 1e-6, False)
     OPS["rotary_qkv_backward"](qkv, out, scales, H, H, *angles, False)
+
+
 def _relu2() -> None:
     x = _empty(B, T, 4 * C)
     OPS["relu2"](x)

@@ -133,6 +133,9 @@ def _rotary(launch: Launch) -> Work | None:
     if kernel == "rotary backward":
         B, T, H, _ = x.shape
         return _looped(machine), B * -(-T // options["POSITIONS"]) * -(-H // options["HEADS"]), n_bytes
+    return machine.code, launch.programs, n_bytes
+
+
 def _glu(launch: Launch) -> Work | None:
     kernel, machine, _, args, options = launch
     x = args[0]
@@ -179,14 +182,12 @@ def _adamw(launch: Launch) -> Work | None:
 # By file of fastgpt/kernels/triton/, the work of its launches. One without work here takes no time in a training step.
 WORK: dict[str, Callable[[Launch], Work | None]] = {
     "attention": _attention,
-    "layer_norm": _layer_norm,
-    "gelu": _gelu,
-    "rotary": _rotary,
     "layer_norm": _norm,
     "rms_norm": _norm,
     "gelu": _activation,
     "relu2": _activation,
     "glu": _glu,
+    "rotary": _rotary,
     "linear": _linear,
     "embedding": _embedding,
     "cross_entropy": _cross_entropy,

@@ -258,6 +258,14 @@ def gelu(s: Setting, with_bias: bool = False) -> Op:
 def mean_loss(
     logits: Tensor, targets: Tensor, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> Tensor:
+    """The mean loss, as under autocast, which widens logits of half precision."""
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if softcap:
+        wide = softcap * (wide / softcap).tanh()
+    loss = F.cross_entropy(wide, targets, ignore_index=-1, label_smoothing=label_smoothing)
+    return loss + z_loss * wide.logsumexp(-1).square().mean() if z_loss else loss  # no target is -1
+
+
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A rotation as in transformers' Llama, with cosines and sines of the width of a head, in the dtype of ``x``."""
     first, second = x.chunk(2, dim=-1)
@@ -302,6 +310,8 @@ def rotary_qkv(s: Setting, qk_norm: bool = False) -> Op:
         return torch.cat([t.flatten(2) for t in (turned(q, *twice), turned(k, *twice), v)], dim=2)
 
     return against_eager(kernel, eager, [s.leaf(s.B, s.T, 3 * s.C)], [s.draw(s.B, s.T, 3 * s.C)], 2, 2 + qk_norm)
+
+
 def relu2(s: Setting) -> Op:
     def eager(x: Tensor) -> Tensor:
         return F.relu(x).square()
@@ -329,15 +339,6 @@ def swiglu(s: Setting, packed: bool = False) -> Op:
 
 def geglu(s: Setting, packed: bool = False) -> Op:
     return gated_unit(s, ours.geglu, partial(F.gelu, approximate="tanh"), packed)
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss, as under autocast, which widens logits of half precision."""
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if softcap:
-        wide = softcap * (wide / softcap).tanh()
-    loss = F.cross_entropy(wide, targets, ignore_index=-1, label_smoothing=label_smoothing)
-    return loss + z_loss * wide.logsumexp(-1).square().mean() if z_loss else loss  # no target is -1
 
 
 def cross_entropy(s: Setting, **options: float) -> Op:

@@ -155,6 +155,8 @@ def _rotary_qkv(ops: Ops, B: int, T: int, heads: tuple[int, int], D: int, qk_nor
     out, rstd = ops["rotary_qkv"](qkv, *heads, *turns, qk_norm, 1e-6, interleaved)
     result = (out, rstd) if qk_norm else (None, None)
     ops["rotary_qkv_backward"](dout, *result, *heads, *turns, interleaved)
+
+
 def _relu2(ops: Ops, rows: int, C: int) -> None:
     x, dy = _random(rows, C), _random(rows, C)
     ops["relu2"](x)
@@ -473,6 +475,8 @@ def _rotary_in_place(ops: Ops, D: int, dtype: torch.dtype, interleaved: bool, tu
     ops["rms_norm_rotary_backward_"](heads, _no_data(2, 64, 6, D, dtype=dtype), *angles, rstd, interleaved)
     if turns:
         ops["rotary_"](heads, *angles, interleaved, False)
+
+
 def _relu2_in_place(ops: Ops, C: int) -> None:
     ops["relu2_backward_recompute_"](_no_data(64, C), _no_data(64, C))
 

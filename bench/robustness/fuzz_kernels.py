@@ -348,6 +348,8 @@ def loss_options(draw: Draw, V: int, weight_name: str) -> dict[str, Any]:
     }  # fmt: skip
     chosen = draw.of(st.sets(st.sampled_from(sorted(options))))
     return {name: options[name] for name in sorted(chosen)}
+
+
 def angles(draw: Draw, B: int, T: int, D: int) -> dict[str, Any]:
     """Tables: fp32 whatever the rest is, and they get no gradient; now and then one that is wrong or asks for one."""
     shape = draw.of(st.sampled_from([(T, D // 2), (B, T, D // 2)]))

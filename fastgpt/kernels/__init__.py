@@ -27,17 +27,15 @@ from fastgpt.kernels.modules import (
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
-    RotaryEmbedding,
-)
-from fastgpt.kernels.muon import FusedMuon
-from fastgpt.kernels.rotary import rms_norm_rotary, rotary, rotary_qkv, rotary_tables
     ReLU2,
     RMSNorm,
+    RotaryEmbedding,
     SwiGLU,
 )
 from fastgpt.kernels.muon import FusedMuon
 from fastgpt.kernels.relu2 import relu2
 from fastgpt.kernels.rms_norm import add_rms_norm, rms_norm
+from fastgpt.kernels.rotary import rms_norm_rotary, rotary, rotary_qkv, rotary_tables
 
 __all__ = [
     "GEGLU",
@@ -52,9 +50,9 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
-    "RotaryEmbedding",
     "RMSNorm",
     "ReLU2",
+    "RotaryEmbedding",
     "SwiGLU",
     "add_layer_norm",
     "add_rms_norm",
@@ -71,12 +69,12 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "relu2",
+    "rms_norm",
     "rms_norm_rotary",
     "rotary",
     "rotary_qkv",
     "rotary_tables",
-    "relu2",
-    "rms_norm",
     "swiglu",
     "use_backend",
 ]

@@ -161,7 +161,7 @@ def loss_options(softcap: Any, z_loss: Any, label_smoothing: Any) -> None:
 
 def class_weight(name: str, tensor: Tensor, n_classes: int, dtype: torch.dtype, device: torch.device) -> None:
     """Check that ``tensor`` has a weight for each class, in fp32 or in ``dtype``, that of the logits, on ``device``."""
-    _dense(name, tensor)
+    dense(name, tensor)
     if tensor.dtype not in (torch.float32, dtype):
         expected = " or ".join(map(str, dict.fromkeys((torch.float32, dtype))))
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
@@ -170,7 +170,6 @@ def class_weight(name: str, tensor: Tensor, n_classes: int, dtype: torch.dtype, 
         raise ValueError(f"{name}: device {tensor.device} differs from {device}, that of the other tensors")
 
 
-def _dense(name: str, tensor: Tensor) -> None:
 def dense(name: str, tensor: Tensor) -> None:
     """Check that ``tensor`` is a strided tensor: not sparse, not nested."""
     if not isinstance(tensor, Tensor):

@@ -15,17 +15,14 @@ from fastgpt.kernels import checks
 from fastgpt.kernels.attention import attention_qkv
 from fastgpt.kernels.cross_entropy import cross_entropy
 from fastgpt.kernels.gelu import gelu
-from fastgpt.kernels.heads import MAX_HEAD_SIZE
-from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
-from fastgpt.kernels.linear import embedding, linear
-from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
-from fastgpt.kernels.rotary import rotary, rotary_tables
 from fastgpt.kernels.glu import geglu, swiglu
+from fastgpt.kernels.heads import MAX_HEAD_SIZE
 from fastgpt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastgpt.kernels.linear import embedding, linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt.kernels.relu2 import relu2
 from fastgpt.kernels.rms_norm import add_rms_norm, rms_norm
+from fastgpt.kernels.rotary import rotary, rotary_tables
 
 
 class Linear(nn.Linear):

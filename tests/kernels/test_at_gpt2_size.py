@@ -20,12 +20,12 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
     rms_norm_rotary,
     rotary,
     rotary_qkv,
     rotary_tables,
-    relu2,
-    rms_norm,
     swiglu,
 )
 from fastgpt.kernels.attention import draw_seed

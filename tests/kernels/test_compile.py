@@ -17,12 +17,12 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
     rms_norm_rotary,
     rotary,
     rotary_qkv,
     rotary_tables,
-    relu2,
-    rms_norm,
     swiglu,
     use_backend,
 )
@@ -39,6 +39,8 @@ def targets(t):
 def options(t):
     weight = torch.arange(1.0, 8.0, device=t.device)
     return {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2, "weight": weight}
+
+
 def angles(t):
     """For heads (B, T, H, D)."""
     return rotary_tables(t.shape[1], t.shape[3], device=t.device)

@@ -16,16 +16,15 @@ from fastgpt.kernels import (
     gelu,
     layer_norm,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
     rms_norm_rotary,
     rotary,
     rotary_qkv,
     rotary_tables,
-    relu2,
-    rms_norm,
     swiglu,
 )
-from tests.kernels import peers
-from tests.kernels import local
+from tests.kernels import local, peers
 
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
@@ -111,6 +110,7 @@ CASES = {
         lambda t: rotary_qkv(t, 3, *angles(t), n_kv_head=1, qk_norm=True),
         plain_rotary_qkv,
         [(1, 63, 5 * 34)],
+    ),
     "attention, local": (
         lambda *t: attention(*t, window=40, softcap=5.0),
         local.formula(window=40, softcap=5.0),

@@ -19,11 +19,11 @@ from fastgpt.kernels import (
     LayerNorm,
     Linear,
     LinearCrossEntropyLoss,
-    cross_entropy,
-    RotaryEmbedding,
     ReLU2,
     RMSNorm,
+    RotaryEmbedding,
     SwiGLU,
+    cross_entropy,
     modules,
 )
 
@@ -61,6 +61,8 @@ class Rotation(nn.Module):
         a, b = x.chunk(2, -1)
         product = torch.complex(a, b) * self.factors[: x.shape[1]].unsqueeze(1)
         return torch.cat([product.real, product.imag], -1)
+
+
 class RMSNormOfSum(nn.RMSNorm):
     """Likewise."""
 

@@ -29,12 +29,12 @@ from fastgpt.kernels import (
     linear_cross_entropy,
     ops,
     reference,
+    relu2,
+    rms_norm,
     rms_norm_rotary,
     rotary,
     rotary_qkv,
     rotary_tables,
-    relu2,
-    rms_norm,
     swiglu,
     use_backend,
 )
@@ -529,18 +529,8 @@ def test_a_narrower_instruction_set_keeps_the_error_rule_too(backend, isa):
                               "cpp and (as_accurate or any_strides or mask or sums_the_rows or lies_around)", *FILES]))
     """
     tested = (
-        "layer_norm",
-        "gelu",
-        "attention",
-        "cross_entropy",
-        "linear",
-        "linear_cross_entropy",
-        "loss_options",
-        "surroundings",
-    )
-        "layer_norm", "gelu", "attention", "rotary", "cross_entropy", "linear", "linear_cross_entropy", "surroundings",
-        "layer_norm", "rms_norm", "gelu", "relu2", "glu", "attention", "cross_entropy", "linear",
-        "linear_cross_entropy", "surroundings",
+        "layer_norm", "rms_norm", "gelu", "relu2", "glu", "attention", "rotary", "cross_entropy", "linear",
+        "linear_cross_entropy", "loss_options", "surroundings",
     )  # fmt: skip
     code = code.replace("FILES", repr([str(Path(__file__).with_name(f"test_{name}.py")) for name in tested]))
     out, _ = python(code, **hardware.environment_for(isa))

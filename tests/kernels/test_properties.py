@@ -27,17 +27,16 @@ from fastgpt.kernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    relu2,
+    rms_norm,
     rms_norm_rotary,
     rotary,
     rotary_qkv,
     rotary_tables,
-    relu2,
-    rms_norm,
     swiglu,
 )
 from fastgpt.kernels.philox import dropout_factors
-from tests.kernels import peers
-from tests.kernels import local
+from tests.kernels import local, peers
 from tests.kernels.peers import product
 
 # fp16 is for Triton and the reference. The interpreter is a thousand times slower than C++.

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from fastgpt.kernels.ops import OPERATORS
-from fastgpt.kernels.triton import adamw, attention, cross_entropy, embedding, gelu, layer_norm, linear, rotary
 from fastgpt.kernels.triton import (
     adamw,
     attention,
@@ -19,13 +18,12 @@ from fastgpt.kernels.triton import (
     linear,
     relu2,
     rms_norm,
+    rotary,
 )
+
+_FILES = (adamw, attention, cross_entropy, embedding, gelu, glu, layer_norm, linear, relu2, rms_norm, rotary)
 
 # A function of these files is an operator's implementation if it has the operator's name.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(module, name)
-    for module in (adamw, attention, cross_entropy, embedding, gelu, layer_norm, linear, rotary)
-    for module in (adamw, attention, cross_entropy, embedding, gelu, glu, layer_norm, linear, relu2, rms_norm)
-    for name in OPERATORS
-    if hasattr(module, name)
+    name: getattr(module, name) for module in _FILES for name in OPERATORS if hasattr(module, name)
 }
