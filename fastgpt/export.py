@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if there and not options.overwrite:
         raise RequestError(f"{folder / there[0]} exists: pass --overwrite to replace it, or another folder")
     opened = open_model(options.model, options.checkpoint)
+    huggingface.check_gpt2(opened.model.config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         note = export_hf(opened, folder) if options.format == "hf" else export_gguf(opened, folder / GGUF)

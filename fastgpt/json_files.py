@@ -62,7 +62,7 @@ def build(kind: type[T], content: Any, where: str, *, complete: bool = False) ->
         content: a table, as JSON has it.
         where: the file, for messages.
         complete: every field must be there; otherwise those with a default may be missing. Tables inside are always
-            complete.
+            complete. Fields of the metadata ``later`` may always be missing, as in files of versions before them.
 
     Raises:
         RequestError: a field is unknown, is missing, has another type, or is out of range.
@@ -74,7 +74,7 @@ def build(kind: type[T], content: Any, where: str, *, complete: bool = False) ->
         raise RequestError(f"{where}: unknown entry {_shown(name)}{did_you_mean(name, list(own))}")
     for name, field in own.items():
         optional = field.default is not MISSING or field.default_factory is not MISSING
-        if name not in content and (complete or not optional):
+        if name not in content and not field.metadata.get("later") and (complete or not optional):
             raise RequestError(f"{where}: '{name}' is missing")
     hints = get_type_hints(kind)
     values = {name: convert(hints[name], value, f"{where}: {name}") for name, value in content.items()}

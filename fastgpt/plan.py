@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve(flags, PRESETS)
     threads, loaded = None, 0
     vocab_size, dataset_tokens = dataset_facts(config)
-    model = config.gpt_config(padded_vocab_size(vocab_size))
+    model = config.gpt_config(padded_vocab_size(vocab_size), end_of_text=vocab_size - 1)  # whichever it is
     if gpu_name:
         gpu = find_gpu(gpu_name)
         if gpu.capability < KERNELS_SINCE:

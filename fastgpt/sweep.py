@@ -123,7 +123,7 @@ def plan(argv: Sequence[str], together: bool) -> tuple[list[Planned], Path]:
         values = dict(zip(varied, chosen, strict=True))
         flags = [*fixed, *(f"--{name}={value}" for name, value in values.items())]
         config = parse(flags, PRESETS)
-        config.gpt_config(GPT2_VOCABULARY)  # refuses what cannot be a model
+        config.gpt_config(GPT2_VOCABULARY, end_of_text=GPT2_VOCABULARY - 1)  # refuses what cannot be a model
         folder = folder or Path(f"runs/sweep-{config.preset}")
         name = "_".join(f"{name}-{value}" for name, value in values.items()).replace("/", "-")
         run_dir = folder / name

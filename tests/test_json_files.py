@@ -13,6 +13,7 @@ from fastgpt.errors import RequestError
 @dataclass(frozen=True)
 class Inner:
     width: int = 3
+    depth: int = field(default=2, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,13 @@ def test_a_wrong_entry_is_named(change, message):
 def test_what_is_no_table_cannot_be_built(content):
     with pytest.raises(RequestError, match=r"^f: expected a table, got "):
         json_files.build(Outer, content, "f")
+
+
+def test_an_entry_that_came_later_may_be_missing_in_a_table_inside():
+    assert json_files.build(Outer, {**GOOD, "inner": {"width": 4}}, "f").inner == Inner(4, 2)
+    assert json_files.build(Outer, {**GOOD, "inner": {"width": 4, "depth": 5}}, "f").inner == Inner(4, 5)
+    with pytest.raises(RequestError, match="'width' is missing"):
+        json_files.build(Outer, {**GOOD, "inner": {"depth": 5}}, "f")
 
 
 def test_an_entry_that_is_missing_is_named():

@@ -13,7 +13,8 @@ This package imports only the kernels of fastgpt. It imports transformers only t
 """
 
 from fastgpt.integrations.gpt2 import patch_gpt2
+from fastgpt.integrations.llama import patch_llama
 from fastgpt.integrations.nanogpt import patch_nanogpt
 from fastgpt.integrations.swap import unpatch
 
-__all__ = ["patch_gpt2", "patch_nanogpt", "unpatch"]
+__all__ = ["patch_gpt2", "patch_llama", "patch_nanogpt", "unpatch"]

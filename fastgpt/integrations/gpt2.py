@@ -2,18 +2,14 @@
 
 from typing import Any
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import kernels
 from fastgpt.integrations import probe
-from fastgpt.integrations.lazy_logits import lazy_logits
+from fastgpt.integrations.causal_lm import CausalLM, require_patchable, run_with_labels
 from fastgpt.integrations.swap import (
     Model,
-    is_patched,
-    loss_is_fusable,
     named,
     refuse,
     replaceable,
@@ -21,8 +17,6 @@ from fastgpt.integrations.swap import (
     require_kind,
 )
 from fastgpt.kernels.heads import MAX_HEAD_SIZE
-
-OLDEST_TRANSFORMERS = (4, 57)
 
 # The activation modules of transformers that compute a GELU, and the form of GELU that each computes.
 GELU_FORMS = {
@@ -34,21 +28,6 @@ GELU_FORMS = {
 
 # Arguments of a layer that do not affect its attention. If any other argument is set, transformers' own code runs.
 IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
-
-# Arguments of the model that a training step passes on unchanged.
-PASSED_ON = {
-    "input_ids",
-    "past_key_values",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "inputs_embeds",
-    "use_cache",
-    "cache_position",
-    "head_mask",
-    "output_attentions",
-    "output_hidden_states",
-}
 
 
 class _Conv1D(nn.Module):
@@ -110,63 +89,8 @@ class _Block(nn.Module):
         return (hidden, weights) if given.get("output_attentions") else (hidden,)  # before 5.1
 
 
-class _LMHeadModel(nn.Module):
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = named(self, args, kwargs)
-        labels, n_items = given.pop("labels", None), given.pop("num_items_in_batch", None)
-        shifted, ignore_index = given.pop("shift_labels", None), given.pop("ignore_index", -100)
-        return_dict, to_keep = given.pop("return_dict", None), given.pop("logits_to_keep", 0)
-        if (
-            not self.training
-            or labels is None
-            or not (isinstance(to_keep, int) and to_keep == 0)
-            or not given.keys() <= PASSED_ON
-            or not _takes_the_mean_of_cross_entropies(self)
-            or not loss_is_fusable(self.lm_head, kernels.Linear)
-        ):
-            return super().forward(*args, **kwargs)
-        cache_asked_for = given.get("use_cache") is not None or given.get("past_key_values") is not None
-        # Without a cache, position_ids can mean packed sequences.
-        if not cache_asked_for and given.get("position_ids") is None:
-            # The default is a cache, which would only cost copies here. But without a cache, transformers builds a mask
-            # for packed sequences if it is traced, or older than 5.0.
-            given["use_cache"] = torch.compiler.is_compiling() or "head_mask" in self.fastgpt_arguments
-        outputs = self.transformer(**given, return_dict=True)
-        if not cache_asked_for:
-            outputs.past_key_values = None
-        hidden = outputs.last_hidden_state
-        if shifted is None:
-            shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        targets = shifted.reshape(-1).to(hidden.device)
-        loss = kernels.linear_cross_entropy(hidden.flatten(0, -2), self.lm_head.weight, targets, ignore_index)
-        if n_items is not None:
-            count = (targets != ignore_index).sum()
-            n_items = n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items
-            loss = torch.where(count > 0, loss, 0.0) * (count / n_items)  # 0 instead of NaN if all targets are ignored
-        logits = lazy_logits(hidden, self.lm_head)
-        return _output(outputs, loss, logits, self.config.return_dict if return_dict is None else return_dict)
-
-
-def _output(outputs: Any, loss: Tensor, logits: Tensor | None, return_dict: bool) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-
-    output = CausalLMOutputWithCrossAttentions(
-        loss=loss,
-        logits=logits,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-    )
-    return output if return_dict else output.to_tuple()
-
-
-def _takes_the_mean_of_cross_entropies(model: Any) -> bool:
-    """Whether the model has the default loss function."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    # as model.loss_function, but without its warning about the default, which torch.compile cannot trace
-    loss = getattr(model, "_loss_function", None) or LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
-    return loss in (None, ForCausalLMLoss)
+class _LMHeadModel(CausalLM):
+    fastgpt_body = "transformer"
 
 
 def _gelu_form(activation: nn.Module) -> str | None:
@@ -215,35 +139,12 @@ def patch_gpt2(model: Model) -> Model:
     Raises:
         ValueError: the model cannot be patched. The message names the module and the reason. The model is unchanged.
     """
-    require(not is_patched(model), "", "already patched")
-    try:
-        import transformers
-        from transformers.models.gpt2 import modeling_gpt2 as hf
-        from transformers.pytorch_utils import Conv1D
-    except ImportError:
-        raise ValueError(f"model: expected transformers' GPT2LMHeadModel, got {type(model).__name__}") from None
-    version = transformers.__version__
-    supported = tuple(int(n) for n in version.split(".")[:2]) >= OLDEST_TRANSFORMERS
-    require(supported, "", f"transformers {version} is too old; 4.57 is the oldest that can be patched")
-    require(
-        isinstance(model, hf.GPT2LMHeadModel)
-        and type(model).forward is hf.GPT2LMHeadModel.forward
-        and type(model).loss_function is hf.GPT2LMHeadModel.loss_function,
-        "",
-        f"expected transformers' GPT2LMHeadModel, got {type(model).__name__}",
-    )
-    gpt: Any = model
-    require(
-        "forward" not in gpt.__dict__,
-        "",
-        "its forward is overridden, for example by a device_map; patch the model before that",
-    )
-    require(not any(p.is_meta for p in gpt.parameters()), "", "is on the meta device; load its weights first")
+    gpt = require_patchable(model, "gpt2", "GPT2LMHeadModel")
+    from transformers.models.gpt2 import modeling_gpt2 as hf
+    from transformers.pytorch_utils import Conv1D
+
     require(not gpt.config.add_cross_attention, "", "has cross attention, which is not supported")
-    plan: dict[nn.Module, type[nn.Module]] = {gpt: _LMHeadModel}
-    require_kind(gpt.lm_head, "lm_head", nn.Linear)
-    require(gpt.lm_head.bias is None, "lm_head", "has a bias, which is not supported")
-    plan[gpt.lm_head] = kernels.Linear
+    plan: dict[nn.Module, type[nn.Module]] = {gpt: _LMHeadModel, gpt.lm_head: kernels.Linear}
     norms = {"transformer.ln_f": gpt.transformer.ln_f}
     for i, block in enumerate(gpt.transformer.h):
         name = f"transformer.h.{i}"
@@ -271,11 +172,7 @@ def patch_gpt2(model: Model) -> Model:
         for i, block in enumerate(gpt.transformer.h):
             probe.check_block(f"transformer.h.{i}", block, plan, gpt.config.n_embd)
 
-    def run(tokens: Tensor, targets: Tensor) -> Any:
-        labels = targets.clone()
-        labels[0, 3] = -100
-        output = model(tokens, labels=labels)
-        return output.logits, output.loss
-
-    probe.patch_and_check(model, plan, gpt.transformer.ln_f, gpt.transformer.wte.weight.shape[0], run)
+    probe.patch_and_check(
+        model, plan, gpt.transformer.ln_f, gpt.transformer.wte.weight.shape[0], run_with_labels(model)
+    )
     return model

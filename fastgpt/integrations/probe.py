@@ -137,7 +137,9 @@ def _require_equal(name: str, what: str, expected: Tensor, got: Tensor, toleranc
     )
     error = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     if not error <= tolerance:
-        refuse(name, f"its maths is not that of GPT-2: if patched, its {what} would be off by {error.item():.1e}")
+        refuse(
+            name, f"its maths is not what it is taken for: if patched, its {what} would be off by {error.item():.1e}"
+        )
 
 
 def _in_both_modes(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -12,12 +12,13 @@ see the parts, the text of ``gpt.py`` runs (:func:`available`).
 
 Numbers that the backward finds in memory per token and channel, by what is recomputed:
 
-             none                                        cheap: norms, GELU         block: all that is not
+             none                                        cheap: norms, activation   block: all that is not
     attention sum, norm(sum), q, k, v, attended   6      sum, q, k, v, attended 5   sum                  1
     MLP       sum, norm(sum), hidden (4), gelu (4) 10    sum, hidden (4)        5   nothing              0
 
-``cheap`` costs a pass over the memory for each norm and GELU, ``block`` the forward but for its last product, a
-quarter of the step. Dropout on a branch's result keeps another byte of each, its mask.
+``cheap`` costs a pass over the memory for each norm and activation, ``block`` the forward but for its last product, a
+quarter of the step. Dropout on a branch's result keeps another byte of each, its mask. Rotary positions, QK-norm and
+value embeddings change q, k and v where they lie, and their gradients where those lie: nothing else is kept.
 
 Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
@@ -35,6 +36,9 @@ from fastgpt.kernels.autograd import apply, once_differentiable
 from fastgpt.kernels.layer_norm import backward as layer_norm_backward
 from fastgpt.kernels.main_grad import HandedOn, for_autograd, handed_on_with, main_grads_of, tied, to_hand_on
 from fastgpt.kernels.matmul import matmul_into, weight_and_bias_gradient
+from fastgpt.kernels.ops import SILU
+from fastgpt.kernels.rms_norm import backward as rms_norm_backward
+from fastgpt.model.config import QK_NORM_EPS
 
 RECOMPUTE = ("none", "cheap", "block")
 
@@ -44,37 +48,47 @@ def available(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not autocast.enabled(x.device.type)
 
 
-def block(layer: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def block(
+    layer: Any, x: Tensor, residual: Tensor | None, context: Any, value_embedding: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """``layer.forward``: attention and MLP, each behind its norm.
 
     Args:
         layer: a ``gpt.Block``, whose parameters and options are read, ``recompute`` among them.
         x: ``(B, T, C)``, what the last branch adds.
         residual: ``(B, T, C)``, the sum before it; ``None`` at the first block.
+        context: a ``gpt.Context``.
+        value_embedding: ``(B, T, n_kv_head D)``, added to the values, or ``None``.
 
     Returns:
         What the MLP adds, ``(B, T, C)``, and the sum before it.
     """
     attn, p = layer.attn, layer.attn.dropout if layer.training else 0.0
-    keep = layer.recompute == "none"
-    attention = AttentionOptions(layer.ln_1.eps, keep, attn.n_head, p, attn.deterministic)
-    mlp = MLPOptions(layer.ln_2.eps, keep)
+    keep, rms = layer.recompute == "none", isinstance(layer.ln_1, kernels.RMSNorm)
+    attention = AttentionOptions(
+        layer.ln_1.eps, rms, keep, attn.n_head, attn.n_kv_head or 0, attn.qk_norm, attn.window or 0, p,
+        attn.deterministic,
+    )  # fmt: skip
+    mlp = MLPOptions(layer.ln_2.eps, rms, keep, layer.mlp.kind)
     attention_parameters = BranchParameters.of(layer.ln_1, attn.c_attn, attn.c_proj)
     mlp_parameters = BranchParameters.of(layer.ln_2, layer.mlp.c_fc, layer.mlp.c_proj)
-    seed = draw_seed(p, x.device)
+    given = Given(draw_seed(p, x.device), *context)
 
     if layer.recompute == "block":
         parameters = (*attention_parameters, *mlp_parameters)
         before, own = _links(x, residual, layer.mlp.c_proj.bias)
         own = None if p else own  # dropout is inside the function, between the projection and its result
         out, total = apply(
-            _Block, x, residual, *parameters, main_grads_of(*parameters), attention, mlp, seed, before, own
-        )
+            _Block, x, residual, value_embedding, *parameters, main_grads_of(*parameters), attention, mlp, given,
+            before, own,
+        )  # fmt: skip
         return tied(out, own), total
 
     before, own = _links(x, residual, attn.c_proj.bias)
     grads = main_grads_of(*attention_parameters)
-    x, residual = apply(_Attention, x, residual, *attention_parameters, grads, attention, seed, before, own)
+    x, residual = apply(
+        _Attention, x, residual, value_embedding, *attention_parameters, grads, attention, given, before, own
+    )  # fmt: skip
     x = dropout(tied(x, own), p, layer.training)
 
     before, own = _links(x, residual, layer.mlp.c_proj.bias)
@@ -96,14 +110,14 @@ class BranchParameters(NamedTuple):
 
     norm_weight: Tensor  # (C,)
     norm_bias: Tensor | None  # (C,)
-    in_weight: Tensor  # (3C, C) of q, k, v, or (4C, C) of the MLP
+    in_weight: Tensor  # (W, C) of q, k, v, in GPT-2 (3C, C); or (4C, C) of the MLP, or another width
     in_bias: Tensor | None
     out_weight: Tensor  # (C, C) or (C, 4C)
     out_bias: Tensor | None  # (C,)
 
     @classmethod
-    def of(cls, norm: kernels.LayerNorm, inner: kernels.Linear, outer: kernels.Linear) -> "BranchParameters":
-        return cls(norm.weight, norm.bias, inner.weight, inner.bias, outer.weight, outer.bias)
+    def of(cls, norm: Any, inner: kernels.Linear, outer: kernels.Linear) -> "BranchParameters":
+        return cls(norm.weight, getattr(norm, "bias", None), inner.weight, inner.bias, outer.weight, outer.bias)
 
 
 class BranchMainGrads(NamedTuple):
@@ -121,11 +135,18 @@ N_PARAMETERS = len(BranchParameters._fields)
 
 
 class AttentionOptions(NamedTuple):
-    """``eps`` of the norm; whether its result is kept; the rest as :func:`kernels.attention_qkv` takes it."""
+    """``eps`` of the norm, whether it is an RMS norm, whether its result is kept; the rest as the operators take it.
+
+    ``n_kv_head`` is 0 if it is ``n_head``, and ``window`` 0 if there is none.
+    """
 
     eps: float
+    rms: bool
     keep: bool
     n_head: int
+    n_kv_head: int
+    qk_norm: bool
+    window: int
     dropout_p: float
     deterministic: bool
 
@@ -133,22 +154,47 @@ class AttentionOptions(NamedTuple):
         """Number of heads, causal, scale and dropout, as the operators take them."""
         return self.n_head, True, scale_or_default(None, C // self.n_head), self.dropout_p
 
+    def queries_and_keys(self, qkv: Tensor) -> Tensor:
+        """Their heads in ``qkv``, (B, T, W): a view (B, T, n_head + n_kv_head, D)."""
+        n_kv_head = self.n_kv_head or self.n_head
+        return qkv.unflatten(2, (self.n_head + 2 * n_kv_head, -1))[:, :, : self.n_head + n_kv_head]
+
+    def values(self, qkv: Tensor) -> Tensor:
+        """Those in ``qkv``, (B, T, W): a view (B, T, n_kv_head D)."""
+        n_kv_head = self.n_kv_head or self.n_head
+        return qkv[..., -(qkv.shape[2] // (self.n_head + 2 * n_kv_head) * n_kv_head) :]
+
 
 class MLPOptions(NamedTuple):
-    """``eps`` of the norm; whether its result and GELU's are kept."""
+    """``eps`` of the norm, and whether it is an RMS norm; whether its result and the activation's are kept."""
 
     eps: float
+    rms: bool
     keep: bool
+    kind: str  # gelu, relu2 or swiglu
+
+
+class Given(NamedTuple):
+    """What attention is given besides its input: of dropout, rotary positions and documents, ``None`` without them."""
+
+    seed: Tensor | None
+    cos: Tensor | None  # (T, D / 2)
+    sin: Tensor | None
+    documents: Tensor | None  # (B, 2, T)
+
+
+N_GIVEN = len(Given._fields)
 
 
 class AttentionSaved(NamedTuple):
     """What attention's backward reads besides parameters and seed."""
 
     total: Tensor  # (B, T, C), the sum that the norm read
-    mean: Tensor  # (B, T) fp32
+    mean: Tensor | None  # (B, T) fp32; an RMS norm has none
     rstd: Tensor  # (B, T) fp32
     normed: Tensor | None  # (B, T, C), if it is kept
-    qkv: Tensor  # (B, T, 3C)
+    qkv: Tensor  # (B, T, W), as attention read it
+    qk_rstd: Tensor | None  # (B, T, n_head + n_kv_head) fp32, of QK-norm
     attended: Tensor  # (B, T, C)
     lse: Tensor  # (B, H, T) fp32
 
@@ -157,51 +203,75 @@ class MLPSaved(NamedTuple):
     """What the MLP's backward reads besides parameters."""
 
     total: Tensor  # (B, T, C)
-    mean: Tensor  # (B, T) fp32
+    mean: Tensor | None  # (B, T) fp32
     rstd: Tensor  # (B, T) fp32
     normed: Tensor | None  # (B, T, C), if it is kept
-    activated: Tensor | None  # (B T, 4C), GELU's result, if it is kept
-    hidden: Tensor  # (B T, 4C), before GELU and its bias
+    activated: Tensor | None  # (B T, 4C), the activation's result, if it is kept
+    hidden: Tensor  # (B T, 4C), before GELU and its bias; or what another activation reads
 
 
 # ---- forward and backward of a branch ----
 
 
 def _attention_forward(
-    x: Tensor, residual: Tensor | None, parameters: BranchParameters, options: AttentionOptions, seed: Tensor | None
-) -> tuple[Tensor, AttentionSaved]:
+    x: Tensor, residual: Tensor | None, value_embedding: Tensor | None, parameters: BranchParameters,
+    options: AttentionOptions, given: Given,
+) -> tuple[Tensor, AttentionSaved]:  # fmt: skip
     """The branch's result, ``(B, T, C)``."""
-    w = parameters
+    w, o = parameters, options
     B, T, C = x.shape
-    y, total, mean, rstd = _normalise(x, residual, w.norm_weight, w.norm_bias, options.eps)
-    qkv = _product(y.view(B * T, C), w.in_weight.T, w.in_bias).view(B, T, 3 * C)
-    attended, lse = dispatch.resolve("attention_qkv", x)(qkv, *options.of_operator(C), seed)
+    y, total, mean, rstd = _normalise(x, residual, w, o)
+    qkv = _product(y.view(B * T, C), w.in_weight.T, w.in_bias).view(B, T, -1)
+    if value_embedding is not None:
+        o.values(qkv).add_(value_embedding)
+    qk_rstd = None
+    if o.qk_norm:
+        qk_rstd = dispatch.resolve("rms_norm_rotary_", x)(
+            o.queries_and_keys(qkv), given.cos, given.sin, QK_NORM_EPS, False
+        )
+    elif given.cos is not None:
+        dispatch.resolve("rotary_", x)(o.queries_and_keys(qkv), given.cos, given.sin, False, False)
+    attended, lse = dispatch.resolve("attention_qkv", x)(
+        qkv, *o.of_operator(C), given.seed, o.n_kv_head, o.window, 0.0, given.documents
+    )
     out = _product(attended.view(B * T, C), w.out_weight.T, w.out_bias).view(B, T, C)
-    return out, AttentionSaved(total, mean, rstd, y if options.keep else None, qkv, attended, lse)
+    return out, AttentionSaved(total, mean, rstd, y if o.keep else None, qkv, qk_rstd, attended, lse)
 
 
 def _attention_backward(
     dout: Tensor, dtotal: Tensor | None, saved: AttentionSaved, parameters: BranchParameters,
-    main_grads: BranchMainGrads, options: AttentionOptions, seed: Tensor | None, needed: tuple[bool, ...],
+    main_grads: BranchMainGrads, options: AttentionOptions, given: Given, needed: tuple[bool, ...],
     before: HandedOn | None, own: HandedOn | None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of the sum and of the six parameters, last layer first."""
-    w, s = parameters, saved
+    """Gradients of the sum, the value embedding and the six parameters, last layer first.
+
+    ``needed`` is about the value embedding and the parameters.
+    """
+    w, s, o = parameters, saved, options
     B, T, C = s.total.shape
+    needs_dvalues, *needed = needed  # type: ignore[assignment]
     needs_dbias = needed[5] and not (own is not None and own.settle(dout))
     dout = dout.reshape(B * T, C)
     attended = s.attended.view(B * T, C)
     dproj = weight_and_bias_gradient(dout, attended, w.out_weight, main_grads[4:], needed[4], needs_dbias)
     dattended = _product(dout, w.out_weight).view(B, T, C)
     dqkv = dispatch.resolve("attention_qkv_backward", s.qkv)(
-        dattended, s.qkv, s.attended, s.lse, *options.of_operator(C), seed, options.deterministic
-    )
-    dqkv = dqkv.view(B * T, 3 * C)
-    y, spare = _normalised(s.total, s.normed, w.norm_weight, w.norm_bias, options.eps)
+        dattended, s.qkv, s.attended, s.lse, *o.of_operator(C), given.seed, o.deterministic, o.n_kv_head, o.window, 0.0,
+        given.documents,
+    )  # fmt: skip
+    if s.qk_rstd is not None:
+        dispatch.resolve("rms_norm_rotary_backward_", dqkv)(
+            o.queries_and_keys(dqkv), o.queries_and_keys(s.qkv), given.cos, given.sin, s.qk_rstd, False
+        )
+    elif given.cos is not None:
+        dispatch.resolve("rotary_", dqkv)(o.queries_and_keys(dqkv), given.cos, given.sin, False, True)
+    dvalues = o.values(dqkv) if needs_dvalues else None
+    dqkv = dqkv.view(B * T, -1)
+    y, spare = _normalised(s.total, s.normed, w, o)
     dinner = weight_and_bias_gradient(dqkv, y, w.in_weight, main_grads[2:4], *needed[2:4])
     dy = _product(dqkv, w.in_weight, into=spare).view(B, T, C)
-    norm = layer_norm_backward(dy, dtotal, s.total, w.norm_weight, s.mean, s.rstd, main_grads[:2], needed[1], before)
-    return *norm, *dinner, *dproj
+    dx, *dnorm = _norm_backward(dy, dtotal, s, w, o, main_grads, needed[1], before)
+    return dx, dvalues, *dnorm, *dinner, *dproj
 
 
 def _mlp_forward(
@@ -210,11 +280,12 @@ def _mlp_forward(
     """The branch's result, ``(B, T, C)``, if it is asked for."""
     w = parameters
     B, T, C = x.shape
-    y, total, mean, rstd = _normalise(x, residual, w.norm_weight, w.norm_bias, options.eps)
-    hidden = _product(y.view(B * T, C), w.in_weight.T)
+    y, total, mean, rstd = _normalise(x, residual, w, options)
+    # GELU adds the bias itself
+    hidden = _product(y.view(B * T, C), w.in_weight.T, None if options.kind == "gelu" else w.in_bias)
     out = activated = None
     if with_result:
-        activated = dispatch.resolve("gelu", x)(hidden, w.in_bias, True)
+        activated = _activate(hidden, w.in_bias, options.kind)
         out = _product(activated, w.out_weight.T, w.out_bias).view(B, T, C)
     keep = options.keep
     return out, MLPSaved(total, mean, rstd, y if keep else None, activated if keep else None, hidden)
@@ -229,20 +300,51 @@ def _mlp_backward(
     B, T, C = s.total.shape
     needs_dbias = needed[5] and not (own is not None and own.settle(dout))
     dout = dout.reshape(B * T, C)
-    dhidden = _product(dout, w.out_weight)  # of what GELU returned, until the next lines
-    activated, in_bias_main_grad = s.activated, main_grads.in_bias
-    if activated is None:
-        again = dispatch.resolve("gelu_backward_recompute_", s.hidden)
-        activated, dfc_bias = again(dhidden, s.hidden, w.in_bias, True, in_bias_main_grad)
-    else:
-        backward = dispatch.resolve("gelu_backward", s.hidden)
-        dhidden, dfc_bias = backward(dhidden, s.hidden, w.in_bias, True, in_bias_main_grad)
+    dactivated = _product(dout, w.out_weight)
+    dhidden, activated, dfc_bias = _activate_backward(dactivated, s, w.in_bias, options.kind, main_grads.in_bias)
     dproj = weight_and_bias_gradient(dout, activated, w.out_weight, main_grads[4:], needed[4], needs_dbias)
-    y, spare = _normalised(s.total, s.normed, w.norm_weight, w.norm_bias, options.eps)
-    dfc_weight, _ = weight_and_bias_gradient(dhidden, y, w.in_weight, main_grads[2:4], needed[2], False)
+    y, spare = _normalised(s.total, s.normed, w, options)
+    by_gelu = options.kind == "gelu"  # which has summed the bias's gradient
+    dfc = weight_and_bias_gradient(dhidden, y, w.in_weight, main_grads[2:4], needed[2], needed[3] and not by_gelu)
+    if by_gelu:
+        dfc = dfc[0], *for_autograd([dfc_bias], [main_grads.in_bias])
     dy = _product(dhidden, w.in_weight, into=spare).view(B, T, C)
-    norm = layer_norm_backward(dy, dtotal, s.total, w.norm_weight, s.mean, s.rstd, main_grads[:2], needed[1], before)
-    return *norm, dfc_weight, *for_autograd([dfc_bias], [in_bias_main_grad]), *dproj
+    return *_norm_backward(dy, dtotal, s, w, options, main_grads, needed[1], before), *dfc, *dproj
+
+
+def _activate(hidden: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """(B T, 4C), or (B T, 8C) of gates and what they let through, to (B T, 4C)."""
+    if kind == "gelu":
+        return dispatch.resolve("gelu", hidden)(hidden, bias, True)
+    if kind == "relu2":
+        return dispatch.resolve("relu2", hidden)(hidden)
+    return dispatch.resolve("glu", hidden)(*hidden.chunk(2, dim=1), SILU)
+
+
+def _activate_backward(
+    dactivated: Tensor, saved: MLPSaved, bias: Tensor | None, kind: str, bias_main_grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient of what :func:`_activate` read, its result, kept or computed again, and the gradient of GELU's bias.
+
+    The first may be written over ``dactivated``.
+    """
+    hidden, activated = saved.hidden, saved.activated
+    if kind == "swiglu":
+        dhidden = torch.empty_like(hidden)
+        again = torch.empty_like(dactivated) if activated is None else None
+        halves = (*dhidden.chunk(2, dim=1), dactivated, *hidden.chunk(2, dim=1))
+        dispatch.resolve("glu_backward_", hidden)(*halves, SILU, again)
+        return dhidden, again if activated is None else activated, None  # type: ignore[return-value]
+    if kind == "relu2":
+        if activated is None:
+            return dactivated, dispatch.resolve("relu2_backward_recompute_", hidden)(dactivated, hidden), None
+        return dispatch.resolve("relu2_backward", hidden)(dactivated, hidden), activated, None
+    if activated is None:
+        again = dispatch.resolve("gelu_backward_recompute_", hidden)
+        activated, dbias = again(dactivated, hidden, bias, True, bias_main_grad)
+        return dactivated, activated, dbias
+    dhidden, dbias = dispatch.resolve("gelu_backward", hidden)(dactivated, hidden, bias, True, bias_main_grad)
+    return dhidden, activated, dbias
 
 
 # ---- what both are made of ----
@@ -257,21 +359,40 @@ def _links(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Han
 
 
 def _normalise(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The norm of the sum, the sum, and the norm's mean and reciprocal standard deviation."""
+    x: Tensor, residual: Tensor | None, w: BranchParameters, o: AttentionOptions | MLPOptions
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The norm of the sum, the sum, and the norm's mean and reciprocal standard deviation, or root mean square."""
+    if o.rms and residual is not None:
+        y, total, rstd = dispatch.resolve("add_rms_norm", x)(x, residual, w.norm_weight, o.eps)
+        return y, total, None, rstd
+    if o.rms:
+        y, rstd = dispatch.resolve("rms_norm", x)(x, w.norm_weight, o.eps)
+        return y, x, None, rstd
     if residual is not None:
-        return dispatch.resolve("add_layer_norm", x)(x, residual, weight, bias, eps)
-    y, mean, rstd = dispatch.resolve("layer_norm", x)(x, weight, bias, eps)
+        return dispatch.resolve("add_layer_norm", x)(x, residual, w.norm_weight, w.norm_bias, o.eps)
+    y, mean, rstd = dispatch.resolve("layer_norm", x)(x, w.norm_weight, w.norm_bias, o.eps)
     return y, x, mean, rstd
 
 
 def _normalised(
-    total: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    total: Tensor, kept: Tensor | None, w: BranchParameters, o: AttentionOptions | MLPOptions
 ) -> tuple[Tensor, Tensor | None]:
     """The norm's result as rows, kept or computed again; and once more as memory free to use, if it was made here."""
-    y = (_normalise(total, None, weight, bias, eps)[0] if kept is None else kept).view(-1, total.shape[-1])
+    y = (_normalise(total, None, w, o)[0] if kept is None else kept).view(-1, total.shape[-1])
     return y, y if kept is None else None
+
+
+def _norm_backward(
+    dy: Tensor, dtotal: Tensor | None, saved: AttentionSaved | MLPSaved, w: BranchParameters,
+    o: AttentionOptions | MLPOptions, main_grads: BranchMainGrads, needs_dbias: bool, before: HandedOn | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients of the sum, and of the norm's weight and bias."""
+    if o.rms:  # it does not sum the gradient of the bias before it, whose projection then does
+        return *rms_norm_backward(dy, dtotal, saved.total, w.norm_weight, saved.rstd, main_grads.norm_weight), None
+    assert saved.mean is not None
+    return layer_norm_backward(
+        dy, dtotal, saved.total, w.norm_weight, saved.mean, saved.rstd, main_grads[:2], needs_dbias, before
+    )
 
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None, into: Tensor | None = None) -> Tensor:
@@ -289,7 +410,8 @@ def _dropped(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - dropout_p))
 
 
-# ---- the autograd functions; their inputs are x, residual, the parameters, and what needs no gradient ----
+# ---- the autograd functions; their inputs are x, residual, with attention the value embedding, the parameters, and
+# what needs no gradient ----
 
 
 class _Dropout(Function):
@@ -307,12 +429,14 @@ class _Dropout(Function):
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, value_embedding: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         parameters, rest = BranchParameters(*rest[:N_PARAMETERS]), rest[N_PARAMETERS:]
-        main_grads, ctx.branch_options, seed, *ctx.links = rest
+        main_grads, ctx.branch_options, given, *ctx.links = rest
         ctx.main_grads = BranchMainGrads(*main_grads)
-        out, saved = _attention_forward(x, residual, parameters, ctx.branch_options, seed)
-        ctx.save_for_backward(seed, *parameters, *saved)
+        out, saved = _attention_forward(x, residual, value_embedding, parameters, ctx.branch_options, given)
+        ctx.save_for_backward(*given, *parameters, *saved)
         ctx.set_materialize_grads(False)
         return out, saved.total
 
@@ -321,10 +445,10 @@ class _Attention(Function):
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> Any:
         if dout is None:
             return dtotal, dtotal
-        seed, *tensors = ctx.saved_tensors
+        given, tensors = Given(*ctx.saved_tensors[:N_GIVEN]), ctx.saved_tensors[N_GIVEN:]
         parameters, saved = BranchParameters(*tensors[:N_PARAMETERS]), AttentionSaved(*tensors[N_PARAMETERS:])
         dx, *gradients = _attention_backward(
-            dout, dtotal, saved, parameters, ctx.main_grads, ctx.branch_options, seed, ctx.needs_input_grad[2:],
+            dout, dtotal, saved, parameters, ctx.main_grads, ctx.branch_options, given, ctx.needs_input_grad[2:],
             *ctx.links,
         )  # fmt: skip
         return dx, dx, *gradients
@@ -358,12 +482,14 @@ class _Block(Function):
     """Both branches, of which only the sum ``x + residual`` is kept: the backward runs the forward again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, value_embedding: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         attention, mlp = BranchParameters(*rest[:N_PARAMETERS]), BranchParameters(*rest[N_PARAMETERS:][:N_PARAMETERS])
-        ctx.main_grads, *ctx.branch_options, seed, ctx.before, ctx.own = rest[2 * N_PARAMETERS :]
+        ctx.main_grads, *ctx.branch_options, given, ctx.before, ctx.own = rest[2 * N_PARAMETERS :]
         attention_options, mlp_options = ctx.branch_options
         p = attention_options.dropout_p
-        added, saved = _attention_forward(x, residual, attention, attention_options, seed)
+        added, saved = _attention_forward(x, residual, value_embedding, attention, attention_options, given)
         total = saved.total
         del saved
         attention_mask = _draw_mask(added, p)
@@ -373,20 +499,23 @@ class _Block(Function):
         del mlp_saved
         mlp_mask = _draw_mask(out, p)
         out = _dropped(out, mlp_mask, p)
-        ctx.save_for_backward(seed, total, attention_mask, mlp_mask, *attention, *mlp)
+        ctx.save_for_backward(*given, value_embedding, total, attention_mask, mlp_mask, *attention, *mlp)
         ctx.set_materialize_grads(False)
         return out, mlp_total
 
     @staticmethod
     @once_differentiable("block")
     def backward(ctx: Any, dout: Tensor | None, dmlp_total: Any) -> Any:
-        seed, total, attention_mask, mlp_mask, *parameters = ctx.saved_tensors
+        given, tensors = Given(*ctx.saved_tensors[:N_GIVEN]), ctx.saved_tensors[N_GIVEN:]
+        value_embedding, total, attention_mask, mlp_mask, *parameters = tensors
         attention, mlp = BranchParameters(*parameters[:N_PARAMETERS]), BranchParameters(*parameters[N_PARAMETERS:])
         attention_grads = BranchMainGrads(*ctx.main_grads[:N_PARAMETERS])
         mlp_grads = BranchMainGrads(*ctx.main_grads[N_PARAMETERS:])
         attention_options, mlp_options = ctx.branch_options
         p, needed = attention_options.dropout_p, ctx.needs_input_grad[2:]
-        added, attention_saved = _attention_forward(total, None, attention, attention_options, seed)
+        added, attention_saved = _attention_forward(
+            total, None, value_embedding, attention, attention_options, given
+        )  # fmt: skip
         added = _dropped(added, attention_mask, p)
         # the attention's bias, whose gradient the MLP's norm sums
         bias_grad = attention_grads.out_bias
@@ -397,11 +526,11 @@ class _Block(Function):
             del added
             dadded, *mlp_gradients = _mlp_backward(
                 _dropped(dout, mlp_mask, p), dmlp_total, mlp_saved, mlp, mlp_grads, mlp_options,
-                needed[N_PARAMETERS:], between, ctx.own,
+                needed[1 + N_PARAMETERS :], between, ctx.own,
             )  # fmt: skip
             del mlp_saved
         dx, *gradients = _attention_backward(
             _dropped(dadded, attention_mask, p), dadded, attention_saved, attention, attention_grads,
-            attention_options, seed, needed, ctx.before, between,
+            attention_options, given, needed[: 1 + N_PARAMETERS], ctx.before, between,
         )  # fmt: skip
         return dx, dx, *gradients, *mlp_gradients

@@ -148,6 +148,14 @@ def save(
     _write_json(folder / GENERATION_CONFIG, {name: value for name, value in generation.items() if value is not None})
 
 
+def check_gpt2(config: GPTConfig) -> None:
+    """Raise ``RequestError`` if the architecture is not GPT-2's, as which a model is to be written."""
+    if config.beyond_gpt2:
+        raise RequestError(
+            f"the model has what GPT-2 has not ({', '.join(config.beyond_gpt2)}), and only GPT-2's layout is written"
+        )
+
+
 def _expected(config: GPTConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters by name, with all biases."""
     with torch.device("meta"):

@@ -70,6 +70,17 @@ class TrainConfig:
     block_size: int = _option(1024, "context length in tokens")
     bias: bool = _option(False, "biases in linear layers and layer norms; OpenAI's GPT-2 has them")
     dropout: float = _option(0.0, "dropout on attention weights, residual branches and the embedding")
+    positions: Literal["learned", "rotary"] = _option("learned", "embeddings of positions, or rotated queries and keys")
+    norm: Literal["layer", "rms"] = _option("layer", "layer norm, or RMS norm")
+    qk_norm: bool = _option(False, "RMS norm of each head's queries and keys: bounds the scores, allows larger rates")
+    mlp: Literal["gelu", "relu2", "swiglu"] = _option("gelu", "what stands between the MLP's two layers")
+    n_kv_head: int = _option(0, "heads of keys and values, shared by groups of query heads; 0: as many as --n_head")
+    tied: bool = _option(True, "use the token embedding as output layer; False: a layer of its own")
+    softcap: float = _option(0.0, "c in c tanh(logits / c), which keeps logits below c; 0: none")
+    window: int = _option(0, "attention sees so many tokens, but all in each fourth and the last layer; 0: all")
+    document_mask: bool = _option(False, "attention does not look across an end-of-text token")
+    zero_init: bool = _option(False, "begin with the last layer of each branch at zero")
+    value_embeddings: bool = _option(False, "add an embedding of the token to the values of every other layer")
     expect_params: str = _option("", "refuse to start if the model's size differs by over 2 % from this, e.g. 124M")
 
     # batches and length
@@ -84,9 +95,11 @@ class TrainConfig:
         "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest; fewer tokens to the same loss"
     )
     learning_rate: float = _option(6e-4, "peak learning rate")
-    min_lr: float = _option(6e-5, "learning rate at the end of the cosine decay")
+    min_lr: float = _option(6e-5, "learning rate at the end of the decay")
     warmup_iters: int = _option(2000, "updates of linear warm-up")
-    lr_decay_iters: int = _option(600_000, "update at which the cosine decay ends")
+    lr_decay_iters: int = _option(600_000, "update at which the decay ends")
+    schedule: Literal["cosine", "wsd"] = _option("cosine", "a cosine; wsd: constant, then linear over the --cooldown")
+    cooldown: float = _option(0.4, "of --schedule wsd, the share of --lr_decay_iters during which the rate falls")
     decay_lr: bool = _option(True, "warm up and decay; False: the learning rate is constant")
     beta1: float = _option(0.9, "AdamW's decay rate of the first moment")
     beta2: float = _option(0.95, "AdamW's decay rate of the second moment")
@@ -165,6 +178,8 @@ class TrainConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise RequestError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.cooldown <= 1.0:
+            raise RequestError(f"--cooldown must be in (0, 1], got {self.cooldown}")
         if self.optimizer == "muon" and self.state_bits == 8:
             raise RequestError(
                 "--state_bits 8 is for AdamW's moments; --optimizer muon keeps one of 32 bits a parameter"
@@ -194,7 +209,7 @@ class TrainConfig:
             return self.learning_rate
         return learning_rate(
             step, peak=self.learning_rate, floor=self.min_lr, warmup_iters=self.warmup_iters,
-            decay_iters=self.lr_decay_iters,
+            decay_iters=self.lr_decay_iters, cooldown=self.cooldown if self.schedule == "wsd" else None,
         )  # fmt: skip
 
     @property
@@ -236,11 +251,24 @@ class TrainConfig:
         sizes = " or ".join(f"{n}" for n in (smaller, larger) if n)
         return f"--batch_size {sizes} would be exact, or --total_batch_size {totals}"
 
-    def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The architecture of this run, checked against ``--expect_params``."""
+    def gpt_config(self, vocab_size: int, end_of_text: int | None = None) -> GPTConfig:
+        """The architecture of this run, checked against ``--expect_params``.
+
+        Args:
+            vocab_size: of the model.
+            end_of_text: the token that ends a document, which ``--document_mask`` needs.
+
+        Raises:
+            RequestError: it is none, or not the size that is expected.
+        """
+        if self.document_mask and end_of_text is None:
+            raise RequestError("--document_mask needs a dataset whose tokenizer has an end-of-text token")
         try:
-            names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-            config = GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+            names = {field.name for field in fields(GPTConfig)} & {field.name for field in fields(self)}
+            options = {name: getattr(self, name) for name in names}
+            if self.document_mask:
+                options["end_of_text"] = end_of_text
+            config = GPTConfig(vocab_size=vocab_size, **options)
         except ValueError as error:
             raise RequestError(str(error)) from error
         if self.expect_params:

@@ -4,7 +4,7 @@ A resumed run is the run that would have been, so whatever must be the same is c
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,7 +17,11 @@ from fastgpt.train import checkpoint, run_folder
 from fastgpt.train.config import TrainConfig, parse_flags, resolve
 from fastgpt.train.models import check_name
 
-ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # flags that a model to start from decides
+# Flags that a model to start from decides.
+ARCHITECTURE = (
+    "n_layer", "n_head", "n_embd", "bias", "positions", "norm", "qk_norm", "mlp", "n_kv_head", "tied", "softcap",
+    "window", "value_embeddings",
+)  # fmt: skip
 
 # May differ without a word: they say where and how a process runs, or are settled anew for the device.
 UNREMARKABLE = {
@@ -120,5 +124,6 @@ def find(run_dir: Path, config: TrainConfig, gpt_config: GPTConfig, dataset: Dat
 
 
 def _shape(model: GPTConfig) -> str:
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-    return ", ".join(f"{name}={getattr(model, name)}" for name in names)
+    names = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias"]
+    names += [f.name for f in fields(model) if f.name not in names and getattr(model, f.name) != f.default]
+    return ", ".join(f"{name}={getattr(model, name)}" for name in names if name != "dropout")

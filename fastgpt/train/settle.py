@@ -109,14 +109,14 @@ def settle(config: TrainConfig) -> Settled:
     else:
         config, initial = _start_from(config, dataset)
         vocab_size = len(initial["transformer.wte.weight"])
-    gpt_config = config.gpt_config(vocab_size)
+    tokenizer = dataset.tokenizer()
+    gpt_config = config.gpt_config(vocab_size, tokenizer.eot if tokenizer is not None else None)
     memory, total = hardware.memory(device)
     _check_size(gpt_config, config.state_bits, total)
     settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
     changes = resume.differences(run_dir, settled) if resuming and run_folder.is_run(run_dir) else []
     open_values = {"batch_size": None, "recompute": "auto"}
     left_open = {name: value for name, value in open_values.items() if getattr(config, name) == value}
-    tokenizer = dataset.tokenizer()
     return Settled(
         settled, run_dir, device, dtype, dataset, tokenizer, gpt_config, memory, prediction, initial, changes, left_open
     )
@@ -156,7 +156,8 @@ def _start_from(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, dic
             f"--block_size {config.block_size} is longer than the context of {config.init_from}, {model.block_size}"
         )
     weights = {name: p.detach() for name, p in opened.model.named_parameters()}
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+    if model.positions == "learned":
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     changed = {name: getattr(model, name) for name in resume.ARCHITECTURE}
     return replace(config, **changed), weights
 

@@ -96,7 +96,7 @@ def test_logits_are_returned_in_training_where_they_are_asked_for():
 def test_an_activation_that_only_has_the_name_of_a_gelu_is_refused():
     model = WithReturnLogits(Config())
     model.transformer.h[1].mlp.gelu.__class__ = type("NewGELU", (NewGELU,), {"forward": lambda self, x: F.relu(x)})
-    with pytest.raises(ValueError, match="maths is not that of GPT-2"):
+    with pytest.raises(ValueError, match="maths is not what it is taken for"):
         patch_nanogpt(model)
 
 

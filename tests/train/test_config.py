@@ -379,6 +379,34 @@ def test_a_model_that_cannot_be_is_refused(flag, said):
         config(flag).gpt_config(256)
 
 
+def test_the_options_of_the_model_are_flags():
+    flags = [
+        "--positions=rotary", "--norm=rms", "--qk_norm", "--mlp=swiglu", "--n_kv_head=2", "--tied=False",
+        "--softcap=15", "--window=64", "--document_mask", "--zero_init", "--value_embeddings",
+    ]  # fmt: skip
+    model = config(*flags).gpt_config(256, end_of_text=7)
+    assert (model.positions, model.norm, model.qk_norm, model.mlp) == ("rotary", "rms", True, "swiglu")
+    assert (model.n_kv_head, model.tied, model.softcap, model.window) == (2, False, 15.0, 64)
+    assert (model.end_of_text, model.zero_init, model.value_embeddings) == (7, True, True)
+    assert config().gpt_config(256, end_of_text=7).beyond_gpt2 == []
+
+
+def test_a_document_mask_needs_a_token_that_ends_documents():
+    with pytest.raises(RequestError, match="--document_mask needs a dataset whose tokenizer has an end-of-text token"):
+        config("--document_mask").gpt_config(256)
+
+
+@pytest.mark.parametrize("cooldown", ["0", "-0.1", "1.1"])
+def test_a_cooldown_is_a_share_of_the_run(cooldown):
+    assert "--cooldown must be in (0, 1]" in refusal(f"--cooldown={cooldown}")
+
+
+def test_a_schedule_of_wsd_is_constant_before_its_cooldown():
+    run = config("--schedule=wsd", "--cooldown=0.25", "--learning_rate=1e-3", "--min_lr=0")
+    assert run.learning_rate_at(run.warmup_iters) == run.learning_rate_at(run.lr_decay_iters * 3 // 4) == 1e-3
+    assert run.learning_rate_at(run.lr_decay_iters * 7 // 8) == pytest.approx(5e-4)
+
+
 def test_help_names_every_flag_and_preset(capsys):
     with pytest.raises(SystemExit) as caught:
         config("--help")

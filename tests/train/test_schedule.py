@@ -29,6 +29,20 @@ def test_every_step_has_nanogpts_rate(peak, floor, warmup_iters, decay_iters):
         assert math.isclose(got, expected, rel_tol=1e-12, abs_tol=1e-15), step
 
 
+def test_the_rate_stays_at_its_peak_and_falls_linearly_during_the_cooldown():
+    rates = [learning_rate(i, peak=1.0, floor=0.1, warmup_iters=10, decay_iters=100, cooldown=0.4) for i in range(120)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:61] == [1.0] * 51
+    assert rates[80] == pytest.approx(0.55)  # halfway
+    assert rates[99] == pytest.approx(0.1 + 0.9 / 40)
+    assert rates[100:] == [0.1] * 20
+
+
+def test_a_cooldown_of_the_whole_run_begins_with_the_end_of_the_warm_up():
+    rates = [learning_rate(i, peak=1.0, floor=0.0, warmup_iters=4, decay_iters=8, cooldown=1.0) for i in range(9)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
 def test_the_first_update_already_learns():
     assert learning_rate(0, peak=1.0, floor=0.1, warmup_iters=4, decay_iters=100) == 0.2
 

@@ -58,6 +58,10 @@ def stop_after(trainer, steps, number):
     trainer.update = interrupted
 
 
+# The entries of a model in checkpoints that know only GPT-2.
+BEFORE_OPTIONS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+
+
 # ---- what a run leaves behind ----
 
 
@@ -1071,6 +1075,38 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, f
     assert (a.step, a.tokens, a.loader) == (b.step, b.tokens, b.loader)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert evaluations(tmp_path / "whole")[8] == evaluations(tmp_path / "parts")[8]
+
+
+def test_a_model_beyond_gpt2_is_trained_and_resumed_as_any_other(trainer, tmp_path):
+    flags = {
+        "positions": "rotary", "norm": "rms", "qk_norm": True, "mlp": "relu2", "n_kv_head": 1, "tied": False,
+        "softcap": 15.0, "window": 4, "zero_init": True, "value_embeddings": True, "optimizer": "muon",
+        "schedule": "wsd",
+    }  # fmt: skip
+    trainer(out_dir=tmp_path / "whole", **flags).train()
+    trainer(out_dir=tmp_path / "parts", max_iters=3, **flags).train()
+    trainer(out_dir=tmp_path / "parts", init_from="resume", **flags).train()
+    whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    assert evaluations(tmp_path / "whole")[8] < evaluations(tmp_path / "whole")[0]
+    with pytest.raises(RequestError, match=r"cannot resume.*mlp=relu2.*the request is"):
+        trainer(out_dir=tmp_path / "parts", init_from="resume", **{**flags, "mlp": "swiglu"})
+
+
+def test_a_checkpoint_of_before_there_were_options_is_resumed(trainer, tmp_path):
+    trainer(max_iters=3).train()
+    file = checkpoint.newest(tmp_path / "run") / "state.json"
+    content = json_files.read(file)
+    later = [name for name in content["model"] if name not in BEFORE_OPTIONS]
+    for name in later:
+        del content["model"][name]
+    del content["optimizer"]
+    json_files.write(file, content)
+    (file.parent / "manifest.json").unlink()
+    trainer(init_from="resume").train()
+    assert checkpoint.steps(tmp_path / "run")[-1] == 8
+    assert "positions" in later
 
 
 def test_the_best_checkpoint_of_before_the_interruption_stays(trainer, tmp_path):

@@ -42,7 +42,7 @@ def named_size(facts: Facts) -> Finding | None:
         return None
     preset = PRESETS.get(config.preset, {})
     changes = {}  # this run's value -> the preset's
-    for name in ("n_layer", "n_embd"):
+    for name in ("n_layer", "n_embd", "positions", "mlp", "n_kv_head", "tied", "value_embeddings"):
         is_now, preset_has = getattr(config, name), preset.get(name, getattr(TrainConfig, name))
         if is_now != preset_has:
             changes[f"{name}={is_now}"] = f"{name}={preset_has}"
