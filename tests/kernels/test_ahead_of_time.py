@@ -116,7 +116,7 @@ def in_a_process(code):
 READ_OTHERWISE = "read = inspect.getsource; inspect.getsource = lambda f: read(f) + '#' * (f is {})"
 CHANGES = {
     "a kernel": ("append(attention._forward_kernel)", {"attention"}, ARCHITECTURES),
-    "what a kernel calls": ("append(gelu._exponential)", {"gelu"}, ARCHITECTURES),
+    "what a kernel calls": ("append(activations._exponential)", {"gelu", "glu"}, ARCHITECTURES),
     "a configuration": (
         "launch.shipped()[89]['attention_forward']['16-bit D32']['BLOCK_M'] *= 2",
         {"attention"},
@@ -137,13 +137,14 @@ def test_a_change_is_a_change_of_whatever_it_can_change(changed):
 import dataclasses
 import inspect
 from bench import ahead_of_time as a
-from fastgpt.kernels.triton import attention, gelu, launch
+from fastgpt.kernels.triton import activations, attention, gelu, glu, launch
 
 def append(function):
     function._unsafe_update_src(function.src + "    # changed")
-    for kernel in vars(gelu).values():
-        if hasattr(kernel, "hash"):
-            kernel.hash = None  # Triton computes it once
+    for module in (activations, gelu, glu):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "hash"):
+                kernel.hash = None  # Triton computes it once
 
 cases = {{case.split()[0].removesuffix("_8bit"): case for case in reversed(a.CASES)}}  # the first of each op
 jobs = [(op, arch) for op in cases for arch in a.GPUS]
