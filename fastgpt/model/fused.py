@@ -334,14 +334,16 @@ def _activate_backward(
         again = torch.empty_like(dactivated) if activated is None else None
         halves = (*dhidden.chunk(2, dim=1), dactivated, *hidden.chunk(2, dim=1))
         dispatch.resolve("glu_backward_", hidden)(*halves, SILU, again)
-        return dhidden, again if activated is None else activated, None  # type: ignore[return-value]
+        result = activated if again is None else again
+        assert result is not None
+        return dhidden, result, None
     if kind == "relu2":
         if activated is None:
             return dactivated, dispatch.resolve("relu2_backward_recompute_", hidden)(dactivated, hidden), None
         return dispatch.resolve("relu2_backward", hidden)(dactivated, hidden), activated, None
     if activated is None:
-        again = dispatch.resolve("gelu_backward_recompute_", hidden)
-        activated, dbias = again(dactivated, hidden, bias, True, bias_main_grad)
+        recompute = dispatch.resolve("gelu_backward_recompute_", hidden)
+        activated, dbias = recompute(dactivated, hidden, bias, True, bias_main_grad)
         return dactivated, activated, dbias
     dhidden, dbias = dispatch.resolve("gelu_backward", hidden)(dactivated, hidden, bias, True, bias_main_grad)
     return dhidden, activated, dbias

@@ -53,8 +53,8 @@ class RMSNorm(kernels.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if residual is None:
-            return rms_norm_and_input(x, self.weight, self.eps)
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+            return rms_norm_and_input(x, self.weight, NORM_EPS)
+        return kernels.add_rms_norm(x, residual, self.weight, NORM_EPS)
 
 
 def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
