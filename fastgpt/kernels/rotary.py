@@ -214,7 +214,8 @@ def rms_norm_rotary(
         checks.same("x", x=x, weight=weight)
         checks.shape("weight", weight, (x.shape[3],))
     _check_tables("x", x, x.shape[3], cos, sin, interleaved)
-    sin = sin if sin is None or cos is None else distinct(sin, cos)
+    if cos is not None and sin is not None:
+        sin = distinct(sin, cos)
     return apply(_RMSNormRotary, x, weight, cos, sin, eps, interleaved, main_grad)[0]
 
 
@@ -277,7 +278,8 @@ def rotary_qkv(
     if cos is None and not qk_norm:
         raise ValueError("cos: expected a Tensor, or qk_norm=True")
     _check_tables("qkv", qkv, D, cos, sin, interleaved)
-    sin = sin if sin is None or cos is None else distinct(sin, cos)
+    if cos is not None and sin is not None:
+        sin = distinct(sin, cos)
     return apply(_RotaryQKV, qkv, n_head, n_kv_head, cos, sin, qk_norm, eps, interleaved)[0]
 
 
