@@ -208,7 +208,7 @@ TARGETS = {
         kernels.document_starts,
         {"tokens": torch.tensor([[1, 2, 3], [2, 2, 1]]), "end_of_text": 2},
         {
-            "tokens": Argument((None, [[1]], 1.0, torch.rand(2, 3), torch.ones(3, dtype=torch.int64))),
+            "tokens": Argument((None, [[1]], 1.0, floats(2, 3), torch.ones(3, dtype=torch.int64))),
             "end_of_text": INDEX,
         },
     ),
@@ -216,7 +216,7 @@ TARGETS = {
         kernels.document_starts_from_cu_seqlens,
         {"cu_seqlens": torch.tensor([0, 2, 3]), "length": 4},
         {
-            "cu_seqlens": Argument((None, [0, 1], torch.rand(3), torch.zeros(0, dtype=torch.int32), STARTS)),
+            "cu_seqlens": Argument((None, [0, 1], floats(3), torch.zeros(0, dtype=torch.int32), STARTS)),
             "length": Argument((*SIZE.values[1:],)),
         },
     ),

@@ -89,8 +89,7 @@ def test_packed_heads_are_normed_and_turned_in_one_launch_forward_and_one_backwa
     assert launched == ["rotary_forward", "rotary_backward_from_result"]
 
 
-@pytest.mark.parametrize("name", ["gelu", "layer_norm", "cross_entropy", "rotary"])
-@pytest.mark.parametrize("name", ["gelu", "glu", "layer_norm", "rms_norm", "cross_entropy"])
+@pytest.mark.parametrize("name", ["gelu", "glu", "layer_norm", "rms_norm", "cross_entropy", "rotary"])
 def test_a_million_rows_fit_the_grid(name):
     """Whose second and third axis end at 65535 programs."""
     rows = torch.empty(2**20, 64, device="meta", dtype=torch.bfloat16)
