@@ -113,32 +113,25 @@ float row_max(const T* logits, int64_t V) {
 }
 
 // Over V capped logits z, whose maximum is `top`: the sum of exp(z - top), of which no term exceeds 1, and if labels
-// are smoothed that of weight (top - z).
+// are smoothed that of weight (top - z). `block` is a multiple of the lanes, or V.
+constexpr int64_t kBlock = 2048;
 struct Sums {
-  float exp, below = 0.0f;
+  float exp, below;
 };
 template <class T, class Cap, class Smooth>
-Sums row_sums(const T* logits, const Cap& cap, const Smooth& smooth, float top, int64_t V) {
-  Vec total{};
-  if constexpr (!Smooth::kSmooths) {
-    for_each_vector(
-        V, [&](int64_t i, int64_t n) { total += keep_first(exp_nonpositive(cap(load(logits + i, n)) - top), n); });
-    return {sum(total)};
-  } else {
-    // The terms below the maximum are all of one size: added up in blocks, the sum loses fewer digits.
-    constexpr int64_t kBlock = 2048;
-    Vec total_below{};
-    for (int64_t begin = 0; begin < V; begin += kBlock) {
-      Vec below{};
-      for_each_vector(std::min(kBlock, V - begin), [&](int64_t i, int64_t n) {
-        const Vec z = cap(load(logits + begin + i, n));
-        total += keep_first(exp_nonpositive(z - top), n);
-        below += keep_first((top - z) * smooth(begin + i, n), n);
-      });
-      total_below += below;
-    }
-    return {sum(total), sum(total_below)};
+Sums row_sums(const T* logits, const Cap& cap, const Smooth& smooth, float top, int64_t block, int64_t V) {
+  Vec total{}, total_below{};
+  for (int64_t begin = 0; begin < V; begin += block) {
+    Vec exp{}, below{};
+    for_each_vector(std::min(block, V - begin), [&](int64_t i, int64_t n) {
+      const Vec z = cap(load(logits + begin + i, n));
+      exp += keep_first(exp_nonpositive(z - top), n);
+      if constexpr (Smooth::kSmooths) below += keep_first((top - z) * smooth(begin + i, n), n);
+    });
+    total += exp;
+    total_below += below;
   }
+  return {sum(total), sum(total_below)};
 }
 
 // The logarithms of a row, and its loss.
@@ -150,7 +143,9 @@ RowLoss row_loss(
     const T* logits, int64_t target, bool counts, const Options& options, const Cap& cap, const Smooth& smooth,
     int64_t V) {
   const float top = capped(cap, row_max(logits, V));  // the cap keeps the order
-  const Sums sums = row_sums(logits, cap, smooth, top, V);
+  // Terms added up in blocks lose fewer digits than in one sum, which the loss without options is, and stays.
+  const bool in_blocks = Cap::kCaps || Smooth::kSmooths || options.z_loss != 0.0f;
+  const Sums sums = row_sums(logits, cap, smooth, top, in_blocks ? kBlock : V, V);
   const float log_sum = std::log(sums.exp), lse = top + log_sum;
   if (!counts) return {lse, 0.0f};
   // Where the loss is small, top - at_target is exact; lse - at_target would keep the rounding error of lse.
