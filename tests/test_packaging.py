@@ -289,6 +289,15 @@ def report():
             for i, (p, other) in enumerate(zip(params, wide, strict=True)):
                 compare(f"FusedAdamW, parameter {i}", p, other, dtype)
 
+            param = torch.randn(5, 33).to(dtype).requires_grad_()
+            param.grad = torch.randn_like(param)
+            truth, x = param.detach().double(), torch.nn.functional.normalize(param.grad.double(), dim=(0, 1))
+            for _ in range(5):  # Newton-Schulz
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+            ours.FusedMuon([param], lr=1e-2, weight_decay=0.0).step()
+            compare("FusedMuon", param, truth - 1e-2 * x, dtype)
+
     found = {
         "public": [name for name in ours.__all__ if not hasattr(getattr(ours, name), "forward")],  # modules wrap these
         "where": ours.__file__,

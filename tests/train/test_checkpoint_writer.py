@@ -49,7 +49,9 @@ def start(writer, store, before_writing=lambda: None, **changes):
 
 def test_what_is_saved_is_what_the_tensors_were_at_the_start(tmp_path, monkeypatch, store):
     parameters = {name: t.clone() for name, t in store[0].named(store[0].master).items()}
-    moments = {kind: {name: t.clone() for name, t in store[0].named(flat).items()} for kind, flat in store[1].items()}
+    moments = {
+        kind: {name: t.clone() for name, t in store[0].named(flat, kind).items()} for kind, flat in store[1].items()
+    }
     torch.manual_seed(7)
     disk, writer = Disk(monkeypatch), CheckpointWriter(tmp_path)
     start(writer, store)
