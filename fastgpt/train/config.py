@@ -28,7 +28,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "total_batch_size", "warmup_iters", "checkpoint_interval", "max_hours", "learning_rate", "min_lr",
-    "weight_decay", "grad_clip", "skip_spikes", "muon_learning_rate", "momentum",
+    "weight_decay", "grad_clip", "skip_spikes", "muon_learning_rate",
 )  # fmt: skip
 
 # No computer takes more: a larger number is a slip, and would only be found when it has filled the memory.
@@ -92,7 +92,7 @@ class TrainConfig:
 
     # optimizer
     optimizer: Literal["adamw", "muon"] = _option(
-        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest; fewer tokens to the same loss"
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
     )
     learning_rate: float = _option(6e-4, "peak learning rate")
     min_lr: float = _option(6e-5, "learning rate at the end of the decay")
