@@ -112,8 +112,8 @@ class FusedAdamW(Optimizer):
     Raises:
         TypeError: an argument has a wrong type, or a parameter a dtype other than the above.
         ValueError: a hyperparameter is out of range, here or in a group; an option is not supported; there is no
-            parameter; a parameter is not contiguous, has its sign still to be flipped (``torch.resolve_neg`` does),
-            is given twice, or is not bf16 under ``stochastic_rounding``; a DTensor is a partial sum, or ``state_bits``
+            parameter; a parameter is not contiguous, has its negative bit set (``torch.resolve_neg`` clears it), is
+            given twice, or is not bf16 under ``stochastic_rounding``; a DTensor is a partial sum, or ``state_bits``
             is 8; ``copies`` lacks a parameter, or has a tensor for something that is not a parameter.
     """
 
@@ -222,9 +222,7 @@ class FusedAdamW(Optimizer):
         if not sharded.local(param).is_contiguous():
             raise ValueError(f"params: a parameter of shape {shape} is not contiguous")
         if sharded.local(param).is_neg():
-            raise ValueError(
-                f"params: a parameter of shape {shape} is a view with its sign still to be flipped; clone it"
-            )
+            raise ValueError(f"params: a parameter of shape {shape} has its negative bit set; clone it")
         if sharded.is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
             raise ValueError(f"params: a DTensor of shape {shape} is a partial sum; redistribute it first")
         if sharded.is_dtensor(param) and self.state_bits == 8:
@@ -293,7 +291,7 @@ class FusedAdamW(Optimizer):
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
             return state_dict  # PyTorch raises the error
         for p, state, group in _states_by_parameter(own, state_dict):
-            bits = 8 if "exp_avg_scale" in state else 32
+            bits = 8 if any(name.endswith("_scale") for name in state) else 32
             if bits != self.state_bits:
                 raise ValueError(f"state_dict: has moments of {bits} bits, but state_bits is {self.state_bits}")
             for name, expected in self._new_state(torch.empty_like(p, device="meta"), group).items():

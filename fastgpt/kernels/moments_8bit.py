@@ -1,4 +1,4 @@
-"""The 8-bit format of AdamW's moments: constants of every backend, encoding and decoding in plain PyTorch.
+"""The 8-bit format of AdamW's and Muon's moments: constants of every backend, encoding and decoding in plain PyTorch.
 
 256 consecutive elements of a flattened moment form a block with one fp32 scale, the power of two above the largest
 magnitude in it. An element is one byte: a floating-point number with three bits of fraction, stored as its distance
@@ -7,6 +7,8 @@ fraction) are those of the scale, plus c, minus the largest code; 0 stands for z
 
     exp_avg      sign in the highest bit, 127 magnitudes: 16 binades, 4.8 decades below the scale
     exp_avg_sq   255 magnitudes: 32 binades, 9.6 decades, so that its square root reaches as far down as exp_avg
+
+Muon's momentum_buffer is stored as exp_avg is.
 
 Codes are rounded up or down at random so that the mean is the value itself. With beta2 = 0.999 a moment moves by less
 than half the distance of two codes, and rounding to the nearest would never move it.
@@ -22,11 +24,17 @@ codes come from a table; these are computed.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOMENT_BLOCK = 256  # elements that share a scale; 4 bytes for 256 add 0.016 bytes an element
 MOMENT_SHIFT = 20  # an fp32 has 23 bits of fraction; shifted by 20, three of them remain
 LEAST_MOMENT_SCALE = 33  # biased exponent; below it the smallest of 255 codes, 32 binades down, is not a normal fp32
+
+
+def in_blocks(flat: Tensor) -> Tensor:
+    """``flat``, one-dimensional, as (n, 256), the last row padded with zeros."""
+    return F.pad(flat, (0, -len(flat) % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
 
 
 def encode_moment(x: Tensor, random: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

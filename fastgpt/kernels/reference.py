@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgpt.kernels import torch_matmul
 from fastgpt.kernels.dry_run import on_gpu
 from fastgpt.kernels.heads import split_heads, split_qkv
-from fastgpt.kernels.moments_8bit import MOMENT_BLOCK, decode_moment, encode_moment
+from fastgpt.kernels.moments_8bit import MOMENT_BLOCK, decode_moment, encode_moment, in_blocks
 from fastgpt.kernels.ops import GELU_EXACT, GELU_TANH, SILU, statistics_dtype
 from fastgpt.kernels.philox import dropout_factors, philox
 from fastgpt.kernels.torch_matmul import with_zeros_behind
@@ -603,11 +603,6 @@ def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, bits.view(torch.float32)).bfloat16()
 
 
-def _blocks(flat: Tensor) -> Tensor:
-    """``flat`` as (n, 256), the last row padded with zeros."""
-    return F.pad(flat, (0, -len(flat) % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
-
-
 def _random_halves(key: Tensor, tensor: int, purpose: int, first: int, n: int) -> tuple[Tensor, Tensor]:
     """Two int32 numbers in [0, 2**16) for each of the elements [first, first + n) of a tensor; see philox.py."""
     place = torch.arange(first, first + n, device=key.device)
@@ -633,14 +628,14 @@ def adamw_8bit_(
             scales = [s[i][blocks].unsqueeze(-1) for s in (exp_avg_scales, exp_avg_sq_scales) if s]
             m, v = _wide(exp_avg), _wide(exp_avg_sq)
             if scales:
-                m = decode_moment(_blocks(exp_avg), scales[0], signed=True).view(-1)[:n]
-                v = decode_moment(_blocks(exp_avg_sq), scales[1], signed=False).view(-1)[:n]
+                m = decode_moment(in_blocks(exp_avg), scales[0], signed=True).view(-1)[:n]
+                v = decode_moment(in_blocks(exp_avg_sq), scales[1], signed=False).view(-1)[:n]
             p, *updated = _adamw_update(param, grad, m, v, coefficients, grad_scale, beta1, beta2, eps)
 
             halves = _random_halves(key, i, 0, first, n)
             for k, (moment, new, random) in enumerate(zip((exp_avg, exp_avg_sq), updated, halves, strict=True)):
                 if scales:
-                    codes, scale = encode_moment(_blocks(new.float()), _blocks(random), signed=k == 0)
+                    codes, scale = encode_moment(in_blocks(new.float()), in_blocks(random), signed=k == 0)
                     _write(moment, codes.view(-1)[:n], found_inf)
                     _write(scales[k], scale, found_inf)
                 elif stochastic_rounding and moment.dtype == torch.bfloat16:

@@ -1018,7 +1018,7 @@ def test_a_parameter_that_is_not_contiguous_is_refused():
 
 
 def test_a_parameter_whose_sign_is_still_to_be_flipped_is_refused():
-    with pytest.raises(ValueError, match=r"params: a parameter of shape \(3,\) is a view with its sign still"):
+    with pytest.raises(ValueError, match=r"params: a parameter of shape \(3,\) has its negative bit set"):
         FusedAdamW([torch._neg_view(torch.ones(3)).requires_grad_()])
 
 

@@ -264,6 +264,87 @@ def test_a_parameter_without_a_gradient_stays(place):
     assert torch.equal(params[1], before)
 
 
+# ---- momentum of 8 bits ----
+
+
+def momentum_of(optimizer, p):
+    return optimizer._momentum(optimizer.state[p])
+
+
+def test_the_momentum_of_8_bits_follows_the_one_of_32(place):
+    params = matrices(place)
+    other = twins(params)
+    exact, coded = FusedMuon(params, lr=0.0), FusedMuon(other, lr=0.0, state_bits=8)
+    draw_gradients(params, other)
+    for _ in range(60):  # one gradient: rounded to the nearest code, the momentum would stop at half of it
+        exact.step()
+        coded.step()
+    errors = []
+    for p, q in zip(params, other, strict=True):
+        state = coded.state[q]
+        assert state["momentum_buffer"].dtype == torch.uint8
+        assert state["momentum_buffer_scale"].shape == (math.ceil(q.numel() / 256),)
+        right = momentum_of(exact, p)
+        large = right.abs() > 1e-3 * right.abs().max()  # the format ends 16 binades below the largest of a block
+        errors.append((momentum_of(coded, q) / right - 1.0)[large])
+    errors = torch.cat(errors)
+    assert errors.std() < 0.125  # the largest distance of two codes
+    assert errors.mean().abs() < 5 * errors.std() / len(errors) ** 0.5
+
+
+def test_with_8_bits_a_step_is_nearly_that_of_32(place):
+    params = matrices(place, [(64, 64), (64, 64)])
+    before, other = [p.detach().clone() for p in params], twins(params)
+    exact, coded = FusedMuon(params, lr=0.02, weight_decay=0.0), FusedMuon(other, 0.02, 0.0, state_bits=8)
+    for _ in range(5):
+        draw_gradients(params, other)
+        exact.step()
+        coded.step()
+    for p, q, start in zip(params, other, before, strict=True):
+        assert torch.nn.functional.cosine_similarity((p - start).flatten(), (q - start).flatten(), dim=0) > 0.98
+
+
+def test_a_skipped_step_leaves_codes_as_they_are(place):
+    params = matrices(place)
+    optimizer = FusedMuon(params, lr=0.02, state_bits=8, skip_nonfinite=True)
+    draw_gradients(params)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    params[0].grad[0, 0] = math.inf
+    optimizer.step()
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[index][name]) for name, value in state.items())
+
+
+def test_matrices_of_one_shape_are_rounded_by_different_random_numbers(place):
+    params = matrices(place, [(16, 16)])
+    params.append(*twins(params))
+    optimizer = FusedMuon(params, lr=0.02, state_bits=8)
+    draw_gradients(params[:1], params[1:])
+    optimizer.step()
+    codes = [optimizer.state[p]["momentum_buffer"] for p in params]
+    assert not torch.equal(*codes)
+
+
+def test_a_loaded_state_of_8_bits_goes_on_to_the_same_bits(place):
+    params = matrices(place)
+    first = FusedMuon(params, lr=0.02, state_bits=8)
+    draw_gradients(params)
+    first.step()
+    other = twins(params)
+    second = FusedMuon(other, lr=0.02, state_bits=8)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(2):
+        draw_gradients(params, other)
+        first.step()
+        second.step()
+    assert all(map(torch.equal, params, other))
+    for p, q in zip(params, other, strict=True):
+        assert torch.equal(first.state[p]["momentum_buffer"], second.state[q]["momentum_buffer"])
+    with pytest.raises(ValueError, match="8 bits, but state_bits is 32"):
+        FusedMuon(twins(params)).load_state_dict(first.state_dict())
+
+
 WRONG = {
     "a vector": (ValueError, "params", lambda p: FusedMuon([Parameter(torch.ones(3))])),
     "an empty matrix": (ValueError, "params", lambda p: FusedMuon([Parameter(torch.ones(0, 3))])),
@@ -277,6 +358,7 @@ WRONG = {
     "a coefficient": (ValueError, "ns_coefficients", lambda p: FusedMuon(p, ns_coefficients=(1.0, 2.0, math.nan))),
     "adjust_lr_fn": (ValueError, "adjust_lr_fn", lambda p: FusedMuon(p, adjust_lr_fn="adam")),
     "eps": (ValueError, "eps", lambda p: FusedMuon(p, eps=-1.0)),
+    "16 bits": (ValueError, "state_bits", lambda p: FusedMuon(p, state_bits=16)),
     "lr": (ValueError, "lr", lambda p: FusedMuon(p, lr=-1.0)),
     "weight_decay": (ValueError, "weight_decay", lambda p: FusedMuon(p, weight_decay=-1.0)),
     "use_muon": (TypeError, "use_muon", lambda p: FusedMuon([{"params": p, "use_muon": 1}])),
