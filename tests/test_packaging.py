@@ -201,6 +201,20 @@ def report():
             q, k, v = (t.unflatten(2, (3, -1)).transpose(1, 2) for t in qkv.chunk(3, 2))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
+        cos, sin = ours.rotary_tables(70, 24)
+        documents = ours.document_bounds(ours.document_starts(torch.arange(140).view(2, 70) % 31, 30))
+        positions = torch.arange(70)
+        seen = (positions[:, None] >= positions) & (documents[:, 0, :, None] <= positions)  # (2, 70, 70)
+
+        def turned(x):  # (2, 70, heads, 24)
+            a, b = x.chunk(2, 3)
+            c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+            return torch.cat((a * c - b * s, b * c + a * s), 3)
+
+        def plain_rotary_qkv(qkv):
+            heads = qkv.unflatten(2, (4, 24))  # two of q, one of k, one of v
+            return torch.cat((turned(heads[:, :, :3]), heads[:, :, 3:]), 2).flatten(2)
+
         cases = {
             "layer_norm": (ours.layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b), [(3, 5, 33), (33,), (33,)]),
             "add_layer_norm": (
@@ -213,6 +227,17 @@ def report():
                 lambda *t: torch.stack(ours.add_rms_norm(*t)),
                 lambda x, r: torch.stack([F.rms_norm(x + r, x.shape[-1:], None, 1e-6), x + r]),
                 [(3, 5, 33), (3, 5, 33)],
+            ),
+            "rotary": (lambda x: ours.rotary(x, cos, sin), turned, [(2, 70, 3, 24)]),
+            "rms_norm_rotary": (
+                lambda x, w: ours.rms_norm_rotary(x, cos, sin, w),
+                lambda x, w: turned(F.rms_norm(x, w.shape, w, 1e-6)),
+                [(2, 70, 3, 24), (24,)],
+            ),
+            "rotary_qkv": (
+                lambda t: ours.rotary_qkv(t, 2, cos, sin, n_kv_head=1),
+                plain_rotary_qkv,
+                [(2, 70, 4 * 24)],
             ),
             "relu2": (ours.relu2, lambda x: F.relu(x).square(), [(7, 33)]),
             "swiglu": (ours.swiglu, lambda gate, up: F.silu(gate) * up, [(7, 33), (7, 33)]),
@@ -236,6 +261,11 @@ def report():
                 lambda *t: ours.attention(*t, causal=False),
                 F.scaled_dot_product_attention,
                 [(2, 3, 70, 24), (2, 3, 50, 24), (2, 3, 50, 24)],
+            ),
+            "attention, of documents": (
+                lambda q, k, v: ours.attention(q, k, v, documents=documents),
+                lambda *t: F.scaled_dot_product_attention(*t, attn_mask=seen[:, None], enable_gqa=True),
+                [(2, 4, 70, 24), (2, 2, 70, 24), (2, 2, 70, 24)],
             ),
             "attention_qkv": (lambda t: ours.attention_qkv(t, 3), plain_qkv, [(2, 70, 3 * 24)]),
             "cross_entropy": (
@@ -323,7 +353,10 @@ def run_alone(installed, torch_alone, **environment):
 
 def check(found):
     """The kernels are right, and came alone."""
-    assert {name.split(",")[0] for name in found["errors"]} == set(found["public"]) - {"backends", "use_backend"}
+    others = {"backends", "use_backend"} | {
+        name for name in found["public"] if name.startswith(("document_", "rotary_t"))
+    }
+    assert {name.split(",")[0] for name in found["errors"]} == set(found["public"]) - others
     allowed = {"torch.float32": 8, "torch.bfloat16": 2}  # fp32 adds up roundings; bf16 rounds once, at the end
     wrong = {what: error for what, error in found["errors"].items() if not error <= allowed[what.split(", ")[-1]]}
     assert wrong == {}
