@@ -11,6 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # what a run imports when it draws
+import matplotlib.backends.backend_svg
+import matplotlib.figure  # noqa: F401
+
 from fastgpt import sample
 from fastgpt.cli import run
 from fastgpt.data import __main__ as data

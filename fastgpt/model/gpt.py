@@ -17,11 +17,13 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastgpt import kernels
 from fastgpt.kernels.layer_norm import layer_norm_and_input
@@ -282,6 +284,24 @@ class GPT(nn.Module):
         return kernels.linear_cross_entropy(
             x.flatten(0, 1), self.output_weight, targets.flatten(), gradient_scale=gradient_scale, softcap=cap or None
         )
+
+
+_DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out random numbers. On the device ``meta`` nobody sees them, and PyTorch imports its compiler for them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func in _DRAWS else func(*args, **(kwargs or {}))
+
+
+def on_meta(config: GPTConfig, recompute: str = "cheap", deterministic: bool = True) -> GPT:
+    """A GPT on the device ``meta``: parameters that have shapes, but neither memory nor values."""
+    with torch.device("meta"), _WithoutDraws():
+        return GPT(config, recompute, deterministic)
 
 
 @torch.no_grad()

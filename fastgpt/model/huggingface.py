@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
 from fastgpt.model.config import GPTConfig
-from fastgpt.model.gpt import GPT
+from fastgpt.model.gpt import GPT, on_meta
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -78,8 +78,7 @@ def load(folder: Path) -> GPT:
         RequestError: the folder does not hold a GPT-2 that our model computes, or is damaged.
     """
     config = read_config(folder)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = GPT(config)
+    model = on_meta(config)
     expected = {name: p.shape for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
     for file, name, tensor in _tensors(folder):
@@ -158,10 +157,7 @@ def check_gpt2(config: GPTConfig) -> None:
 
 def _expected(config: GPTConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shapes of our parameters by name, with all biases."""
-    with torch.device("meta"):
-        model = GPT(
-            GPTConfig(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, bias=True)
-        )  # fmt: skip
+    model = on_meta(GPTConfig(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, bias=True))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return {name: shape[::-1] if _CONV1D.search(name) else shape for name, shape in shapes.items()}
 

@@ -17,6 +17,7 @@ from fastgpt.errors import RequestError, did_you_mean
 from fastgpt.files import reachable
 from fastgpt.model import GPT, huggingface
 from fastgpt.model.config import GPT2_VOCABULARY, GPTConfig
+from fastgpt.model.gpt import on_meta
 from fastgpt.train import checkpoint, run_folder
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -108,8 +109,7 @@ def _open_checkpoint(name: str, path: Path, found: Path) -> OpenedModel:
         raise RequestError(
             f"{found / 'model.safetensors'} does not hold the {config.n_params:,} parameters of its model"
         )
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = GPT(config)
+    model = on_meta(config)
     model.load_state_dict(checkpoint.load_parameters(found, model.state_dict()), assign=True)
     step = int(found.name.rpartition("-")[2])
     return OpenedModel(
@@ -166,8 +166,7 @@ def _open_nanogpt(name: str, file: Path, data_dir: str | Path) -> OpenedModel:
         tensors = {key.removeprefix("_orig_mod."): t for key, t in tensors.items()}
         tensors = {key: t.float() for key, t in tensors.items() if not key.endswith((".attn.bias", "lm_head.weight"))}
         config = GPTConfig(vocab_size=len(tensors["transformer.wte.weight"]), **sizes)
-        with torch.device("meta"):
-            model = GPT(config)
+        model = on_meta(config)
         model.load_state_dict(tensors, assign=True)
     except Exception as error:  # pickle, zip files, torch and the table each raise their own
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -346,9 +346,9 @@ from fastgpt.train.__main__ import main
 print(*fastgpt.__path__, backends()["cpu"]["layer_norm"], sep="\\n")
 sys.exit(main(sys.argv[1:]))
 """
-TRAIN_AND_SAY_DYNAMO = """
+RUN_AND_SAY_DYNAMO = """
 import sys
-from fastgpt.train.__main__ import main
+from fastgpt.{} import main
 status = main(sys.argv[1:])
 print("torch._dynamo" in sys.modules)
 sys.exit(status)
@@ -389,10 +389,11 @@ def test_the_environment_chooses_the_reference_without_a_warning(words):
     assert "slower" not in trained.stderr
 
 
-def test_training_does_not_import_the_compiler(words):
-    trained = process("-c", TRAIN_AND_SAY_DYNAMO, *TRAIN_WORDS)
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.splitlines()[-1] == "False"
+def test_training_and_sampling_do_not_import_the_compiler(words):
+    for command, arguments in (("train.__main__", TRAIN_WORDS), ("sample", ["run", "--max_new_tokens=2"])):
+        done = process("-c", RUN_AND_SAY_DYNAMO.format(command), *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells the resident size")

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_iter
 
 from fastgpt.kernels.dry_run import dry_run, on_gpu
 from fastgpt.kernels.ops import OPERATORS
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPTConfig
+from fastgpt.model.gpt import on_meta
 from fastgpt.train.step import TrainStep
 from fastgpt.units import SHORT_DTYPES
 
@@ -114,7 +115,7 @@ class Trace:
 def trace_step(setup: Setup) -> Trace:
     """Return the trace of one update with a single micro-batch."""
     with dry_run(setup.device_type), torch.device("meta"):
-        model = GPT(setup.gpt_config, setup.recompute, setup.deterministic)
+        model = on_meta(setup.gpt_config, setup.recompute, setup.deterministic)
         muon = setup.optimizer == "muon"
         step = TrainStep(model, dtype=setup.dtype, state_bits=setup.state_bits, muon=muon)
         shape = setup.batch_size, setup.gpt_config.block_size
