@@ -39,6 +39,7 @@ def study(monkeypatch):
     monkeypatch.setattr(loss, "SEEDS", (1, 2))
     monkeypatch.setattr(loss, "RATE", 1e-2)
     monkeypatch.setattr(loss, "RATE_FACTOR", 10.0)
+    monkeypatch.setattr(loss, "EVALUATIONS", 2)
 
 
 @pytest.fixture
@@ -62,7 +63,8 @@ def launched(monkeypatch):
         return ended.value.code
 
     monkeypatch.setattr(loss, "launch", here)
-    monkeypatch.setattr(Trainer, "_plot", lambda self: None)  # takes longer than such a run
+    for name in ("_plot", "_sample"):  # they take longer than such a run
+        monkeypatch.setattr(Trainer, name, lambda self: None)
     return commands
 
 
