@@ -328,7 +328,7 @@ def test_a_run_is_a_process_of_its_own(study, data_dir, tmp_path):
         (["rates", "--minutes=0"], "--minutes must be above 0"),
         (["rates", "--updates=1"], "--updates must be at least 2"),
         (["rates", "--data_dir=/nowhere"], "no dataset 'words' in /nowhere.* python -m bench.loss data"),
-        (["show", "--results=/nowhere"], "/nowhere has no runs of a study of 1,500 updates"),
+        (["show", "--results=/nowhere"], "/nowhere has no runs of a study of 500 updates"),
     ],
 )
 def test_a_wrong_request_is_refused_in_a_line(study, argv, message):
