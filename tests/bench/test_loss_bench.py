@@ -259,20 +259,29 @@ def test_a_run_that_was_interrupted_goes_on_and_has_the_bits_of_one_that_was_not
     assert interrupted["seconds"] > 0
 
 
-def test_a_time_limit_ends_the_last_run_with_a_checkpoint_and_says_what_is_left(
-    study, argv, launched, tmp_path, capsys
-):
+def test_a_time_limit_ends_a_run_with_a_checkpoint_from_which_it_goes_on(study, data_dir, launched, tmp_path):
+    one, here = a_run(), session(data_dir, tmp_path)
+    assert here.make(one, left=1e-6) == 0
+    assert here.rows.of(one) is None
+    (found,) = (tmp_path / "work").glob("*/checkpoints/*")
+    assert found.name < f"step-{UPDATES:07d}"
+    assert here.take([one]) == 0
+    assert here.rows.of(one)["run"]["updates"] == UPDATES
+    assert ["--max_hours" in str(argv) for argv in launched] == [True, False]
+
+
+def test_when_the_time_is_over_no_run_begins_and_what_is_left_is_told(study, argv, data_dir, launched, capsys):
     assert loss.main(["rates", "--minutes=1e-9", *argv]) == 0
     assert launched == []
     assert "the time is over: 6 runs left; none has finished on this device" in capsys.readouterr().out
-    assert loss.main(["rates", "--minutes=0.0001", *argv]) == 0  # the first run begins
-    assert any(arg.startswith("--max_hours=") for arg in launched[0])
-    assert len(launched) == 1
-    assert list((tmp_path / "work").glob("*/checkpoints/*"))
-    assert loss.main(["rates", *argv]) == 0
-    assert "--max_hours" not in str(launched[1:])
-    assert loss.main(["compare", "--minutes=1e-9", *argv]) == 0
-    assert "the time is over: 4 runs left, about " in capsys.readouterr().out
+
+
+def test_what_is_left_is_estimated_from_runs_on_the_same_device(study, data_dir, tmp_path):
+    here = session(data_dir, tmp_path)
+    for device, ms in (("another", 9000.0), (loss.device_key(here.device), 90_000.0)):
+        one = a_run(seed=int(ms))
+        here.rows.add(one, made_up(one, 3.0, here.rows.digest, device, ms))
+    assert here.estimate([a_run(seed=1), a_run("modern", updates=10)]) == "2 runs left, about 50m 00s"
 
 
 def test_a_run_that_diverges_has_a_row_that_says_so(study, data_dir, launched, tmp_path, capsys):
