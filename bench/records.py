@@ -159,7 +159,7 @@ def read(path: Path) -> Record:
 def collect(results: Path, kind: str | None = None) -> Iterator[tuple[Path, Record]]:
     """All records of devices under a folder, or those of one kind, in the order of their paths."""
     for path in sorted(results.glob("*/*.json")):
-        if path.parent.name not in ("ahead_of_time", "robustness"):  # predictions; what was survived
+        if path.parent.name not in ("ahead_of_time", "robustness", "loss"):  # predictions; what was survived; recipes
             record = read(path)
             if kind in (None, record["kind"]):
                 yield path, record

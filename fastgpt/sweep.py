@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastgpt import json_files, output
 from fastgpt.cli import Parser, run
@@ -171,13 +171,17 @@ def train(one: Planned) -> int:
     return launch(command)
 
 
-def launch(command: list[str]) -> int:
+def launch(command: list[str], stdout: IO[Any] | None = None) -> int:
     """Run a command and return its exit status: 128 + N if signal N ended it or reached this process.
 
     A run that receives a signal saves a checkpoint before it ends. This function waits until it has ended.
+
+    Args:
+        command: the program and its arguments.
+        stdout: where its output goes; ``None`` for this process's.
     """
     told = 0
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, stdout=stdout) as process:
         while True:
             try:
                 status = process.wait()

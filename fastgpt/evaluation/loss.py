@@ -130,8 +130,8 @@ def _batch(tokens: Tokens, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _window_losses(model: GPT, idx: Tensor, targets: Tensor) -> Iterator[tuple[float, int]]:
     """Sum of losses and number of targets of each row."""
-    weight = model.transformer.wte.weight
+    weight, softcap = model.output_weight, model.config.softcap or None
     hidden = model.transformer(idx.to(weight.device))  # (B, T, C)
     for x, row in zip(hidden, targets.to(weight.device), strict=True):
         count = int((row != IGNORED).sum())
-        yield kernels.linear_cross_entropy(x, weight, row).item() * count, count
+        yield kernels.linear_cross_entropy(x, weight, row, softcap=softcap).item() * count, count

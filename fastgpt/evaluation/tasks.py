@@ -139,16 +139,16 @@ def scores(
             fewer than there are.
         batch_size: sequences at a time.
     """
-    weight = model.transformer.wte.weight
+    device = model.output_weight.device
     for i in range(0, len(encoded), batch_size):
         batch = encoded[i : i + batch_size]
         longest = max(len(ids) for ids, _ in batch) - 1
         # What follows a row's last token changes nothing before it, because attention is causal.
-        idx = torch.tensor([ids[:-1] + [0] * (longest + 1 - len(ids)) for ids, _ in batch], device=weight.device)
+        idx = torch.tensor([ids[:-1] + [0] * (longest + 1 - len(ids)) for ids, _ in batch], device=device)
         hidden = model.transformer(idx)  # (B, T, C)
         for x, (ids, n) in zip(hidden, batch, strict=True):
-            targets = torch.tensor(ids[-n:], device=weight.device)
-            logits = (x[len(ids) - 1 - n : len(ids) - 1] @ weight[:vocab_size].T).float()  # (n, V)
+            targets = torch.tensor(ids[-n:], device=device)
+            logits = model.logits(x[len(ids) - 1 - n : len(ids) - 1])[:, :vocab_size].float()  # (n, V)
             chosen = logits.log_softmax(-1).gather(1, targets[:, None])
             yield Score(chosen.sum().item(), bool((logits.argmax(-1) == targets).all()))
 

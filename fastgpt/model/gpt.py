@@ -276,14 +276,19 @@ class GPT(nn.Module):
             raise ValueError(f"idx: {length} positions, but block_size is {self.config.block_size}")
         if cache is not None and length > cache.store.shape[4]:
             raise ValueError(f"cache: it has room for {cache.store.shape[4]} positions, and {length} are asked for")
-        x, cap = self.transformer(idx, cache), self.config.softcap  # (B, T, C)
+        x = self.transformer(idx, cache)  # (B, T, C)
         if targets is None:
-            logits = kernels.linear(x[:, -1], self.output_weight)
-            return cap * torch.tanh(logits / cap) if cap else logits
+            return self.logits(x[:, -1])
         # the (B T, V) logits are the largest tensor of a step; this never holds all of them
         return kernels.linear_cross_entropy(
-            x.flatten(0, 1), self.output_weight, targets.flatten(), gradient_scale=gradient_scale, softcap=cap or None
-        )
+            x.flatten(0, 1), self.output_weight, targets.flatten(), gradient_scale=gradient_scale,
+            softcap=self.config.softcap or None,
+        )  # fmt: skip
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The output layer: (…, C) hidden states to (…, V)."""
+        logits, cap = kernels.linear(x, self.output_weight), self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 
 _DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)

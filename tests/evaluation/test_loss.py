@@ -11,10 +11,10 @@ from fastgpt.model import GPT, GPTConfig
 T, V = 12, 31
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[{}, {"tied": False, "softcap": 3.0}], ids=["gpt2", "untied and capped"])
+def model(request):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(T, V, 2, 2, 16)).eval()
+    model = GPT(GPTConfig(T, V, 2, 2, 16, **request.param)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)

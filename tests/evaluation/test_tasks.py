@@ -12,10 +12,10 @@ from fastgpt.model import GPT, GPTConfig
 T = 48
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[{}, {"tied": False, "softcap": 3.0}], ids=["gpt2", "untied and capped"])
+def model(request):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(T, 300, 2, 2, 32)).eval()  # 44 ids of padding
+    model = GPT(GPTConfig(T, 300, 2, 2, 32, **request.param)).eval()  # 44 ids of padding
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
