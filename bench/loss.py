@@ -359,8 +359,7 @@ class Session:
         argv = [f"--{name}={value}" for name, value in one.flags.items()]
         argv += [f"--data_dir={self.data_dir}", f"--device={self.device}", f"--out_dir={folder}"]
         argv += ["--init_from=auto", "--log_interval=1", "--keep_checkpoints=1"]
-        if left < math.inf:
-            argv.append(f"--max_hours={left / 3600}")
+        argv.append(f"--max_hours={left / 3600 if left < math.inf else 0}")  # always: a resumed run keeps its old limit
         planned = Planned(one.recipe, {}, argv, folder, one.updates)
         log = folder / "output.txt"
         status, diverged = 0, False
