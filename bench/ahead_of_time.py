@@ -1,7 +1,7 @@
 """Compiles every Triton kernel in every shipped configuration for five architectures, without a GPU.
 
-    python -m bench.ahead_of_time                     # all; writes bench/results/ahead_of_time/
-    python -m bench.ahead_of_time --changed           # only what has changed since, and a sample; writes nothing
+    python -m bench.ahead_of_time                     # what has changed; writes bench/results/ahead_of_time/
+    python -m bench.ahead_of_time --all               # what has not changed as well
     python -m bench.ahead_of_time --arch 89 --only attention
     python -m bench.ahead_of_time --arch 89 --only attention --try BLOCK_M=64,128 num_warps=4,8
 
@@ -44,7 +44,7 @@ from fastgpt.kernels.triton import launch
 
 RESULTS = Path(__file__).parent / "results" / "ahead_of_time"
 RECORD = RESULTS / "rows.json"  # written by main: rows by case and architecture, with a digest of their sources
-SAMPLE = 4  # unchanged cases that --changed compiles all the same, to check the record; different ones every day
+SAMPLE = 4  # unchanged cases that are compiled all the same, to check the record; different ones every day
 
 B, T, C, V = 8, 1024, 768, 50304  # GPT-2 124M; the micro-batch of a 12 GB card
 PARAMETERS = 124_475_904  # with T 1024 and the vocabulary padded to V
@@ -470,19 +470,17 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the rows to this file, and no tables")
     parser.add_argument(
-        "--changed", action="store_true", help="compile only what has changed since the last record, and a sample"
+        "--all", action="store_true", help="compile all, not only what has changed since the last record, and a sample"
     )
     request = parser.parse_args()
-    if request.changed and request.values:
-        parser.error("--changed reads the record of the shipped configurations, which --try replaces")
     names = [name for name in CASES if name.startswith(request.only)]
     options = {name: map(int, values.split(",")) for name, values in (v.split("=") for v in request.values)}
     combinations = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
     jobs = [(name, arch, tried) for arch in request.arch for name in names for tried in combinations]
-    rows = changed_and_sample(jobs) if request.changed else list(compile_all(jobs))
+    # the record is of the shipped configurations, which --try replaces
+    rows = list(compile_all(jobs)) if request.all or request.values else changed_and_sample(jobs)
     if request.json:
         request.json.write_text(json.dumps([asdict(row) for row in rows]))
-    if request.json or request.changed:
         return
     for arch in request.arch:
         text = table([row for row in rows if row.arch == arch])
