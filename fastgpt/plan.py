@@ -373,15 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory = Bound(min(free.amount + loaded, total.amount), free.source)
     if vram:
         memory = Bound(int(parse_gigabytes("vram", vram) * GIB), "--vram")
-    setup = Setup(
-        model,
-        config.batch_size or 1,
-        device_type,
-        dtype,
-        config.state_bits,
-        deterministic=config.deterministic,
-        optimizer=config.optimizer,
-    )
+    setup = Setup.of(config, model, device_type, dtype)
     budget = int(parse_count("tokens", tokens)) if tokens else None
     planned = make(config, machine, setup, memory, dataset_tokens, budget, threads, loaded)
     if as_json:

@@ -34,6 +34,8 @@ _NOT_NEGATIVE = (
 # No computer takes more: a larger number is a slip, and would only be found when it has filled the memory.
 _AT_MOST = {"batch_size": 2**24, "gradient_accumulation_steps": 2**32, "total_batch_size": 2**40}
 
+Optimizer = Literal["adamw", "muon"]
+
 SAME_SIZE = 0.02  # relative difference of two numbers of parameters that counts as none
 
 
@@ -91,9 +93,7 @@ class TrainConfig:
     max_hours: float = _option(0.0, "stop with a checkpoint after this many hours; 0: no limit")
 
     # optimizer
-    optimizer: Literal["adamw", "muon"] = _option(
-        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
-    )
+    optimizer: Optimizer = _option("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest")
     learning_rate: float = _option(6e-4, "peak learning rate")
     min_lr: float = _option(6e-5, "learning rate at the end of the decay")
     warmup_iters: int = _option(2000, "updates of linear warm-up")
@@ -202,6 +202,11 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens in one update."""
         return self.total_batch_size or self.micro_batch_size * self.gradient_accumulation_steps * self.block_size
+
+    @property
+    def moments_can_shrink(self) -> bool:
+        """Whether ``--state_bits 8`` would take less memory."""
+        return self.state_bits == 32 and self.optimizer == "adamw"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of an update, the first of which is step 0."""

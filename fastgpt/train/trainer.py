@@ -316,9 +316,10 @@ class Trainer:
                 smaller = self._smaller_micro_batch()
                 has_copies = self.device.type == "cpu" and self.writer.has_copies
                 if smaller is None and not recording and not free_graphs and not has_copies:
+                    remedy = ", --state_bits 8" if self.config.moments_can_shrink else ""
                     raise RequestError(
-                        f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size, "
-                        "--recompute block or --state_bits 8 take less"
+                        f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size{remedy} "
+                        "or --recompute block takes less"
                     ) from error
             # Only here, after the exception is gone: it holds the frames, and they hold what filled the memory.
             if self.device.type == "cpu" and self.writer.free_copies():
@@ -524,8 +525,7 @@ class Trainer:
         there = len(checkpoint.steps(self.run_dir)) if config.init_from == "resume" else 0
         at_most = config.keep_checkpoints + 2 - there
         model = self.settled.gpt_config
-        of_muon = model.n_params_of_blocks if config.optimizer == "muon" else 0
-        size = checkpoint.n_bytes(model.n_params, config.state_bits, of_muon)
+        size = checkpoint.n_bytes(model, config.state_bits, config.optimizer)
         return min(to_write, max(1, at_most)), size
 
     def _save(self) -> Path:

@@ -345,8 +345,24 @@ def test_a_model_that_the_memory_cannot_hold_is_refused_before_it_is_made(traine
     with_memory(16 * parameters)
     with_memory(11 * parameters, state_bits=8)
     for n_bytes, state_bits in ((16 * parameters - 1, 32), (10 * parameters, 8)):
-        with pytest.raises(RequestError, match=r"for weights, gradients and moments, .* MiB of this machine \(a box\)"):
+        with pytest.raises(
+            RequestError, match=r"for weights, gradients and moments, .* MiB of this machine \(a box\)"
+        ) as refused:
             with_memory(n_bytes, state_bits=state_bits)
+        assert ("--state_bits 8" in str(refused.value)) == (state_bits == 32)  # no advice that is taken already
+
+
+def test_a_model_that_fits_with_muons_single_moment_is_not_refused(trainer, monkeypatch):
+    def with_memory(n_bytes, **flags):
+        monkeypatch.setattr(hardware, "memory", lambda device: (Bound(n_bytes, "a box"),) * 2)
+        trainer(**flags)
+
+    model = trainer().settled.gpt_config
+    enough = 16 * model.n_params - 4 * model.n_params_of_blocks
+    with_memory(enough, optimizer="muon")
+    with pytest.raises(RequestError, match="for weights, gradients and moments") as refused:
+        with_memory(enough - 1, optimizer="muon")
+    assert "state_bits" not in str(refused.value)  # muon refuses it
 
 
 def test_an_automatic_micro_batch_makes_the_update_exact(trainer, tmp_path):
@@ -1015,7 +1031,7 @@ def test_on_a_signal_too(trainer, tmp_path, monkeypatch, capsys):
 
 def limit_disk(monkeypatch, one, checkpoints):
     """Let the disk have room for so many checkpoints of a run."""
-    free = int(checkpoints * checkpoint.n_bytes(one.settled.gpt_config.n_params, 32)) + 1
+    free = int(checkpoints * checkpoint.n_bytes(one.settled.gpt_config, 32, "adamw")) + 1
     usage = shutil.disk_usage(".")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
@@ -1047,12 +1063,12 @@ def test_a_checkpoint_takes_the_bytes_that_were_foretold(trainer, tmp_path):
         one.train()
         files = checkpoint.newest(tmp_path / f"run{bits}").iterdir()
         taken = sum(path.stat().st_size for path in files)
-        assert 0 < taken - checkpoint.n_bytes(one.settled.gpt_config.n_params, bits) < 20_000  # heads, random state
+        assert 0 < taken - checkpoint.n_bytes(one.settled.gpt_config, bits, "adamw") < 20_000  # heads, random state
     one = trainer(optimizer="muon", out_dir=tmp_path / "muon", max_iters=1)
     one.train()
     taken = sum(path.stat().st_size for path in checkpoint.newest(tmp_path / "muon").iterdir())
     model = one.settled.gpt_config
-    assert 0 < taken - checkpoint.n_bytes(model.n_params, 32, model.n_params_of_blocks) < 20_000
+    assert 0 < taken - checkpoint.n_bytes(model, 32, "muon") < 20_000
 
 
 # ---- resuming ----

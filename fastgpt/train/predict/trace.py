@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from fastgpt.kernels.dry_run import dry_run, on_gpu
 from fastgpt.kernels.ops import OPERATORS
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.train.config import Optimizer, TrainConfig
 from fastgpt.train.step import TrainStep
 from fastgpt.units import SHORT_DTYPES
 
@@ -57,7 +58,15 @@ class Setup:
     state_bits: int = 32
     recompute: str = "cheap"
     deterministic: bool = True
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
+
+    @classmethod
+    def of(cls, config: TrainConfig, gpt_config: GPTConfig, device_type: str, dtype: torch.dtype) -> "Setup":
+        """The step of a run; where micro-batch and recomputation are left open, any that somebody may replace."""
+        return cls(
+            gpt_config, config.batch_size or 1, device_type, dtype, config.state_bits,
+            deterministic=config.deterministic, optimizer=config.optimizer,
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
