@@ -93,7 +93,9 @@ class TrainConfig:
     max_hours: float = _option(0.0, "stop with a checkpoint after this many hours; 0: no limit")
 
     # optimizer
-    optimizer: Optimizer = _option("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest")
+    optimizer: Optimizer = _option(  # noqa: RUF009
+        "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
+    )
     learning_rate: float = _option(6e-4, "peak learning rate")
     min_lr: float = _option(6e-5, "learning rate at the end of the decay")
     warmup_iters: int = _option(2000, "updates of linear warm-up")
