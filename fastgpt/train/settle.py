@@ -223,7 +223,7 @@ def _fill_in(
     found: list[micro_batch.Choice] = []
     if machine is not None and automatic:
         kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
-        found = micro_batch.choices(setup, machine, memory.amount, config.total_batch_size, kinds)
+        found = micro_batch.choices(setup, machine, memory.amount, config.total_batch_size, kinds, config.tokens_at(0))
     config = micro_batch.fill_in(config, setup, memory, found)
     setup = replace(setup, batch_size=config.micro_batch_size, recompute=config.recompute)
     return config, roofline.predict(setup, machine) if machine is not None else None

@@ -229,7 +229,7 @@ def test_every_preset_is_a_valid_run_of_a_valid_model(name):
     assert (model.block_size, model.dropout, model.bias) == (run.block_size, run.dropout, run.bias)
     assert model.vocab_size == 50304
     assert run.warmup_iters < run.lr_decay_iters == run.max_iters  # the schedule fits the run
-    assert run.min_lr == pytest.approx(run.learning_rate / 10)
+    assert run.min_lr == pytest.approx(run.learning_rate / 10 if run.schedule == "cosine" else 0.0)
     assert run.max_iters > run.eval_interval
 
 
@@ -334,6 +334,20 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["--max_iters"], "max_iters"),
         (["surplus"], "unexpected argument 'surplus'"),
         (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--batch_ramp=-1"], "--batch_ramp must not be negative, got -1"),
+        (
+            ["--batch_ramp=9", "--batch_size=4", "--block_size=64"],
+            "--batch_ramp begins with 1/8 of an update, and 256 tokens are not 8 times a whole number of micro-batches "
+            "of 4 x 64: --total_batch_size 2048 would be",
+        ),
+        (
+            ["--preset=gpt2-124m", "--batch_ramp=9", "--batch_size=128"],
+            "524,288 tokens are not 8 times a whole number of micro-batches of 128 x 1024: --total_batch_size 1048576",
+        ),
+        (
+            ["--preset=gpt2-124m", "--batch_ramp=9", "--total_batch_size=4096"],
+            "4,096 tokens are not 8 times a whole number of sequences of 1024: --total_batch_size 8192 would be",
+        ),
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps must be at least 1"),
         (["--batch_size=many"], "expected a number or auto, not 'many'"),
         (["--batch_size=auto"], "--batch_size auto needs --total_batch_size"),
@@ -439,6 +453,35 @@ def test_a_learning_rate_that_is_given_is_taken_at_any_width():
 def test_other_flags_leave_the_learning_rate_alone():
     config = parse(["--preset=shakespeare-char", "--n_layer=2", "--batch_size=3"], PRESETS)
     assert config.learning_rate == PRESETS["shakespeare-char"]["learning_rate"]
+
+
+@pytest.mark.parametrize("ramp", range(8))
+def test_the_ramp_doubles_an_update_in_thirds_and_adds_up(ramp):
+    flags = ["--batch_size=4", "--block_size=16", "--total_batch_size=4096", f"--batch_ramp={ramp}"]
+    config = parse(flags, PRESETS)
+    sizes = [config.tokens_at(step) for step in range(12)]
+    assert sizes == [4096 // (8, 4, 2, 1)[3 if step >= ramp else 3 * step // ramp] for step in range(12)]
+    assert [config.accumulation_at(step) * 64 for step in range(12)] == sizes
+    for step in range(13):
+        assert config.tokens_before(step) == sum(sizes[:step])
+        assert config.updates_for(sum(sizes[:step])) == step
+    assert config.updates_for(sum(sizes[:2]) + sizes[2] // 2) == 2.5
+
+
+def test_the_ramp_does_not_depend_on_the_micro_batch():
+    flags = ["--preset=gpt2-124m", "--batch_ramp=100"]
+    sizes = [
+        [config.tokens_at(step) for step in range(0, 110, 10)]
+        for config in (parse([*flags, f"--batch_size={n}"], PRESETS) for n in ("auto", 1, 8, 64))
+    ]
+    assert sizes == sizes[:1] * 4
+    assert set(sizes[0]) == {2**16, 2**17, 2**18, 2**19}
+
+
+def test_a_ramp_scales_no_learning_rate():
+    flags = ["--batch_size=1", "--gradient_accumulation_steps=8"]
+    without, with_ramp = (parse([*flags, f"--batch_ramp={n}"], PRESETS) for n in (0, 100))
+    assert [without.learning_rate_at(i) for i in range(200)] == [with_ramp.learning_rate_at(i) for i in range(200)]
 
 
 def test_the_tokens_of_an_update_settle_the_accumulation():

@@ -111,6 +111,63 @@ def test_metrics_add_up(trainer, tmp_path):
     assert records[0]["lr"] == pytest.approx(1e-2 * 2 / 3)
 
 
+def test_the_batch_grows_over_the_ramp_and_every_number_knows_it(trainer, tmp_path, capsys):
+    one = trainer(gradient_accumulation_steps=8, batch_ramp=3, max_iters=5, log_interval=2, dtype="float32")
+    assert one.train() == 0
+    micro_batch = 4 * 16
+    sizes = [micro_batch * n for n in (1, 2, 4, 8, 8)]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")["train"]
+    assert [record["tokens"] for record in records] == [sum(sizes[:step]) for step in (2, 4, 5)]
+    for record, size in zip(records, (sum(sizes[:2]) / 2, sum(sizes[2:4]) / 2, sizes[4]), strict=True):
+        assert record["tokens_per_s"] == pytest.approx(size / (record["ms"] / 1e3))
+    assert one.tokens == sum(sizes) == one.batches.state_dict()["tokens_drawn"]
+    assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).tokens == sum(sizes)
+    said = capsys.readouterr().out
+    assert "512 tokens a step (8 x 4 x 16), from 64 at the start to all of them at step 3, for 5 steps, 0.0M" in said
+    assert one.settled.facts().total_tokens == sum(sizes)
+
+
+def test_an_update_of_the_ramp_is_one_of_its_own_size(trainer, tmp_path):
+    """Four updates of the ramp's sizes, each made by a run without a ramp that continues the one before."""
+    flags = {"dtype": "float32", "decay_lr": False}
+    trainer(out_dir=tmp_path / "ramp", gradient_accumulation_steps=8, batch_ramp=3, max_iters=4, **flags).train()
+    for step, accumulation in enumerate((1, 2, 4, 8), start=1):
+        start = {"init_from": "resume"} if step > 1 else {}
+        flags |= {"gradient_accumulation_steps": accumulation, "max_iters": step}
+        trainer(out_dir=tmp_path / "steps", **flags, **start).train()
+    ramp, steps = (checkpoint.newest(tmp_path / name) for name in ("ramp", "steps"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (ramp / name).read_bytes() == (steps / name).read_bytes(), name
+    assert checkpoint.load_state(ramp).loader == checkpoint.load_state(steps).loader
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_run_resumed_within_the_ramp_ends_where_an_uninterrupted_one_does(trainer, tmp_path, stop):
+    flags = {"gradient_accumulation_steps": 8, "batch_ramp": 5, "max_iters": 6, "optimizer": "muon", "dropout": 0.1}
+    trainer(out_dir=tmp_path / "whole", **flags).train()
+    trainer(out_dir=tmp_path / "parts", **{**flags, "max_iters": stop}).train()
+    trainer(out_dir=tmp_path / "parts", init_from="resume", **flags).train()
+    whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    a, b = checkpoint.load_state(whole), checkpoint.load_state(parts)
+    assert (a.step, a.tokens, a.loader) == (b.step, b.tokens, b.loader)
+
+
+def test_where_memory_runs_out_within_the_ramp_every_update_keeps_its_tokens(trainer, tmp_path):
+    flags = {"batch_size": "auto", "total_batch_size": 32 * 16, "batch_ramp": 3, "max_iters": 5, "dtype": "float32"}
+    usual, small = trainer(**flags, out_dir=tmp_path / "usual"), trainer(**flags)
+    for one in (usual, small):  # which a CPU would not choose
+        one.config = one.config.with_batch_size(4)
+        one.loaders["train"].batch_size = one.loaders["val"].batch_size = 4
+    out_of_memory_above(small, 2, OUT_OF_MEMORY[0])
+    assert usual.train() == small.train() == 0
+    assert small.config.batch_size == 2
+    assert small.tokens == usual.tokens == 16 * (4 + 8 + 16 + 32 + 32)
+    expected, found = losses(tmp_path / "usual"), losses(tmp_path / "run")
+    assert [found[step] for step in found] == pytest.approx([expected[step] for step in expected], rel=1e-4)
+
+
 def test_the_loss_falls(trainer, tmp_path):
     trainer(max_iters=60, lr_decay_iters=60, eval_interval=30).train()
     run = tmp_path / "run"

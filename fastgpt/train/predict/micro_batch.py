@@ -52,7 +52,9 @@ class Choice:
     prediction: Prediction
 
 
-def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[Recompute]) -> list[Choice]:
+def choices(
+    setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[Recompute], least: int | None = None
+) -> list[Choice]:
     """Return every micro-batch that fits and divides an update of ``total`` tokens, for each kind of recomputation.
 
     Args:
@@ -61,11 +63,13 @@ def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequ
         memory: bytes available.
         total: tokens per update.
         kinds: kinds of recomputation to try.
+        least: tokens of the smallest update, which divides ``total`` and has to be divided too; ``total`` if ``None``.
     """
     found = []
     sequences, rest = divmod(total, setup.gpt_config.block_size)
+    to_divide = sequences if least is None else least // setup.gpt_config.block_size
     for kind in kinds:
-        for batch_size in [] if rest else _sizes(sequences):
+        for batch_size in [] if rest else _sizes(to_divide):
             tried = replace(setup, batch_size=batch_size, recompute=kind)
             prediction = predict(tried, machine)
             if prediction.held > memory:
