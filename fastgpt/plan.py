@@ -210,10 +210,12 @@ def public_lines(p: Plan) -> list[str]:
         text = [f"{span(p.tokens_per_second)} with the error of nine of ten public programs (--points)"]
     else:
         text = ["no public step on such a card is known, so its shares are assumed: it may be a third slower"]
-    compiled, eager = (others(p)[name] for name in OTHERS)
-    text.append(
-        f"nanoGPT at this micro-batch: {compiled:,.0f} with torch.compile ({span(compiled)}), {eager:,.0f} without"
-    )
+    rates = others(p)
+    if rates:
+        compiled, eager = (rates[name] for name in OTHERS)
+        text.append(
+            f"nanoGPT at this micro-batch: {compiled:,.0f} with torch.compile ({span(compiled)}), {eager:,.0f} without"
+        )
     for c in fit.comparisons():
         if c.point.get("card") == p.machine.name and c.role in ("fitted", "judged"):
             text.append(f"{c.point['id']}: {c.measured:,.0f} measured by others, {c.predicted:,.0f} predicted")
@@ -306,7 +308,7 @@ def to_json(p: Plan) -> dict[str, Any]:
             "micro_step_seconds_by_kind": p.prediction.micro_step,
             "update_seconds": p.prediction.update,
             "interval": fit.interval(p.tokens_per_second) if has_interval(p) else None,
-            "others": others(p) if is_comparable(p) else {},
+            "others": others(p),
         },
         "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in roofline.errors()],
         "findings": [asdict(finding) for finding in p.findings],

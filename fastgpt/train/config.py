@@ -196,7 +196,9 @@ class TrainConfig:
                 "--state_bits 8 is for AdamW's moments; --optimizer muon keeps one of 32 bits a parameter"
             )
         if self.muon_learning_rate and (self.optimizer != "muon" or not self.learning_rate):
-            raise RequestError("--muon_learning_rate needs --optimizer muon, and a --learning_rate above 0")
+            raise RequestError(
+                "--muon_learning_rate needs --optimizer muon, and a --learning_rate above 0; 0 leaves it out"
+            )
         if self.lr_decay_iters < self.warmup_iters:
             raise RequestError(
                 f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up "
@@ -345,8 +347,15 @@ def divisors(n: int) -> list[int]:
 
 
 def is_of_size(config: GPTConfig, n_params: float) -> bool:
-    """Whether a model has about so many parameters; some count position embeddings and some do not."""
-    return any(abs(n / n_params - 1) <= SAME_SIZE for n in (config.n_params, config.n_params_without_positions))
+    """Whether a model has about so many parameters.
+
+    Some count position embeddings and some do not. Value embeddings, and an output layer that is not tied, may be left
+    out too: a model is called by the size of the GPT-2 of its shape.
+    """
+    parts = config.parameters_by_part
+    beside = sum(parts.get(name, 0) for name in ("positions", "value embeddings", "output layer"))
+    counts = config.n_params, config.n_params_without_positions, config.n_params - beside
+    return any(abs(n / n_params - 1) <= SAME_SIZE for n in counts)
 
 
 def _parse_batch_size(text: str) -> int | None:

@@ -236,17 +236,39 @@ def test_every_preset_is_a_valid_run_of_a_valid_model(name):
 def test_the_presets_are_those_that_are_documented():
     documented = """
         quickstart nanogpt shakespeare-char shakespeare-char-cpu gpt2-30m gpt2-124m gpt2-350m gpt2-774m gpt2-1558m
+        modern-30m modern-124m modern-350m speedrun-124m
     """
     assert set(PRESETS) == set(documented.split())
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gpt2-")])
-def test_a_gpt2_preset_takes_half_a_million_tokens_a_step_and_has_the_size_in_its_name(name):
+@pytest.mark.parametrize("size", ["30m", "124m", "350m"])
+def test_a_modern_preset_is_its_gpt2_in_shape_and_data_on_half_of_the_tokens(size):
+    gpt2, modern = config("--preset", f"gpt2-{size}"), config("--preset", f"modern-{size}")
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "dataset", "total_batch_size", "batch_size"):
+        assert getattr(modern, name) == getattr(gpt2, name)
+    assert modern.max_iters == gpt2.max_iters // 2
+
+
+def test_muons_rate_in_the_presets_is_the_same_step_of_a_square_matrix_at_every_width():
+    for name in ("modern-30m", "modern-124m", "modern-350m", "speedrun-124m"):
+        run = config("--preset", name)
+        # The step's singular values are about the rate times 0.2 sqrt(width): 0.025, modded-nanogpt's.
+        assert run.muon_learning_rate * 0.2 * run.n_embd**0.5 == pytest.approx(0.025)
+        assert run.learning_rate * run.n_embd**0.5 == pytest.approx(3.6e-3 * 768**0.5)
+
+
+def test_the_speedrun_takes_the_tokens_of_the_public_run_that_it_follows():
+    run = config("--preset", "speedrun-124m")
+    assert run.tokens_before(run.max_iters) == 3250 * 2**19
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith(("gpt2-", "modern-", "speedrun-"))])
+def test_a_preset_named_after_a_size_takes_half_a_million_tokens_a_step_and_has_that_size(name):
     run = config("--preset", name)
     assert run.tokens_per_step == 524_288
-    config("--preset", name, "--expect_params", name.removeprefix("gpt2-")).gpt_config(50304)
+    config("--preset", name, "--expect_params", name.partition("-")[2]).gpt_config(50304)
     with pytest.raises(RequestError, match="this model has"):
-        config("--preset", name, "--expect_params", "200M").gpt_config(50304)
+        config("--preset", name, "--expect_params", "201M").gpt_config(50304)
 
 
 @pytest.mark.parametrize("count", ["124M", "124.4M", "0.124B", "124000K", "124000000", " 124m ", "123.7M"])

@@ -1150,6 +1150,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, f
     assert evaluations(tmp_path / "whole")[8] == evaluations(tmp_path / "parts")[8]
 
 
+@pytest.mark.parametrize("preset", ["modern-124m", "speedrun-124m"])
+def test_a_modern_preset_trains_as_it_is_but_for_its_size(data_dir, tmp_path, preset):
+    from fastgpt.train import __main__ as command
+
+    tiny = {
+        "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "total_batch_size": 256, "max_iters": 30,
+        "lr_decay_iters": 30, "warmup_iters": 3, "eval_interval": 15, "eval_iters": 2,
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in tiny.items()]
+    run = tmp_path / "run"
+    where = ["--dataset=words", f"--data_dir={data_dir}", f"--out_dir={run}", "--device=cpu"]
+    assert command.main([f"--preset={preset}", *flags, *where]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["train"]["optimizer"], config["train"]["schedule"]) == ("muon", "wsd")
+    assert evaluations(run)[30] < evaluations(run)[0] - 0.4
+
+
 def test_a_model_beyond_gpt2_is_trained_and_resumed_as_any_other(trainer, tmp_path):
     flags = {
         "positions": "rotary", "norm": "rms", "qk_norm": True, "mlp": "relu2", "n_kv_head": 1, "tied": False,
