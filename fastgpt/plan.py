@@ -94,11 +94,18 @@ class Plan:
         """Predicted throughput."""
         return self.prediction.tokens_per_second(self.config.gradient_accumulation_steps)
 
+    def seconds_for(self, tokens: int) -> float:
+        """Predicted seconds of training on so many tokens, from the first on."""
+        micro_batches = tokens / self.prediction.tokens
+        return micro_batches * self.prediction.seconds_of_micro_step + (
+            self.config.updates_for(tokens) * self.prediction.update
+        )
+
     def milestones(self) -> dict[str, int]:
         """Numbers of tokens that get a line, by name."""
         found = {
             "Chinchilla": CHINCHILLA * self.gpt_config.n_params_without_positions,
-            "max_iters": self.config.max_iters * self.config.tokens_per_step,
+            "max_iters": self.config.tokens_before(self.config.max_iters),
         }
         return found if self.tokens is None else {**found, "budget": self.tokens}
 
@@ -120,7 +127,7 @@ def make(
     """
     kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
     free = Bound(memory.amount - loaded, memory.source)
-    found = micro_batch.choices(setup, machine, free.amount, config.tokens_per_step, kinds)
+    found = micro_batch.choices(setup, machine, free.amount, config.tokens_per_step, kinds, config.tokens_at(0))
     config = micro_batch.fill_in(config, setup, free, found)
     setup = replace(setup, batch_size=config.micro_batch_size, recompute=config.recompute)
     traced = trace_step(setup)
@@ -150,6 +157,7 @@ def lines(p: Plan) -> list[str]:
     update = p.prediction.seconds(accumulation)
     peak = f" of {tflops(p.machine.peak)}, dense" if p.machine.peak else ""
     mfu = p.prediction.mfu(accumulation)
+    ramp = [f"              {c.tokens_at(0):,} at first, all from update {c.batch_ramp:,} on"] if c.batch_ramp else []
     named = [finding.text for finding in p.findings if finding.code == NAMED_SIZE]
     text = [
         *named,
@@ -162,6 +170,7 @@ def lines(p: Plan) -> list[str]:
         + f"{gib(p.memory.amount)} ({p.memory.source})",
         f"  an update   {c.tokens_per_step:,} tokens = {accumulation} x {c.batch_size} x {c.block_size}"
         f", recompute {c.recompute}",
+        *ramp,
         f"  memory      {gib(p.peak, 2)} at the peak, predicted"
         + ("" if p.fits else f": {gib(p.peak - p.memory.amount, 2)} more than there is"),
         *(f"    {label:<50}{size / GIB:8.3f}" for label, size in sorted(p.parts.items(), key=lambda item: -item[1])),
@@ -175,7 +184,7 @@ def lines(p: Plan) -> list[str]:
         ratio = tokens / m.n_params_without_positions
         text.append(
             f"  {name:<12}{amount(tokens)} tokens, {ratio:.3g} a parameter ({ratio / CHINCHILLA:.2g} x Chinchilla), "
-            f"{tokens / c.tokens_per_step:,.0f} updates, {duration(tokens / p.tokens_per_second)}"
+            f"{c.updates_for(tokens):,.0f} updates, {duration(p.seconds_for(tokens))}"
         )
     text += [f"  ! {finding.text}" for finding in p.findings if finding.code != NAMED_SIZE]
     own = "* this run's" + ("" if p.fits else ", which does not fit")
@@ -201,10 +210,12 @@ def public_lines(p: Plan) -> list[str]:
         text = [f"{span(p.tokens_per_second)} with the error of nine of ten public programs (--points)"]
     else:
         text = ["no public step on such a card is known, so its shares are assumed: it may be a third slower"]
-    compiled, eager = (others(p)[name] for name in OTHERS)
-    text.append(
-        f"nanoGPT at this micro-batch: {compiled:,.0f} with torch.compile ({span(compiled)}), {eager:,.0f} without"
-    )
+    rates = others(p)
+    if rates:
+        compiled, eager = (rates[name] for name in OTHERS)
+        text.append(
+            f"nanoGPT at this micro-batch: {compiled:,.0f} with torch.compile ({span(compiled)}), {eager:,.0f} without"
+        )
     for c in fit.comparisons():
         if c.point.get("card") == p.machine.name and c.role in ("fitted", "judged"):
             text.append(f"{c.point['id']}: {c.measured:,.0f} measured by others, {c.predicted:,.0f} predicted")
@@ -228,7 +239,9 @@ def span(rate: float) -> str:
 
 
 def others(p: Plan) -> dict[str, float]:
-    """Predicted tokens/s of other programs with the same model and micro-batch."""
+    """Predicted tokens/s of other programs with the same model and micro-batch; none if they do not have the model."""
+    if not is_comparable(p) or p.gpt_config.beyond_gpt2:
+        return {}
     workload = Workload.of(p.gpt_config, p.config.micro_batch_size, p.config.gradient_accumulation_steps)
     return {name: tokens_per_second(PROGRAMS[name], workload, p.machine) for name in OTHERS}
 
@@ -283,6 +296,7 @@ def to_json(p: Plan) -> dict[str, Any]:
         "batch_size": p.config.batch_size,
         "gradient_accumulation_steps": accumulation,
         "tokens_per_step": p.config.tokens_per_step,
+        "tokens_of_first_step": p.config.tokens_at(0),
         "recompute": p.config.recompute,
         "peak": p.peak,
         "memory_by_part": p.parts,
@@ -294,7 +308,7 @@ def to_json(p: Plan) -> dict[str, Any]:
             "micro_step_seconds_by_kind": p.prediction.micro_step,
             "update_seconds": p.prediction.update,
             "interval": fit.interval(p.tokens_per_second) if has_interval(p) else None,
-            "others": others(p) if is_comparable(p) else {},
+            "others": others(p),
         },
         "errors": [{**asdict(e), "time": e.time, "memory": e.memory} for e in roofline.errors()],
         "findings": [asdict(finding) for finding in p.findings],
@@ -302,8 +316,8 @@ def to_json(p: Plan) -> dict[str, Any]:
             name: {
                 "tokens": tokens,
                 "tokens_per_parameter": tokens / p.gpt_config.n_params_without_positions,
-                "updates": tokens / p.config.tokens_per_step,
-                "hours": tokens / p.tokens_per_second / 3600,
+                "updates": p.config.updates_for(tokens),
+                "hours": p.seconds_for(tokens) / 3600,
             }
             for name, tokens in p.milestones().items()
         },
@@ -373,15 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory = Bound(min(free.amount + loaded, total.amount), free.source)
     if vram:
         memory = Bound(int(parse_gigabytes("vram", vram) * GIB), "--vram")
-    setup = Setup(
-        model,
-        config.batch_size or 1,
-        device_type,
-        dtype,
-        config.state_bits,
-        deterministic=config.deterministic,
-        optimizer=config.optimizer,
-    )
+    setup = Setup.of(config, model, device_type, dtype)
     budget = int(parse_count("tokens", tokens)) if tokens else None
     planned = make(config, machine, setup, memory, dataset_tokens, budget, threads, loaded)
     if as_json:

@@ -42,6 +42,43 @@ def test_gpt2_124m_on_the_reference_card(capsys):
     assert p["predicted"]["mfu"] == pytest.approx(flops * p["predicted"]["tokens_per_second"] / 58.3e12, rel=0.01)
 
 
+SPEEDRUN = "--preset", "speedrun-124m", "--gpu", "rtx-4070", "--batch_size", "8", "--recompute", "cheap"
+
+
+def test_the_speedrun_on_the_reference_card(capsys):
+    p = planned(capsys, *SPEEDRUN)
+    V, C, L = 50304, 768, 12
+    assert p["parameters_by_part"] == {
+        "token embedding": V * C, "positions": 0, "value embeddings": 6 * V * C, "output layer": V * C,
+        "attention": L * 4 * C * C, "MLP": L * 8 * C * C, "norms": (2 * L + 1) * C,
+    }  # fmt: skip
+    of_muon = L * 12 * C * C
+    memory = p["memory_by_part"]
+    assert memory["moments, 32 bits"] == pytest.approx(8 * p["parameters"] - 4 * of_muon, rel=1e-3)
+    assert memory["weights, fp32"] == memory["gradients, fp32"] == pytest.approx(4 * p["parameters"], rel=1e-3)
+    assert p["fits"]
+    assert p["predicted"]["others"] == {}  # nanoGPT does not have this model
+    run = p["milestones"]["max_iters"]
+    assert (run["tokens"], run["updates"]) == (3250 * 2**19, 3250)
+    # Products and attention of GPT-2 124M: as fast as that, less what the larger optimizer takes.
+    gpt2 = planned(capsys, "--preset", "gpt2-124m", *SPEEDRUN[2:])["predicted"]
+    assert 0.9 * gpt2["tokens_per_second"] < p["predicted"]["tokens_per_second"] < gpt2["tokens_per_second"]
+    assert p["predicted"]["update_seconds"] > gpt2["update_seconds"] + 0.02  # Newton-Schulz, 1.6 TFLOP, and 4 GB more
+
+
+def test_a_ramp_takes_fewer_tokens_and_as_many_updates_of_the_optimizer(capsys):
+    full, ramp = (planned(capsys, *SPEEDRUN, f"--batch_ramp={n}") for n in (0, 3000))
+    assert (full["tokens_of_first_step"], ramp["tokens_of_first_step"]) == (2**19, 2**16)
+    of_full, of_ramp = (p["milestones"]["max_iters"] for p in (full, ramp))
+    assert of_full["updates"] == of_ramp["updates"] == 3250
+    assert of_ramp["tokens"] == 2**19 * (1000 // 8 + 1000 // 4 + 1000 // 2 + 250)
+    micro_steps = sum(ramp["predicted"]["micro_step_seconds_by_kind"].values()) * of_ramp["tokens"] / (8 * 1024)
+    updates = 3250 * ramp["predicted"]["update_seconds"]
+    assert 3600 * of_ramp["hours"] == pytest.approx(micro_steps + updates)
+    assert ramp["predicted"]["tokens_per_second"] == full["predicted"]["tokens_per_second"]  # after the ramp
+    assert "65,536 at first, all from update 3,000 on" in words(capsys, *SPEEDRUN, "--batch_ramp=3000")
+
+
 def test_the_parts_are_the_whole(capsys):
     p = planned(capsys, "--preset", "gpt2-124m", "--gpu", "rtx-4070")
     assert sum(p["parameters_by_part"].values()) == p["parameters"]

@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not limits.ran_out(error):
                 raise
             _, total = hardware.memory(settled.device)
+            remedy = " or --state_bits 8" if config.moments_can_shrink else ""
             raise RequestError(
                 f"out of memory while the model was created ({gib(total.amount)}, limited by {total.source}): "
-                "a smaller model or --state_bits 8 take less"
+                f"a smaller model{remedy} takes less"
             ) from error
         try:
             status = trainer.train()

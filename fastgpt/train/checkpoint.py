@@ -23,6 +23,7 @@ from fastgpt import json_files
 from fastgpt.errors import RequestError
 from fastgpt.files import file_sha256, written_whole
 from fastgpt.model.config import GPTConfig
+from fastgpt.train.config import Optimizer
 
 _PREFIX = "step-"
 _RANDOM = "rng_state."
@@ -55,7 +56,7 @@ class State:
     loader: dict[str, int]
     model: GPTConfig
     state_bits: int = 32  # of the moments
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     skipped: int = 0  # updates
     skipped_in_a_row: int = 0  # just before this step, because gradients were not finite
     most_in_a_row: int = 0
@@ -76,8 +77,6 @@ class State:
             raise ValueError(f"step {self.step}, tokens {self.tokens}, skipped {self.skipped} are not those of a run")
         if self.state_bits not in (8, 32) or self.loss_scale <= 0.0:
             raise ValueError(f"state_bits {self.state_bits}, loss_scale {self.loss_scale} are not those of a run")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer {self.optimizer} is neither adamw nor muon")
         if self.eval_batch_size is not None and self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size {self.eval_batch_size} is less than 1")
 
@@ -196,12 +195,13 @@ def _save(run_dir: Path, state: State, parameters: dict[str, Tensor], others: di
     return target
 
 
-def n_bytes(parameters: int, state_bits: int, of_muon: int = 0) -> int:
-    """The size of a checkpoint of a model: fp32 parameters and two moments, in 8 bits with an fp32 scale for 256.
+def n_bytes(model: GPTConfig, state_bits: int, optimizer: Optimizer) -> int:
+    """The size of a checkpoint of a model: fp32 parameters and moments, in 8 bits with an fp32 scale for 256.
 
-    Muon has one moment for each of the parameters that it updates, ``of_muon``.
+    AdamW has two moments for each parameter that it updates, and Muon one.
     """
-    moments = 2 * parameters - of_muon
+    parameters = model.n_params
+    moments = 2 * parameters - (model.n_params_of_blocks if optimizer == "muon" else 0)
     return parameters * 4 + (moments * 4 if state_bits == 32 else moments + moments // 64)
 
 

@@ -28,11 +28,17 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "total_batch_size", "warmup_iters", "checkpoint_interval", "max_hours", "learning_rate", "min_lr",
-    "weight_decay", "grad_clip", "skip_spikes", "muon_learning_rate",
+    "weight_decay", "grad_clip", "skip_spikes", "muon_learning_rate", "batch_ramp",
 )  # fmt: skip
 
 # No computer takes more: a larger number is a slip, and would only be found when it has filled the memory.
 _AT_MOST = {"batch_size": 2**24, "gradient_accumulation_steps": 2**32, "total_batch_size": 2**40}
+
+# With --batch_ramp the first updates have one in so many tokens, and then it doubles, as in nanochat's trial of it.
+RAMP_START = 8
+DOUBLINGS = RAMP_START.bit_length() - 1
+
+Optimizer = Literal["adamw", "muon"]
 
 SAME_SIZE = 0.02  # relative difference of two numbers of parameters that counts as none
 
@@ -87,11 +93,14 @@ class TrainConfig:
     batch_size: int | None = _option(12, "sequences in a micro-batch; auto: the fastest that fits the device's memory")
     gradient_accumulation_steps: int = _option(1, "micro-batches in an update; follows from --total_batch_size if set")
     total_batch_size: int = _option(0, "tokens in an update, exactly; 0: the product of the two flags above")
+    batch_ramp: int = _option(
+        0, "updates until one has all its tokens: an eighth, a quarter and a half, for a third of these each; 0: none"
+    )
     max_iters: int = _option(600_000, "updates")
     max_hours: float = _option(0.0, "stop with a checkpoint after this many hours; 0: no limit")
 
     # optimizer
-    optimizer: Literal["adamw", "muon"] = _option(
+    optimizer: Optimizer = _option(  # noqa: RUF009
         "adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest"
     )
     learning_rate: float = _option(6e-4, "peak learning rate")
@@ -170,6 +179,8 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise RequestError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.batch_ramp:
+            self._check_ramp()
         if self.compile and self.recompute in ("cheap", "block"):
             raise RequestError(
                 f"--recompute {self.recompute} has no effect with --compile, where the compiler chooses what is kept: "
@@ -185,11 +196,24 @@ class TrainConfig:
                 "--state_bits 8 is for AdamW's moments; --optimizer muon keeps one of 32 bits a parameter"
             )
         if self.muon_learning_rate and (self.optimizer != "muon" or not self.learning_rate):
-            raise RequestError("--muon_learning_rate needs --optimizer muon, and a --learning_rate above 0")
+            raise RequestError(
+                "--muon_learning_rate needs --optimizer muon, and a --learning_rate above 0; 0 leaves it out"
+            )
         if self.lr_decay_iters < self.warmup_iters:
             raise RequestError(
                 f"--lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up "
                 f"(--warmup_iters={self.warmup_iters})"
+            )
+
+    def _check_ramp(self) -> None:
+        """Refuse a first update that is not a whole number of micro-batches, or of sequences if those are left open."""
+        unit = RAMP_START * (self.batch_size or 1) * self.block_size
+        if unit > 0 and self.tokens_per_step % unit:  # a block_size below 1 is refused with the architecture
+            total = -(-self.tokens_per_step // unit) * unit
+            parts = f"micro-batches of {self.batch_size} x" if self.batch_size else "sequences of"
+            raise RequestError(
+                f"--batch_ramp begins with 1/{RAMP_START} of an update, and {self.tokens_per_step:,} tokens are not "
+                f"{RAMP_START} times a whole number of {parts} {self.block_size}: --total_batch_size {total} would be"
             )
 
     @property
@@ -200,8 +224,43 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one update."""
+        """Tokens in one update; with ``--batch_ramp`` in those after it."""
         return self.total_batch_size or self.micro_batch_size * self.gradient_accumulation_steps * self.block_size
+
+    @property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """The first of the updates of each size, ascending, and what divides ``tokens_per_step`` there."""
+        begins = [-(-self.batch_ramp * i // DOUBLINGS) for i in range(DOUBLINGS + 1)] if self.batch_ramp else [0]
+        return [(begin, 2 ** (len(begins) - 1 - i)) for i, begin in enumerate(begins)]
+
+    def _divisor_at(self, step: int) -> int:
+        return next(divisor for begin, divisor in reversed(self._sizes) if step >= begin)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens in an update, the first of which is step 0."""
+        return self.tokens_per_step // self._divisor_at(step)
+
+    def accumulation_at(self, step: int) -> int:
+        """Micro-batches in an update, the first of which is step 0."""
+        return self.gradient_accumulation_steps // self._divisor_at(step)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens in the updates before ``step``."""
+        ends = [*(begin for begin, _ in self._sizes[1:]), step]
+        return sum(
+            max(0, min(step, end) - begin) * (self.tokens_per_step // divisor)
+            for (begin, divisor), end in zip(self._sizes, ends, strict=True)
+        )
+
+    def updates_for(self, tokens: int) -> float:
+        """How many updates take so many tokens."""
+        begin = max((first for first, _ in self._sizes if self.tokens_before(first) <= tokens), default=0)
+        return begin + (tokens - self.tokens_before(begin)) / self.tokens_at(begin)
+
+    @property
+    def moments_can_shrink(self) -> bool:
+        """Whether ``--state_bits 8`` would take less memory."""
+        return self.state_bits == 32 and self.optimizer == "adamw"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of an update, the first of which is step 0."""
@@ -288,8 +347,15 @@ def divisors(n: int) -> list[int]:
 
 
 def is_of_size(config: GPTConfig, n_params: float) -> bool:
-    """Whether a model has about so many parameters; some count position embeddings and some do not."""
-    return any(abs(n / n_params - 1) <= SAME_SIZE for n in (config.n_params, config.n_params_without_positions))
+    """Whether a model has about so many parameters.
+
+    Some count position embeddings and some do not. Value embeddings, and an output layer that is not tied, may be left
+    out too: a model is called by the size of the GPT-2 of its shape.
+    """
+    parts = config.parameters_by_part
+    beside = sum(parts.get(name, 0) for name in ("positions", "value embeddings", "output layer"))
+    counts = config.n_params, config.n_params_without_positions, config.n_params - beside
+    return any(abs(n / n_params - 1) <= SAME_SIZE for n in counts)
 
 
 def _parse_batch_size(text: str) -> int | None:

@@ -16,15 +16,16 @@ def lines(settled: Settled, step: int) -> list[str]:
         step: the update that it continues from; 0 for a new run.
     """
     c, m = settled.config, settled.gpt_config
-    planned = c.max_iters * c.tokens_per_step
+    planned = c.tokens_before(c.max_iters)
     steps = f"from step {step:,} to step {c.max_iters:,}" if step else f"for {c.max_iters:,} steps"
+    ramp = f", from {c.tokens_at(0):,} at the start to all of them at step {c.batch_ramp:,}," if c.batch_ramp else ""
     decay = f" to {c.min_lr:g} over {c.lr_decay_iters:,} steps" if c.decay_lr else ", constant"
     threads = f"{count_of(torch.get_num_threads(), 'thread')}, " if settled.device.type == "cpu" else ""
     found = [
         f"{c.preset}: {count(m.n_params, 2)} parameters ({count(m.n_params_without_positions, 2)} without positions), "
         f"{m.n_layer} layers of {m.n_embd}, vocabulary {m.vocab_size}",
         f"data: {settled.dataset.path}, {c.tokens_per_step:,} tokens a step ({c.gradient_accumulation_steps} x "
-        f"{c.batch_size} x {c.block_size}) {steps}, {planned / 1e6:,.1f}M tokens, "
+        f"{c.batch_size} x {c.block_size}){ramp} {steps}, {planned / 1e6:,.1f}M tokens, "
         f"{planned / m.n_params_without_positions:.3g} a parameter",
         f"learning rate: {c.learning_rate:g}{decay}",
         f"device: {hardware.device_name(settled.device)}, {threads}{gib(settled.memory.amount)} free "

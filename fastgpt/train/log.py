@@ -31,11 +31,13 @@ class RunLog:
         max_iters: the last step, for the time left.
         console: where to show; standard output by default.
         trackers: get every record too, and are closed with the log.
+        work: done by the updates before a step, in any unit; all updates are alike if it is not given.
     """
 
     def __init__(
-        self, path: Path, max_iters: int, console: Console | None = None, trackers: Sequence[Tracker] = ()
-    ) -> None:
+        self, path: Path, max_iters: int, console: Console | None = None, trackers: Sequence[Tracker] = (),
+        work: Callable[[int], float] = float,
+    ) -> None:  # fmt: skip
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.trackers = trackers
         self._path = path
@@ -44,7 +46,8 @@ class RunLog:
         self._shown = True  # until nobody reads the console any more
         self._max_iters = max_iters
         self._n_logged = 0  # updates
-        self._step_ms = 0.0  # running mean
+        self._ms = 0.0  # of a unit of work, running mean
+        self._work = work
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "RunLog":
@@ -145,8 +148,9 @@ class RunLog:
         # Over the last ten logged updates or so: steady to read, and soon right after a change. The first time includes
         # compilation, so the second replaces it.
         self._n_logged += 1
-        self._step_ms = values["ms"] if self._n_logged <= 2 else 0.9 * self._step_ms + 0.1 * values["ms"]
-        left = self._step_ms / 1e3 * (self._max_iters - step)  # without evaluations
+        ms = values["ms"] / (self._work(step) - self._work(step - 1))
+        self._ms = ms if self._n_logged <= 2 else 0.9 * self._ms + 0.1 * ms
+        left = self._ms / 1e3 * (self._work(self._max_iters) - self._work(step))  # without evaluations
         speed = f"MFU {values['mfu']:.1%}" if values["mfu"] is not None else f"{values['tflops']:.3g} TFLOP/s"
         return (
             f"step {step}/{self._max_iters}  loss {values['loss']:.4f}  {values['ms']:.1f} ms  "

@@ -45,12 +45,16 @@ class UpdateMetrics:
         tokens: trained on so far.
         lr: learning rate of that update.
         since: the timestamp that the time of an update is counted from.
+
+    Attributes:
+        first: number of updates before those that the time is the mean of.
     """
 
     def __init__(self, train_step: TrainStep, step: int, tokens: int, lr: float, since: Timestamp) -> None:
         self.step, self.tokens, self.lr = step, tokens, lr
         # One copy of its own for all: the next update overwrites these tensors before anybody reads them.
         self._values = torch.stack([getattr(train_step, name) for name in READ]).to("cpu", non_blocking=True)
+        self.first = since.step
         self._since, self.end = since, Timestamp(train_step.loss.device, step)
 
     def seconds(self) -> float:

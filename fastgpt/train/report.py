@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastgpt import json_files
 from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
@@ -71,11 +73,11 @@ class Run:
         """All its processes took, as far as they ended by themselves."""
         return sum(end.get("seconds", 0.0) for end in self.records["end"]) if self.records["end"] else None
 
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens in an update."""
-        last = self.records["train"][-1] if self.records["train"] else {"tokens": 0, "step": 1}
-        return last["tokens"] / max(1, last["step"])
+    def tokens_at(self, step: int) -> float:
+        """Tokens trained on before ``step``, between logged updates by interpolation."""
+        logged = [(0, 0), *((update["step"], update["tokens"]) for update in self.records["train"])]
+        steps, tokens = zip(*logged, strict=True)
+        return float(np.interp(step, steps, tokens))
 
     def hours_at(self, step: int) -> float:
         """Hours of training up to a step, without evaluations."""
@@ -162,7 +164,7 @@ def verdict(runs: Sequence[Run]) -> str:
     best = min(finite or evaluated, key=lambda one: one.evaluations[-1]["val_loss"])
     last = best.evaluations[-1]
     loss = _with_error(last["val_loss"], last.get("val_loss_error"))
-    steps, tokens = f"{last['step']:,}", _tokens(last["step"] * best.tokens_per_step)
+    steps, tokens = f"{last['step']:,}", _tokens(best.tokens_at(last["step"]))
     took = f", {duration(best.seconds)}" if best.seconds is not None else ""
     if len(runs) > 1:
         found = f"{best.name} has the lowest last validation loss: {loss} after {steps} steps, {tokens} tokens{took}."
@@ -383,7 +385,7 @@ def _plots(runs: Sequence[Run]) -> list[str]:
         axes.set_xlabel("step")
 
     def by_tokens(axes: Any) -> None:
-        losses(axes, lambda one: lambda step: step * one.tokens_per_step)
+        losses(axes, lambda one: one.tokens_at)
         axes.set_xlabel("tokens")
 
     longest = max((one.hours_at(u[-1]["step"]) for one in runs if (u := one.records["train"])), default=0.0)

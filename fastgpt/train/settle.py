@@ -112,7 +112,7 @@ def settle(config: TrainConfig) -> Settled:
     tokenizer = dataset.tokenizer()
     gpt_config = config.gpt_config(vocab_size, tokenizer.eot if tokenizer is not None else None)
     memory, total = hardware.memory(device)
-    _check_size(gpt_config, config.state_bits, total)
+    _check_size(gpt_config, config, total)
     settled, prediction = _fill_in(config, device, dtype, gpt_config, memory)
     changes = resume.differences(run_dir, settled) if resuming and run_folder.is_run(run_dir) else []
     open_values = {"batch_size": None, "recompute": "auto"}
@@ -187,17 +187,17 @@ def _check_compilers(config: TrainConfig, device: torch.device, backend: str) ->
             raise RequestError(f"{missing}; --backend reference works without, slower")
 
 
-def _check_size(gpt_config: GPTConfig, state_bits: int, memory: Bound) -> None:
+def _check_size(gpt_config: GPTConfig, config: TrainConfig, memory: Bound) -> None:
     """Refuse a model whose weights, gradients and moments alone, all fp32 or with 8-bit moments, are too large.
 
     No micro-batch makes them smaller, and to create such a model would take long, and the memory of other programs.
     """
-    least = checkpoint.n_bytes(gpt_config.n_params, state_bits) + 4 * gpt_config.n_params
+    least = checkpoint.n_bytes(gpt_config, config.state_bits, config.optimizer) + 4 * gpt_config.n_params
     if least > memory.amount:
+        remedy = ", or pass --state_bits 8" if config.moments_can_shrink else ""
         raise RequestError(
             f"a model of {count(gpt_config.n_params)} parameters takes {size(least)} for weights, gradients and "
-            f"moments, more than the {size(memory.amount)} of this machine ({memory.source}): make it smaller, or "
-            "pass --state_bits 8"
+            f"moments, more than the {size(memory.amount)} of this machine ({memory.source}): make it smaller{remedy}"
         )
 
 
@@ -219,19 +219,11 @@ def _fill_in(
     # Only our kernels are predicted; a choice between micro-batches holds without them too.
     predictable = hardware.known_gpu(device) is not None and dispatch.backend_of(device, dtype)[0] != "reference"
     machine = roofline.at_hand(device, dtype) if automatic or predictable else None
-    setup = Setup(
-        gpt_config,
-        config.batch_size or 1,
-        device.type,
-        dtype,
-        config.state_bits,
-        deterministic=config.deterministic,
-        optimizer=config.optimizer,
-    )
+    setup = Setup.of(config, gpt_config, device.type, dtype)
     found: list[micro_batch.Choice] = []
     if machine is not None and automatic:
         kinds = micro_batch.kinds_of_recompute(config, setup.device_type)
-        found = micro_batch.choices(setup, machine, memory.amount, config.total_batch_size, kinds)
+        found = micro_batch.choices(setup, machine, memory.amount, config.total_batch_size, kinds, config.tokens_at(0))
     config = micro_batch.fill_in(config, setup, memory, found)
     setup = replace(setup, batch_size=config.micro_batch_size, recompute=config.recompute)
     return config, roofline.predict(setup, machine) if machine is not None else None

@@ -1,5 +1,7 @@
 """Updates that were skipped: how many, why, and where in the data they were."""
 
+from collections.abc import Callable
+
 from fastgpt.data.loader import BatchLoader
 from fastgpt.train.metrics import UpdateMetrics
 from fastgpt.train.spikes import WINDOW
@@ -37,7 +39,7 @@ class SkippedUpdates:
         self._positions.pop(number - POSITIONS_KEPT, None)
 
     def report(
-        self, metrics: UpdateMetrics, *, overflows: bool, sigmas: float, micro_batches: int
+        self, metrics: UpdateMetrics, *, overflows: bool, sigmas: float, micro_batches: Callable[[int], int]
     ) -> tuple[str, list[tuple[str, int]]] | None:
         """What was skipped since the last report: a sentence, and the blocks of the last one.
 
@@ -45,7 +47,7 @@ class SkippedUpdates:
             metrics: of the update that is reported now.
             overflows: whether to report gradients that were not finite.
             sigmas: of ``--skip_spikes``.
-            micro_batches: in an update.
+            micro_batches: how many are in an update, the first of which is 0.
 
         Returns:
             ``None`` if there is nothing to report. A block is the shard's file and the first token in it; there are
@@ -68,7 +70,7 @@ class SkippedUpdates:
         text = "; ".join(f"{count_of(n, 'update')} up to step {metrics.step} skipped: {why}" for n, why in reasons)
         if position is None:
             return text, []
-        blocks = self._loader.places(position, micro_batches)
+        blocks = self._loader.places(position, micro_batches(last - 1))
         (shard, token), more = blocks[0], len(blocks) - 1
         text += f". The last one, step {last}, was of {shard} at token {token:,}"
         return text + (f" and {count_of(more, 'other block')}, which metrics.jsonl lists" if more else ""), blocks

@@ -48,7 +48,7 @@ class TrainStep:
         device: to train on; the model's if ``None``. A model on the CPU is copied parameter by parameter, so that the
             device never holds it twice.
         dtype: of the weights that the model computes with: fp32, bf16 or fp16.
-        accumulation: micro-batches in an update.
+        accumulation: micro-batches in an update; :meth:`set_accumulation` changes it between updates.
         betas: AdamW's.
         weight_decay: on matrices; vectors have none.
         max_grad_norm: gradients are scaled down to at most this L2 norm; ``None`` for no clipping.
@@ -119,7 +119,6 @@ class TrainStep:
         self.muon_lr, self.muon_lr_ratio = torch.zeros_like(self.lr), muon_lr_ratio
         for group in self.optimizer.param_groups:
             group["lr"] = self.muon_lr if group.get("use_muon") else self.lr
-        self.accumulation = accumulation
         self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model
         self.loss = torch.zeros((), device=self.lr.device)
         self.skipped, self.last_skipped, self.spikes = (torch.zeros_like(self.loss) for _ in range(3))
@@ -129,6 +128,8 @@ class TrainStep:
         self._sum = torch.zeros_like(self.loss)  # of the losses of this update's micro-batches
         self._scale = torch.full_like(self.loss, FIRST_LOSS_SCALE) if dtype == torch.float16 else None
         self.loss_scale = FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self._grad_scale = torch.zeros_like(self.loss)
+        self.set_accumulation(accumulation)
         self.updates_since_overflow = 0
         self._batch: Batch | None = None  # the graph reads its micro-batch at this fixed address
         self.cuda_graphs = cuda_graphs and not compile and self.loss.is_cuda
@@ -162,6 +163,12 @@ class TrainStep:
         self._finish()
         self._updates += 1
 
+    def set_accumulation(self, accumulation: int) -> None:
+        """Set the micro-batches of the updates from now on. Recorded graphs stay valid."""
+        self.accumulation = accumulation
+        # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
+        self._grad_scale.fill_(1.0 / (accumulation * self.loss_scale))
+
     def start_over(self, accumulation: int) -> None:
         """Forget the recorded graphs, and the micro-batches of an update that was not finished.
 
@@ -170,7 +177,7 @@ class TrainStep:
         """
         self.store.grad.zero_()
         self._sum.zero_()
-        self.accumulation = accumulation
+        self.set_accumulation(accumulation)
         self._batch = self._micro_graph = self._optimizer_graph = None
         self.optimizer.forget_graphs()
         self._updates = 0
@@ -232,10 +239,8 @@ class TrainStep:
     def update(self) -> None:
         """Update parameters and moments from ``store.grad``, set it to zero, and count what is skipped."""
         detector = self.spike_detector
-        # Gradients are sums over micro-batches of mean losses; this makes them the gradient of the mean.
-        scale = 1.0 / (self.accumulation * self.loss_scale)
         limit = detector.norm_limit(self.loss) if detector is not None else None
-        self.optimizer.step(grad_scale=scale, zero_grad=True, skip_above=limit)
+        self.optimizer.step(grad_scale=self._grad_scale, zero_grad=True, skip_above=limit)
         skipped = self.optimizer.found_inf
         assert skipped is not None
         spike, told = torch.zeros_like(skipped), skipped
@@ -300,6 +305,7 @@ class TrainStep:
         if self._scale is not None:
             self.loss_scale, self.updates_since_overflow = scale, updates_since_overflow
             self._scale.fill_(scale)
+            self.set_accumulation(self.accumulation)
 
 
 def leave_default_stream(device: torch.device) -> None:

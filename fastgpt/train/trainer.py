@@ -101,7 +101,7 @@ class Trainer:
             self.model,
             device=self.device,
             dtype=self.dtype,
-            accumulation=config.gradient_accumulation_steps,
+            accumulation=config.accumulation_at(0),
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             max_grad_norm=config.grad_clip or None,
@@ -128,7 +128,7 @@ class Trainer:
         self._n_damaged = 0  # lines of metrics.jsonl
         self._ending = False  # because of an error
         self.log_late = self.device.type == "cuda"
-        self.log = RunLog(self.run_dir / run_folder.METRICS, config.max_iters)
+        self.log = RunLog(self.run_dir / run_folder.METRICS, config.max_iters, work=config.tokens_before)
         self.stop = StopRequest(self.run_dir, config.max_hours)
         self.writer = CheckpointWriter(self.run_dir)
         if self.resumed_from is not None:
@@ -224,8 +224,8 @@ class Trainer:
             if self.writer.idle:
                 self._wait_and_report()
             lr = self.update()
+            self.tokens += config.tokens_at(self.step)
             self.step += 1
-            self.tokens += config.tokens_per_step
 
             last = self.step == config.max_iters
             stopping = not last and self.stop.requested
@@ -269,6 +269,7 @@ class Trainer:
             RequestError: the data are damaged, or no micro-batch fits the memory.
         """
         lr, number = self.config.learning_rate_at(self.step), self.step + 1
+        self.train_step.set_accumulation(self.config.accumulation_at(self.step))
         position, random_state = self.batches.state_dict(), checkpoint.random_state()
         self.skipped.begin(number, position)
 
@@ -280,7 +281,7 @@ class Trainer:
         try:
             self._in_memory(lambda: self.train_step(next_batch, lr, number))
         except (Interrupted, RequestError):  # back to the start of the update, as if it had not begun
-            self.train_step.start_over(self.config.gradient_accumulation_steps)
+            self.train_step.start_over(self.config.accumulation_at(self.step))
             self.batches.load_state_dict(position)
             checkpoint.set_random_state(random_state)
             raise
@@ -316,9 +317,10 @@ class Trainer:
                 smaller = self._smaller_micro_batch()
                 has_copies = self.device.type == "cpu" and self.writer.has_copies
                 if smaller is None and not recording and not free_graphs and not has_copies:
+                    remedy = ", --state_bits 8" if self.config.moments_can_shrink else ""
                     raise RequestError(
-                        f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size, "
-                        "--recompute block or --state_bits 8 take less"
+                        f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size{remedy} "
+                        "or --recompute block takes less"
                     ) from error
             # Only here, after the exception is gone: it holds the frames, and they hold what filled the memory.
             if self.device.type == "cpu" and self.writer.free_copies():
@@ -339,7 +341,7 @@ class Trainer:
 
     def _smaller_micro_batch(self) -> int | None:
         """Half the micro-batch or less, such that an update keeps its tokens; ``None`` if the user chose it."""
-        sequences = self.config.tokens_per_step // self.config.block_size
+        sequences = self.config.tokens_at(0) // self.config.block_size
         half = self.config.micro_batch_size // 2
         found = [n for n in divisors(sequences) if n <= half]
         return max(found, default=None) if self.settled.resizable else None
@@ -349,7 +351,7 @@ class Trainer:
         self.config = config = self.config.with_batch_size(smaller)
         for loader in self.loaders.values():
             loader.batch_size = smaller
-        self.train_step.start_over(config.gradient_accumulation_steps)
+        self.train_step.start_over(config.accumulation_at(self.step))
         self.log.say(
             f"out of memory: continuing with micro-batches of {smaller}, {config.gradient_accumulation_steps} in an "
             f"update of {config.tokens_per_step:,} tokens as before"
@@ -434,7 +436,9 @@ class Trainer:
 
     def _log_update(self, metrics: UpdateMetrics) -> None:
         seconds, loss, grad_norm = metrics.seconds(), metrics.loss(), metrics.grad_norm()
-        flops = self.settled.gpt_config.flops_per_token * self.config.tokens_per_step / seconds
+        first, last = metrics.first, metrics.step  # the time is the mean of these updates
+        tokens = (self.config.tokens_before(last) - self.config.tokens_before(first)) / (last - first)
+        flops = self.settled.gpt_config.flops_per_token * tokens / seconds
         peak = hardware.peak_flops(self.device, self.dtype)
         self._flops_per_second = flops
         self.log.train(
@@ -444,7 +448,7 @@ class Trainer:
             grad_norm=grad_norm,
             tokens=metrics.tokens,
             ms=seconds * 1e3,
-            tokens_per_s=self.config.tokens_per_step / seconds,
+            tokens_per_s=tokens / seconds,
             tflops=flops / 1e12,
             mfu=flops / peak if peak else None,
         )
@@ -462,7 +466,7 @@ class Trainer:
         overflows = ending or self.dtype != torch.float16
         found = self.skipped.report(
             metrics, overflows=overflows, sigmas=self.config.skip_spikes,
-            micro_batches=self.config.gradient_accumulation_steps,
+            micro_batches=self.config.accumulation_at,
         )  # fmt: skip
         if found is not None:
             text, blocks = found
@@ -524,8 +528,7 @@ class Trainer:
         there = len(checkpoint.steps(self.run_dir)) if config.init_from == "resume" else 0
         at_most = config.keep_checkpoints + 2 - there
         model = self.settled.gpt_config
-        of_muon = model.n_params_of_blocks if config.optimizer == "muon" else 0
-        size = checkpoint.n_bytes(model.n_params, config.state_bits, of_muon)
+        size = checkpoint.n_bytes(model, config.state_bits, config.optimizer)
         return min(to_write, max(1, at_most)), size
 
     def _save(self) -> Path:

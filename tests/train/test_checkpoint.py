@@ -307,6 +307,7 @@ def test_a_damaged_state_is_a_wrong_request_that_names_the_file(tmp_path, conten
         ({"loader": [1, 2]}, r"loader: expected a table, got \[1, 2\]"),
         ({"loader": {"epoch": 0.5}}, r"loader: epoch: expected an integer of 64 bits, got 0.5"),
         ({"model": {}}, r"model: 'block_size' is missing"),
+        ({"optimizer": "lion"}, r"optimizer: expected 'adamw' or 'muon', got 'lion'"),
         ({"optimizer_seeds": {}}, r"optimizer_seeds: expected a list, got \{\}"),
         ({"stepp": 3}, r"unknown entry 'stepp'; did you mean step\?"),
     ],

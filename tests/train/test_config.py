@@ -229,24 +229,46 @@ def test_every_preset_is_a_valid_run_of_a_valid_model(name):
     assert (model.block_size, model.dropout, model.bias) == (run.block_size, run.dropout, run.bias)
     assert model.vocab_size == 50304
     assert run.warmup_iters < run.lr_decay_iters == run.max_iters  # the schedule fits the run
-    assert run.min_lr == pytest.approx(run.learning_rate / 10)
+    assert run.min_lr == pytest.approx(run.learning_rate / 10 if run.schedule == "cosine" else 0.0)
     assert run.max_iters > run.eval_interval
 
 
 def test_the_presets_are_those_that_are_documented():
     documented = """
         quickstart nanogpt shakespeare-char shakespeare-char-cpu gpt2-30m gpt2-124m gpt2-350m gpt2-774m gpt2-1558m
+        modern-30m modern-124m modern-350m speedrun-124m
     """
     assert set(PRESETS) == set(documented.split())
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gpt2-")])
-def test_a_gpt2_preset_takes_half_a_million_tokens_a_step_and_has_the_size_in_its_name(name):
+@pytest.mark.parametrize("size", ["30m", "124m", "350m"])
+def test_a_modern_preset_is_its_gpt2_in_shape_and_data_on_half_of_the_tokens(size):
+    gpt2, modern = config("--preset", f"gpt2-{size}"), config("--preset", f"modern-{size}")
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "dataset", "total_batch_size", "batch_size"):
+        assert getattr(modern, name) == getattr(gpt2, name)
+    assert modern.max_iters == gpt2.max_iters // 2
+
+
+def test_muons_rate_in_the_presets_is_the_same_step_of_a_square_matrix_at_every_width():
+    for name in ("modern-30m", "modern-124m", "modern-350m", "speedrun-124m"):
+        run = config("--preset", name)
+        # The step's singular values are about the rate times 0.2 sqrt(width): 0.025, modded-nanogpt's.
+        assert run.muon_learning_rate * 0.2 * run.n_embd**0.5 == pytest.approx(0.025)
+        assert run.learning_rate * run.n_embd**0.5 == pytest.approx(3.6e-3 * 768**0.5)
+
+
+def test_the_speedrun_takes_the_tokens_of_the_public_run_that_it_follows():
+    run = config("--preset", "speedrun-124m")
+    assert run.tokens_before(run.max_iters) == 3250 * 2**19
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith(("gpt2-", "modern-", "speedrun-"))])
+def test_a_preset_named_after_a_size_takes_half_a_million_tokens_a_step_and_has_that_size(name):
     run = config("--preset", name)
     assert run.tokens_per_step == 524_288
-    config("--preset", name, "--expect_params", name.removeprefix("gpt2-")).gpt_config(50304)
+    config("--preset", name, "--expect_params", name.partition("-")[2]).gpt_config(50304)
     with pytest.raises(RequestError, match="this model has"):
-        config("--preset", name, "--expect_params", "200M").gpt_config(50304)
+        config("--preset", name, "--expect_params", "201M").gpt_config(50304)
 
 
 @pytest.mark.parametrize("count", ["124M", "124.4M", "0.124B", "124000K", "124000000", " 124m ", "123.7M"])
@@ -334,6 +356,20 @@ def test_a_flag_is_never_guessed_from_its_beginning():
         (["--max_iters"], "max_iters"),
         (["surplus"], "unexpected argument 'surplus'"),
         (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--batch_ramp=-1"], "--batch_ramp must not be negative, got -1"),
+        (
+            ["--batch_ramp=9", "--batch_size=4", "--block_size=64"],
+            "--batch_ramp begins with 1/8 of an update, and 256 tokens are not 8 times a whole number of micro-batches "
+            "of 4 x 64: --total_batch_size 2048 would be",
+        ),
+        (
+            ["--preset=gpt2-124m", "--batch_ramp=9", "--batch_size=128"],
+            "524,288 tokens are not 8 times a whole number of micro-batches of 128 x 1024: --total_batch_size 1048576",
+        ),
+        (
+            ["--preset=gpt2-124m", "--batch_ramp=9", "--total_batch_size=4096"],
+            "4,096 tokens are not 8 times a whole number of sequences of 1024: --total_batch_size 8192 would be",
+        ),
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps must be at least 1"),
         (["--batch_size=many"], "expected a number or auto, not 'many'"),
         (["--batch_size=auto"], "--batch_size auto needs --total_batch_size"),
@@ -439,6 +475,35 @@ def test_a_learning_rate_that_is_given_is_taken_at_any_width():
 def test_other_flags_leave_the_learning_rate_alone():
     config = parse(["--preset=shakespeare-char", "--n_layer=2", "--batch_size=3"], PRESETS)
     assert config.learning_rate == PRESETS["shakespeare-char"]["learning_rate"]
+
+
+@pytest.mark.parametrize("ramp", range(8))
+def test_the_ramp_doubles_an_update_in_thirds_and_adds_up(ramp):
+    flags = ["--batch_size=4", "--block_size=16", "--total_batch_size=4096", f"--batch_ramp={ramp}"]
+    config = parse(flags, PRESETS)
+    sizes = [config.tokens_at(step) for step in range(12)]
+    assert sizes == [4096 // (8, 4, 2, 1)[3 if step >= ramp else 3 * step // ramp] for step in range(12)]
+    assert [config.accumulation_at(step) * 64 for step in range(12)] == sizes
+    for step in range(13):
+        assert config.tokens_before(step) == sum(sizes[:step])
+        assert config.updates_for(sum(sizes[:step])) == step
+    assert config.updates_for(sum(sizes[:2]) + sizes[2] // 2) == 2.5
+
+
+def test_the_ramp_does_not_depend_on_the_micro_batch():
+    flags = ["--preset=gpt2-124m", "--batch_ramp=100"]
+    sizes = [
+        [config.tokens_at(step) for step in range(0, 110, 10)]
+        for config in (parse([*flags, f"--batch_size={n}"], PRESETS) for n in ("auto", 1, 8, 64))
+    ]
+    assert sizes == sizes[:1] * 4
+    assert set(sizes[0]) == {2**16, 2**17, 2**18, 2**19}
+
+
+def test_a_ramp_scales_no_learning_rate():
+    flags = ["--batch_size=1", "--gradient_accumulation_steps=8"]
+    without, with_ramp = (parse([*flags, f"--batch_ramp={n}"], PRESETS) for n in (0, 100))
+    assert [without.learning_rate_at(i) for i in range(200)] == [with_ramp.learning_rate_at(i) for i in range(200)]
 
 
 def test_the_tokens_of_an_update_settle_the_accumulation():

@@ -286,6 +286,17 @@ def test_the_time_left_is_that_of_the_steps_to_come(metrics):
     assert "1m 20s left" in log.console.file.getvalue()
 
 
+def test_the_time_left_counts_the_work_of_updates_that_differ(metrics):
+    """Five updates of one unit and five of four; the first two have been logged, each took a second."""
+    screen = console(False)
+    with RunLog(metrics, 10, screen, work=lambda step: step + 3 * max(0, step - 5)) as log:
+        for step in (1, 2):
+            log.train(**{**UPDATE, "step": step, "ms": 1000.0})
+        log.train(**{**UPDATE, "step": 6, "ms": 4000.0})
+    lines = screen.file.getvalue().splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == ["24s left", "23s left", "16s left"]
+
+
 def test_the_time_left_soon_forgets_the_first_updates_which_compile(metrics):
     log = log_to(metrics, max_iters=100)
     with log:

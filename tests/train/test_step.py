@@ -202,6 +202,20 @@ def test_the_first_update_runs_without_graphs_and_the_second_records_them(monkey
     assert made == [0, 2, 2]
 
 
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
+def test_recorded_graphs_serve_any_number_of_micro_batches(monkeypatch, options):
+    monkeypatch.setattr(Graph, "made", 0)
+    monkeypatch.setattr(step_module, "record_graph", lambda function, pool: Graph(function))
+    recorded, expected = make(dtype=torch.bfloat16, **options), make(dtype=torch.bfloat16, **options)
+    recorded.cuda_graphs = True
+    for accumulation in (1, 1, 2, 4, 3):
+        for step in (recorded, expected):
+            step.set_accumulation(accumulation)
+        assert train(recorded, 1) == train(expected, 1)
+        assert torch.equal(recorded.store.master, expected.store.master)
+    assert Graph.made == 2
+
+
 class CapturedGraph:
     """A CUDA graph as the optimizer sees it: captured once, and its replays are not counted on the host."""
 

@@ -111,6 +111,63 @@ def test_metrics_add_up(trainer, tmp_path):
     assert records[0]["lr"] == pytest.approx(1e-2 * 2 / 3)
 
 
+def test_the_batch_grows_over_the_ramp_and_every_number_knows_it(trainer, tmp_path, capsys):
+    one = trainer(gradient_accumulation_steps=8, batch_ramp=3, max_iters=5, log_interval=2, dtype="float32")
+    assert one.train() == 0
+    micro_batch = 4 * 16
+    sizes = [micro_batch * n for n in (1, 2, 4, 8, 8)]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")["train"]
+    assert [record["tokens"] for record in records] == [sum(sizes[:step]) for step in (2, 4, 5)]
+    for record, size in zip(records, (sum(sizes[:2]) / 2, sum(sizes[2:4]) / 2, sizes[4]), strict=True):
+        assert record["tokens_per_s"] == pytest.approx(size / (record["ms"] / 1e3))
+    assert one.tokens == sum(sizes) == one.batches.state_dict()["tokens_drawn"]
+    assert checkpoint.load_state(checkpoint.newest(tmp_path / "run")).tokens == sum(sizes)
+    said = capsys.readouterr().out
+    assert "512 tokens a step (8 x 4 x 16), from 64 at the start to all of them at step 3, for 5 steps, 0.0M" in said
+    assert one.settled.facts().total_tokens == sum(sizes)
+
+
+def test_an_update_of_the_ramp_is_one_of_its_own_size(trainer, tmp_path):
+    """Four updates of the ramp's sizes, each made by a run without a ramp that continues the one before."""
+    flags = {"dtype": "float32", "decay_lr": False}
+    trainer(out_dir=tmp_path / "ramp", gradient_accumulation_steps=8, batch_ramp=3, max_iters=4, **flags).train()
+    for step, accumulation in enumerate((1, 2, 4, 8), start=1):
+        start = {"init_from": "resume"} if step > 1 else {}
+        flags |= {"gradient_accumulation_steps": accumulation, "max_iters": step}
+        trainer(out_dir=tmp_path / "steps", **flags, **start).train()
+    ramp, steps = (checkpoint.newest(tmp_path / name) for name in ("ramp", "steps"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (ramp / name).read_bytes() == (steps / name).read_bytes(), name
+    assert checkpoint.load_state(ramp).loader == checkpoint.load_state(steps).loader
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_run_resumed_within_the_ramp_ends_where_an_uninterrupted_one_does(trainer, tmp_path, stop):
+    flags = {"gradient_accumulation_steps": 8, "batch_ramp": 5, "max_iters": 6, "optimizer": "muon", "dropout": 0.1}
+    trainer(out_dir=tmp_path / "whole", **flags).train()
+    trainer(out_dir=tmp_path / "parts", **{**flags, "max_iters": stop}).train()
+    trainer(out_dir=tmp_path / "parts", init_from="resume", **flags).train()
+    whole, parts = (checkpoint.newest(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    a, b = checkpoint.load_state(whole), checkpoint.load_state(parts)
+    assert (a.step, a.tokens, a.loader) == (b.step, b.tokens, b.loader)
+
+
+def test_where_memory_runs_out_within_the_ramp_every_update_keeps_its_tokens(trainer, tmp_path):
+    flags = {"batch_size": "auto", "total_batch_size": 32 * 16, "batch_ramp": 3, "max_iters": 5, "dtype": "float32"}
+    usual, small = trainer(**flags, out_dir=tmp_path / "usual"), trainer(**flags)
+    for one in (usual, small):  # which a CPU would not choose
+        one.config = one.config.with_batch_size(4)
+        one.loaders["train"].batch_size = one.loaders["val"].batch_size = 4
+    out_of_memory_above(small, 2, OUT_OF_MEMORY[0])
+    assert usual.train() == small.train() == 0
+    assert small.config.batch_size == 2
+    assert small.tokens == usual.tokens == 16 * (4 + 8 + 16 + 32 + 32)
+    expected, found = losses(tmp_path / "usual"), losses(tmp_path / "run")
+    assert [found[step] for step in found] == pytest.approx([expected[step] for step in expected], rel=1e-4)
+
+
 def test_the_loss_falls(trainer, tmp_path):
     trainer(max_iters=60, lr_decay_iters=60, eval_interval=30).train()
     run = tmp_path / "run"
@@ -345,8 +402,24 @@ def test_a_model_that_the_memory_cannot_hold_is_refused_before_it_is_made(traine
     with_memory(16 * parameters)
     with_memory(11 * parameters, state_bits=8)
     for n_bytes, state_bits in ((16 * parameters - 1, 32), (10 * parameters, 8)):
-        with pytest.raises(RequestError, match=r"for weights, gradients and moments, .* MiB of this machine \(a box\)"):
+        with pytest.raises(
+            RequestError, match=r"for weights, gradients and moments, .* MiB of this machine \(a box\)"
+        ) as refused:
             with_memory(n_bytes, state_bits=state_bits)
+        assert ("--state_bits 8" in str(refused.value)) == (state_bits == 32)  # no advice that is taken already
+
+
+def test_a_model_that_fits_with_muons_single_moment_is_not_refused(trainer, monkeypatch):
+    def with_memory(n_bytes, **flags):
+        monkeypatch.setattr(hardware, "memory", lambda device: (Bound(n_bytes, "a box"),) * 2)
+        trainer(**flags)
+
+    model = trainer().settled.gpt_config
+    enough = 16 * model.n_params - 4 * model.n_params_of_blocks
+    with_memory(enough, optimizer="muon")
+    with pytest.raises(RequestError, match="for weights, gradients and moments") as refused:
+        with_memory(enough - 1, optimizer="muon")
+    assert "state_bits" not in str(refused.value)  # muon refuses it
 
 
 def test_an_automatic_micro_batch_makes_the_update_exact(trainer, tmp_path):
@@ -1015,7 +1088,7 @@ def test_on_a_signal_too(trainer, tmp_path, monkeypatch, capsys):
 
 def limit_disk(monkeypatch, one, checkpoints):
     """Let the disk have room for so many checkpoints of a run."""
-    free = int(checkpoints * checkpoint.n_bytes(one.settled.gpt_config.n_params, 32)) + 1
+    free = int(checkpoints * checkpoint.n_bytes(one.settled.gpt_config, 32, "adamw")) + 1
     usage = shutil.disk_usage(".")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
@@ -1047,12 +1120,12 @@ def test_a_checkpoint_takes_the_bytes_that_were_foretold(trainer, tmp_path):
         one.train()
         files = checkpoint.newest(tmp_path / f"run{bits}").iterdir()
         taken = sum(path.stat().st_size for path in files)
-        assert 0 < taken - checkpoint.n_bytes(one.settled.gpt_config.n_params, bits) < 20_000  # heads, random state
+        assert 0 < taken - checkpoint.n_bytes(one.settled.gpt_config, bits, "adamw") < 20_000  # heads, random state
     one = trainer(optimizer="muon", out_dir=tmp_path / "muon", max_iters=1)
     one.train()
     taken = sum(path.stat().st_size for path in checkpoint.newest(tmp_path / "muon").iterdir())
     model = one.settled.gpt_config
-    assert 0 < taken - checkpoint.n_bytes(model.n_params, 32, model.n_params_of_blocks) < 20_000
+    assert 0 < taken - checkpoint.n_bytes(model, 32, "muon") < 20_000
 
 
 # ---- resuming ----
@@ -1075,6 +1148,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer, tmp_path, f
     assert (a.step, a.tokens, a.loader) == (b.step, b.tokens, b.loader)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert evaluations(tmp_path / "whole")[8] == evaluations(tmp_path / "parts")[8]
+
+
+@pytest.mark.parametrize("preset", ["modern-124m", "speedrun-124m"])
+def test_a_modern_preset_trains_as_it_is_but_for_its_size(data_dir, tmp_path, preset):
+    from fastgpt.train import __main__ as command
+
+    tiny = {
+        "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "total_batch_size": 256, "max_iters": 30,
+        "lr_decay_iters": 30, "warmup_iters": 3, "eval_interval": 15, "eval_iters": 2,
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in tiny.items()]
+    run = tmp_path / "run"
+    where = ["--dataset=words", f"--data_dir={data_dir}", f"--out_dir={run}", "--device=cpu"]
+    assert command.main([f"--preset={preset}", *flags, *where]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["train"]["optimizer"], config["train"]["schedule"]) == ("muon", "wsd")
+    assert evaluations(run)[30] < evaluations(run)[0] - 0.4
 
 
 def test_a_model_beyond_gpt2_is_trained_and_resumed_as_any_other(trainer, tmp_path):

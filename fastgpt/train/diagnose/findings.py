@@ -32,7 +32,7 @@ class Facts:
         config: the request.
         gpt_config: the architecture.
         dataset_tokens: tokens in the training split; ``None`` if the dataset is not on this machine.
-        predicted_seconds: predicted seconds of an update; ``None`` without a prediction.
+        predicted_seconds: predicted seconds of an update of ``tokens_per_step``; ``None`` without a prediction.
         peak_flops: the device's dense peak in FLOP/s; ``None`` where it is unknown.
         n_sm: the GPU's streaming multiprocessors; ``None`` for a CPU.
         wanted_tokens_per_step: tokens per update that were requested; ``None`` if none were.
@@ -49,7 +49,7 @@ class Facts:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
-        return self.config.max_iters * self.config.tokens_per_step
+        return self.config.tokens_before(self.config.max_iters)
 
     def tokens_per_parameter(self, tokens: int) -> float:
         """Return ``tokens`` per parameter, without position embeddings: the N of 6 N FLOPs per token."""

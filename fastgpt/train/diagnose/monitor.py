@@ -185,7 +185,7 @@ class Monitor:
 
     def _plateau_text(self, step: int, lr: float, window: float, loss: float, fall: float, error: float) -> str:
         c, f = self.facts.config, self.facts
-        tokens = step * c.tokens_per_step
+        tokens = c.tokens_before(step)
         ratio, epochs = f.tokens_per_parameter(tokens), f.epochs(tokens)
         causes = []  # most likely first; at most one of the first three holds
         guess = math.log(f.gpt_config.vocab_size)  # loss of a uniform distribution over the vocabulary
@@ -280,7 +280,7 @@ class Monitor:
             moved = f"has since risen by {_difference(rise)} ± {_difference(rise_error)}, to {fmean(now.val):.3f}"
         else:
             moved = "has not improved since"
-        epochs = self.facts.epochs(now.step * self.facts.config.tokens_per_step)
+        epochs = self.facts.epochs(self.facts.config.tokens_before(now.step))
         remedies = ["more data", "a smaller model"]
         if self.facts.gpt_config.dropout == 0:
             remedies.append("--dropout 0.1 (or 0.2)")
@@ -324,7 +324,9 @@ class Monitor:
             return None  # first call: after a resume, the number of updates that the time is a mean of is unknown
         self._update_seconds += seconds * since
         self._n_updates += since
-        self._timings.append(seconds)
+        c = self.facts.config
+        tokens = c.tokens_before(step) - c.tokens_before(step - since)
+        self._timings.append(seconds * (c.tokens_per_step * since / tokens))  # as if an update had all its tokens
         predicted = self.facts.predicted_seconds
         if predicted is None or len(self._timings) < FEWEST_TIMINGS:
             return None

@@ -135,7 +135,7 @@ def small_products(facts: Facts) -> Finding | None:
     A multiprocessor computes one tile at a time, so with fewer tiles some multiprocessors are idle.
     """
     c = facts.config
-    if facts.n_sm is None or (facts.predicted_seconds or math.inf) * c.max_iters < WORTH_FILLING:
+    if facts.n_sm is None or _seconds(facts) < WORTH_FILLING:
         return None
     tiles = _most_tiles(c.micro_batch_size * c.block_size, c.n_embd)
     if tiles >= facts.n_sm:
@@ -144,7 +144,7 @@ def small_products(facts: Facts) -> Finding | None:
     while _most_tiles(factor * c.micro_batch_size * c.block_size, c.n_embd) < facts.n_sm:
         factor *= 2
     remedy = f"Use --batch_size {factor * c.micro_batch_size} to fill the GPU, if it fits into memory"
-    if c.gradient_accumulation_steps % factor == 0:
+    if c.accumulation_at(0) % factor == 0:
         accumulation = c.gradient_accumulation_steps // factor
         remedy += f". Add --gradient_accumulation_steps {accumulation} to keep the tokens per update"
     text = (
@@ -153,6 +153,11 @@ def small_products(facts: Facts) -> Finding | None:
         f"{tiles / facts.n_sm:.0%} of them work at a time. {remedy}"
     )
     return Finding("small-products", 0, text)
+
+
+def _seconds(facts: Facts) -> float:
+    """Return the predicted seconds of the run; infinity without a prediction."""
+    return (facts.predicted_seconds or math.inf) * facts.total_tokens / facts.config.tokens_per_step
 
 
 def _most_tiles(M: int, N: int) -> int:

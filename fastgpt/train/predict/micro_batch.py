@@ -52,7 +52,9 @@ class Choice:
     prediction: Prediction
 
 
-def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[Recompute]) -> list[Choice]:
+def choices(
+    setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequence[Recompute], least: int | None = None
+) -> list[Choice]:
     """Return every micro-batch that fits and divides an update of ``total`` tokens, for each kind of recomputation.
 
     Args:
@@ -61,11 +63,13 @@ def choices(setup: Setup, machine: Machine, memory: int, total: int, kinds: Sequ
         memory: bytes available.
         total: tokens per update.
         kinds: kinds of recomputation to try.
+        least: tokens of the smallest update, which divides ``total`` and has to be divided too; ``total`` if ``None``.
     """
     found = []
     sequences, rest = divmod(total, setup.gpt_config.block_size)
+    to_divide = sequences if least is None else least // setup.gpt_config.block_size
     for kind in kinds:
-        for batch_size in [] if rest else _sizes(sequences):
+        for batch_size in [] if rest else _sizes(to_divide):
             tried = replace(setup, batch_size=batch_size, recompute=kind)
             prediction = predict(tried, machine)
             if prediction.held > memory:
@@ -117,7 +121,8 @@ def fill_in(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Ch
         config.with_batch_size(1)  # raises the error that names a total_batch_size which can be reached
     raise RequestError(
         f"a micro-batch of one sequence of {config.block_size} tokens does not fit into {memory.amount / 2**30:.1f} "
-        f"GiB ({memory.source}); use --state_bits 8, --recompute block or a smaller model"
+        f"GiB ({memory.source}); use {'--state_bits 8, ' if config.moments_can_shrink else ''}--recompute block or a "
+        "smaller model"
     )
 
 

@@ -101,9 +101,14 @@ class Prediction:
         """Bytes that the step takes in total."""
         return self.memory + self.reserve
 
+    @property
+    def seconds_of_micro_step(self) -> float:
+        """The seconds of a micro-batch, without the optimizer's."""
+        return sum(self.micro_step.values())
+
     def seconds(self, accumulation: int = 1) -> float:
         """Return the seconds of an update of ``accumulation`` micro-batches."""
-        return accumulation * sum(self.micro_step.values()) + self.update
+        return accumulation * self.seconds_of_micro_step + self.update
 
     def tokens_per_second(self, accumulation: int = 1) -> float:
         """Return the training throughput."""

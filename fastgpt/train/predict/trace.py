@@ -24,6 +24,7 @@ from fastgpt.kernels.dry_run import dry_run, on_gpu
 from fastgpt.kernels.ops import OPERATORS
 from fastgpt.model import GPTConfig
 from fastgpt.model.gpt import on_meta
+from fastgpt.train.config import Optimizer, TrainConfig
 from fastgpt.train.step import TrainStep
 from fastgpt.units import SHORT_DTYPES
 
@@ -58,7 +59,15 @@ class Setup:
     state_bits: int = 32
     recompute: str = "cheap"
     deterministic: bool = True
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
+
+    @classmethod
+    def of(cls, config: TrainConfig, gpt_config: GPTConfig, device_type: str, dtype: torch.dtype) -> "Setup":
+        """The step of a run; where micro-batch and recomputation are left open, any that somebody may replace."""
+        return cls(
+            gpt_config, config.batch_size or 1, device_type, dtype, config.state_bits,
+            deterministic=config.deterministic, optimizer=config.optimizer,
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -73,10 +82,11 @@ class Call:
     Attributes:
         operator: name of the operator, without its namespace.
         kind: ``GEMM``, ``attention``, ``norm``, ``activation``, ``loss``, ``optimizer`` or ``other``.
-        flops: FLOPs of matrix products; causal attention counts only the half that is not masked.
+        flops: FLOPs of matrix products; attention counts only what causality and a window leave.
         bytes: bytes read plus bytes written, if each tensor is read once and written once.
         product: (M, N, K) of a matrix product, ``None`` for other calls.
-        length: sequence length T of an attention call, 0 for other calls.
+        length: twice the number of keys that a query of an attention call sees on average, which is the sequence
+            length T without a window; 0 for other calls.
     """
 
     operator: str
@@ -84,7 +94,7 @@ class Call:
     flops: float
     bytes: float
     product: tuple[int, int, int] | None = None
-    length: int = 0
+    length: float = 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,8 @@ _PRODUCTS = {  # matrix product -> position of its left operand among the argume
     aten.mm.default: 0,
     aten.mm.out: 0,
     aten.bmm.default: 0,
+    aten.bmm.out: 0,
+    aten.baddbmm.out: 1,
     aten.addmm.default: 1,
     aten.addmm.out: 1,
     aten.addmm_.default: 1,
@@ -213,7 +225,7 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         # Each of the M N results is a sum of K products: a multiplication and an addition each.
         yield Call(name, "GEMM", 2.0 * batch * M * N * K, _traffic(func, args, kwargs, results), (batch * M, N, K))
     elif name in ("attention_qkv", "attention_qkv_backward"):
-        backward, single_pass = name.endswith("backward"), _is_single_pass(func, args)
+        backward, single_pass = name.endswith("backward"), _is_single_pass(func, args, kwargs)
         # The backward's first argument is dout, the forward's first result out.
         qkv, C = args[int(backward)], (args[0] if backward else results[0]).shape[2]
         # Forward: q k' and p v. Backward: q k', dout v', and one each for dq, dk and dv. Two passes, one for dq and one
@@ -223,10 +235,13 @@ def _calls(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Iterator
         # A single pass accumulates dq in an fp32 buffer of B T C. Its elements are zeroed (4 bytes), read and written
         # by the atomic additions (8) and read for the cast (4).
         sums = 16.0 * B * T * C if single_pass else 0.0
-        # A product takes 2 T T D FLOPs per head, 2 T T C for all heads. Half of it is masked, which leaves T T C.
-        # Windows and documents would leave less.
-        flops = float(n_products * B * T * T * C)
-        yield Call(name, kind, flops, _traffic(func, args, kwargs, results) + sums, length=T)
+        # A product takes 2 D FLOPs per head for a query and a key, 2 C for all heads. Query t sees min(t + 1, w) keys,
+        # all together w T - w w / 2; without a window w is T, and half of T T is left. Documents would leave less.
+        w = min(_argument(func, args, kwargs, "window") or T, T)
+        twice_the_keys = 2 * w * T - w * w
+        flops = float(n_products * B * twice_the_keys * C)
+        length = twice_the_keys / T
+        yield Call(name, kind, flops, _traffic(func, args, kwargs, results) + sums, length=length)
     elif name == "embedding":
         # The rows that are looked up are read and written: not the whole table.
         yield Call(name, kind, 0.0, 2.0 * _bytes(results[0]))
@@ -248,15 +263,20 @@ def _kind(name: str) -> str:
     return "other" if operator is None else operator.kind
 
 
-def _is_single_pass(func: Any, args: Any) -> bool:
-    """Whether a call is attention's single-pass backward, which adds up dq by atomics (GPUs only).
-
-    PyTorch leaves trailing arguments out where they equal their default, which is True for ``deterministic``.
-    """
+def _is_single_pass(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call is attention's single-pass backward, which adds up dq by atomics (GPUs only)."""
     if func is not torch.ops.fastgpt.attention_qkv_backward.default or not on_gpu(args[0]):
         return False
-    place = [argument.name for argument in func._schema.arguments].index("deterministic")
-    return len(args) > place and not args[place]
+    return not _argument(func, args, kwargs, "deterministic")
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """The value of an operator's argument. PyTorch leaves trailing arguments out where they equal their default."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.name == name:
+            return value
+    declared = {argument.name: argument.default_value for argument in func._schema.arguments}
+    return kwargs.get(name, declared[name])
 
 
 def _is_free(func: Any, operands: list[Tensor], results: list[Tensor]) -> bool:

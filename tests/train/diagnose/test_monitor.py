@@ -619,6 +619,12 @@ def test_slowness_is_explained_by_what_took_the_time(kind, each, words):
     assert re.search(rf"Time so far: {kind} \d\d%", found.text)
 
 
+def test_small_updates_of_a_ramp_are_compared_as_if_they_were_whole():
+    run = predicted(8.0, batch_ramp=3000)
+    assert timed(run, 1.0) == []  # an eighth of the predicted time for an eighth of the tokens
+    assert "an update takes 11" in only(timed(run, 1.4), "slow").text
+
+
 def test_updates_as_fast_as_predicted_or_slow_at_the_start_alone_are_not_found():
     assert timed(predicted(10.0), 11.5) == []
     assert timed(short(), 99.0) == []  # no prediction

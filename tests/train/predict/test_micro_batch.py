@@ -40,6 +40,13 @@ def test_a_preset_gets_a_micro_batch_for_the_reference_card_that_makes_the_updat
     assert micro_batch.fits(gpt2(name, batch_size=chosen.batch_size, recompute=chosen.recompute), 12 * GB)
 
 
+def test_with_a_ramp_a_micro_batch_divides_the_smallest_update_too():
+    setup, machine = gpt2("gpt2-30m"), roofline.machine(find_gpu("h200"))
+    found = micro_batch.choices(setup, machine, 100 * GB, 2**19, ["none"], 2**15)
+    assert [choice.batch_size for choice in found] == [1, 2, 4, 8, 16, 32]
+    assert all(choice.batch_size * choice.accumulation * 1024 == 2**19 for choice in found)
+
+
 def test_less_memory_takes_a_smaller_micro_batch_or_more_recomputation_and_at_last_nothing():
     speeds = []
     for memory in (24 * GB, 12 * GB, 6 * GB, 4 * GB):

@@ -74,6 +74,48 @@ def test_a_single_pass_moves_sixteen_bytes_more_an_element_on_a_gpu(device_type)
     assert traffic(one_pass) - traffic(two_passes) == GPT2.n_layer * 16 * elements
 
 
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_a_window_leaves_the_keys_that_a_query_sees(device_type):
+    T, w = 256, 48
+    config = GPTConfig(n_layer=5, n_head=2, n_embd=64, vocab_size=512, block_size=T, window=w)
+    calls = [call for call in trace_step(Setup(config, 3, device_type)).micro_step if call.kind == "attention"]
+    full, local = (sum(min(t + 1, seen) for t in range(T)) for seen in (T, w))
+    products = 9 * 3 * 2 * config.n_embd
+    # Layers 0 to 2 have a window, 3 and the last have none. The sum leaves out half a key of each query that sees all.
+    expected = products * ((full - T / 2) * 2 + (local - w / 2) * 3)
+    assert flops(calls, "attention") == expected
+    assert {call.length for call in calls} == {T, 2 * w - w * w / T}
+
+
+def test_a_window_as_long_as_the_context_changes_nothing():
+    traces = [trace_step(Setup(replace(TINY, window=window), 2)) for window in (0, TINY.block_size)]
+    assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_muons_products_are_those_of_five_newton_schulz_steps(device_type):
+    """Each takes the smaller Gram matrix G of a (m, n) matrix X, m <= n, then G G and a product with X."""
+    trace = trace_step(Setup(GPT2, 1, device_type, optimizer="muon"))
+    C = GPT2.n_embd
+
+    def step(m, n):
+        return 2 * m * m * n + 2 * m**3 + 2 * m * m * n
+
+    of_a_layer = 4 * step(C, C) + 2 * step(C, 4 * C)  # q, k, v, proj; the MLP's two
+    assert flops(trace.update, "GEMM") == 5 * GPT2.n_layer * of_a_layer
+    assert not flops(trace_step(Setup(GPT2, 1, device_type)).update, "GEMM")
+
+
+def test_muons_matrices_have_one_moment_and_the_update_holds_a_batch_of_each_shape():
+    trace = trace_step(Setup(GPT2, 1, optimizer="muon", recompute="block"))
+    of_muon = GPT2.n_params_of_blocks
+    assert trace.memory["moments, 32 bits"] == pytest.approx(4 * (2 * GPT2.n_params - of_muon), rel=1e-3)
+    # Matrices of one shape are iterated together: in fp32, then two operands in bf16, then the update in fp32. That is
+    # more than what the backward of one sequence holds: the peak is in the update.
+    of_one_shape = GPT2.n_layer * 4 * GPT2.n_embd**2
+    assert trace.transient == pytest.approx((4 + 2 + 2 + 4) * of_one_shape, rel=0.01)
+
+
 def test_recomputing_blocks_repeats_the_forward_but_for_its_last_product():
     setup = Setup(GPT2, 4)
     none, block = (flops(trace_step(replace(setup, recompute=kind)).micro_step, "GEMM") for kind in ("none", "block"))
