@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not limits.ran_out(error):
                 raise
             _, total = hardware.memory(settled.device)
-            remedy = " or --state_bits 8" if config.moments_can_shrink else ""
+            remedy = " or --state_bits 8" if config.state_bits == 32 else ""
             raise RequestError(
                 f"out of memory while the model was created ({gib(total.amount)}, limited by {total.source}): "
                 f"a smaller model{remedy} takes less"

@@ -194,7 +194,7 @@ def _check_size(gpt_config: GPTConfig, config: TrainConfig, memory: Bound) -> No
     """
     least = checkpoint.n_bytes(gpt_config, config.state_bits, config.optimizer) + 4 * gpt_config.n_params
     if least > memory.amount:
-        remedy = ", or pass --state_bits 8" if config.moments_can_shrink else ""
+        remedy = ", or pass --state_bits 8" if config.state_bits == 32 else ""
         raise RequestError(
             f"a model of {count(gpt_config.n_params)} parameters takes {size(least)} for weights, gradients and "
             f"moments, more than the {size(memory.amount)} of this machine ({memory.source}): make it smaller{remedy}"

@@ -52,7 +52,7 @@ class TrainStep:
         betas: AdamW's.
         weight_decay: on matrices; vectors have none.
         max_grad_norm: gradients are scaled down to at most this L2 norm; ``None`` for no clipping.
-        state_bits: of each of AdamW's moments, 8 or 32.
+        state_bits: of each of the optimizer's moments, 8 or 32.
         muon: update the matrices of the blocks by Muon.
         muon_lr_ratio: Muon's learning rate divided by AdamW's, for steps of the same size (``match_rms_adamw``).
         momentum: Muon's.
@@ -101,7 +101,8 @@ class TrainStep:
         self.store = ParameterStore(model, dtype, device, muon)
         groups = self.store.groups(weight_decay)
         options: dict[str, Any] = {
-            "max_grad_norm": max_grad_norm, "copies": self.store.copies(groups), "skip_nonfinite": True,
+            "max_grad_norm": max_grad_norm, "copies": self.store.copies(groups), "state_bits": state_bits,
+            "skip_nonfinite": True,
         }  # fmt: skip
         self.optimizer: FusedAdamW
         if muon:
@@ -109,7 +110,7 @@ class TrainStep:
             options |= {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
             self.optimizer = FusedMuon(groups, 0.0, **options)
         else:
-            self.optimizer = FusedAdamW(groups, 0.0, betas, state_bits=state_bits, **options)
+            self.optimizer = FusedAdamW(groups, 0.0, betas, **options)
         self.moments = self.store.moments(state_bits)
         for group in groups:
             for param in group["params"]:

@@ -317,7 +317,7 @@ class Trainer:
                 smaller = self._smaller_micro_batch()
                 has_copies = self.device.type == "cpu" and self.writer.has_copies
                 if smaller is None and not recording and not free_graphs and not has_copies:
-                    remedy = ", --state_bits 8" if self.config.moments_can_shrink else ""
+                    remedy = ", --state_bits 8" if self.config.state_bits == 32 else ""
                     raise RequestError(
                         f"out of memory with micro-batches of {self.config.batch_size}: a smaller --batch_size{remedy} "
                         "or --recompute block takes less"

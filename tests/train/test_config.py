@@ -284,7 +284,6 @@ def test_a_model_of_another_size_than_expected_is_refused_with_its_size():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--optimizer=muon", "--state_bits=8"], "--state_bits 8 is for AdamW's moments"),
         (["--muon_learning_rate=0.01"], "--muon_learning_rate needs --optimizer muon"),
         (["--optimizer=muon", "--muon_learning_rate=-1"], "--muon_learning_rate must not be negative"),
         (["--optimizer=muon", "--momentum=1"], r"--momentum must be in \[0, 1\)"),

@@ -93,7 +93,7 @@ def test_without_clipping_the_gradient_norm_is_known_too():
     assert torch.equal(clipped.grad_norm, free.grad_norm)
 
 
-OPTIMIZERS = [{"state_bits": 32}, {"state_bits": 8}, {"muon": True}]
+OPTIMIZERS = [{"state_bits": 32}, {"state_bits": 8}, {"muon": True}, {"muon": True, "state_bits": 8}]
 
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)

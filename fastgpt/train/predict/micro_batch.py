@@ -121,7 +121,7 @@ def fill_in(config: TrainConfig, setup: Setup, memory: Bound, found: Sequence[Ch
         config.with_batch_size(1)  # raises the error that names a total_batch_size which can be reached
     raise RequestError(
         f"a micro-batch of one sequence of {config.block_size} tokens does not fit into {memory.amount / 2**30:.1f} "
-        f"GiB ({memory.source}); use {'--state_bits 8, ' if config.moments_can_shrink else ''}--recompute block or a "
+        f"GiB ({memory.source}); use {'--state_bits 8, ' if config.state_bits == 32 else ''}--recompute block or a "
         "smaller model"
     )
 

@@ -46,7 +46,7 @@ class Setup:
         batch_size: sequences in a micro-batch, B.
         device_type: ``"cpu"`` or ``"cuda"``.
         dtype: dtype of the weights that the model computes with.
-        state_bits: bits per element of AdamW's moments, 32 or 8.
+        state_bits: bits per element of the optimizer's moments, 32 or 8.
         recompute: ``none``, ``cheap`` or ``block``.
         deterministic: whether attention's backward on a GPU uses two passes (same bits each time) or one.
         optimizer: ``adamw`` or ``muon``.
