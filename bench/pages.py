@@ -181,9 +181,14 @@ LEGEND = {
     "error": "*error* is the largest error, divided by the largest true value.",
 }
 TITLES = {
-    "steps": "Training steps", "kernels": "Kernels", "integrations": "GPT-2 of transformers",
-    "generation": "Generating text",
+    "steps": "Training steps", "kernels": "Kernels", "generation": "Generating text",
+    "gpt2": "GPT-2 of transformers", "llama": "Llama of transformers",  # of integrations
 }  # fmt: skip
+
+
+def title(record: Record) -> str:
+    """What a record is about."""
+    return TITLES[record["comparisons"][0]["name"] if record["kind"] == "integrations" else record["kind"]]
 
 
 def page(record: Record) -> str:
@@ -192,7 +197,7 @@ def page(record: Record) -> str:
     driver = f", driver {record['device']['driver']}" if record["device"]["driver"] else ""
     comparisons = record["comparisons"]
     lines = [
-        f"# {TITLES[record['kind']]} on {record['device']['name']}",
+        f"# {title(record)} on {record['device']['name']}",
         "",
         f"`{record['command']}`, {record['date']}, {commit_words(record)};",
         f"{device_words(record)}, {record['dtype']}; {versions}{driver}.",

@@ -20,7 +20,7 @@ from fastgpt.data.tokenizer_json import (
 from fastgpt.data.tokenizers import BYTE_SPELLING, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
-from fastgpt.model import gguf, huggingface
+from fastgpt.model import gguf, huggingface, layouts
 from fastgpt.train.models import CHECKPOINTS, OpenedModel, open_model
 
 GGUF = "model.gguf"
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if there and not options.overwrite:
         raise RequestError(f"{folder / there[0]} exists: pass --overwrite to replace it, or another folder")
     opened = open_model(options.model, options.checkpoint)
-    huggingface.check_gpt2(opened.model.config)
+    config = opened.model.config
+    (layouts.layout_of if options.format == "hf" else gguf.layout_of)(config)  # or it is refused
     try:
         folder.mkdir(parents=True, exist_ok=True)
         note = export_hf(opened, folder) if options.format == "hf" else export_gguf(opened, folder / GGUF)
@@ -51,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{opened.origin}: written to {folder if options.format == 'hf' else folder / GGUF}")
     if note:
         print(note, file=sys.stderr)
+    if config.end_of_text >= 0:
+        print(
+            "attention of the model stops at an end of text (document_mask), and that of what is written does not: "
+            "give it one document at a time",
+            file=sys.stderr,
+        )
 
 
 def export_hf(opened: OpenedModel, folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from fastgpt.data.tokenizers import BYTE_SPELLING, ByteTokenizer, CharTokenizer,
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT, GPTConfig, huggingface
 from fastgpt.train.models import OpenedModel, open_model
+from tests.conftest import TINY
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -24,9 +25,9 @@ TOKENIZERS = {
 }  # fmt: skip
 
 
-def opened(tokenizer, vocab_size=None, bias=False):
+def opened(tokenizer, vocab_size=None, bias=False, **options):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(16, vocab_size or tokenizer.vocab_size, 2, 2, 16, bias=bias)).eval()
+    model = GPT(GPTConfig(16, vocab_size or tokenizer.vocab_size, 2, 2, 16, bias=bias, **options)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -116,6 +117,82 @@ def test_a_gguf_file_has_every_tensor_and_the_vocabulary(tmp_path, name, bias):
         assert field("tokenizer.ggml.token_type")[tokenizer.eot] == gguf.TokenType.CONTROL
         merges = [pair.split(" ") for pair in field("tokenizer.ggml.merges")]
         assert {"".join(pair) for pair in merges} <= set(tokens)
+
+
+LLAMA = {"positions": "rotary", "norm": "rms", "mlp": "swiglu", "n_kv_head": 1}
+LATER = {
+    "llama": LLAMA, "llama, untied": LLAMA | {"n_kv_head": 2, "tied": False},
+    "qwen3": LLAMA | {"qk_norm": True, "tied": False}, "starcoder2": {"positions": "rotary", "n_kv_head": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_transformers_reads_the_gguf_file_of_a_later_gpt_with_equal_logits(tmp_path, name):
+    """So the rows of queries and keys lie as in llama.cpp, whose order transformers takes back."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = opened(TOKENIZERS["json"], **LATER[name])
+    assert export.export_gguf(model, tmp_path / "m.gguf") is None
+    # as from_pretrained(gguf_file=…) does it, which needs accelerate
+    config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert config.model_type == name.partition(",")[0]
+    head_size = gguf.GGUFReader(tmp_path / "m.gguf").fields[f"{config.model_type}.attention.key_length"].contents()
+    config.head_dim = head_size  # which transformers does not read of a Qwen3
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tensors = load_gguf_checkpoint(tmp_path / "m.gguf", return_tensors=True, model_to_load=theirs)["tensors"]
+    lacking, unexpected = theirs.load_state_dict(tensors, strict=False)
+    assert (lacking, unexpected) == (["lm_head.weight"] if config.tie_word_embeddings else [], [])
+    idx = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits[:, -1], model.model(idx), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (LLAMA | {"mlp": "relu2"}, "a GGUF file of Arcee's architecture is not written: --format hf is"),
+        (LLAMA | {"bias": True}, "of Llama's architecture is written without bias only"),
+        (LLAMA | {"qk_norm": True, "window": 4}, "of Qwen3's architecture is written without window only"),
+        (LLAMA | {"softcap": 9.0}, "has no softcap=9.0"),
+    ],
+)
+def test_a_gguf_file_that_is_not_proven_is_refused(tmp_path, monkeypatch, options, message):
+    model = opened(ByteTokenizer(), **options)
+    monkeypatch.setattr(export, "open_model", lambda *_: model)
+    with pytest.raises(RequestError, match=message):
+        export.main(["m", str(tmp_path / "out"), "--format", "gguf"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_llama_goes_to_transformers_and_comes_back_and_is_trained_on(trainer, tmp_path, tied):
+    assert trainer(**LLAMA, bias=False, tied=tied).train() == 0
+    run, folder = str(tmp_path / "run"), tmp_path / "m"
+    export.main([run, str(folder)])
+    ours, again = open_model(run), open_model(str(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    idx = torch.arange(16)[None] % ours.vocab_size
+    found = again.model.state_dict()
+    assert all(torch.equal(found[name], p) for name, p in ours.model.state_dict().items())
+    with torch.no_grad():  # PyTorch's products round by where operands lie
+        torch.testing.assert_close(again.model(idx), ours.model(idx), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs(idx).logits[:, -1], ours.model(idx), rtol=1e-5, atol=1e-5)
+    (folder / "tokenizer.json").unlink()  # whose tokens are not known to be those of the dataset
+    flags = {name: value for name, value in TINY.items() if name not in ("n_layer", "n_head", "n_embd")}
+    assert trainer(flags, out_dir=tmp_path / "next", init_from=folder).model.config == again.model.config
+
+
+def test_a_model_of_documents_goes_out_with_a_word_about_them(tmp_path, capsys, monkeypatch):
+    model = opened(TOKENIZERS["json"], **LLAMA, end_of_text=TOKENIZERS["json"].eot)
+    monkeypatch.setattr(export, "open_model", lambda *_: model)
+    export.main(["m", str(tmp_path)])
+    assert "give it one document at a time" in capsys.readouterr().err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    one, two = torch.arange(20, 28)[None].repeat(2, 1)[:, None]
+    two[0, 4] = model.tokenizer.eot
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(one).logits[:, -1], model.model(one), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(theirs(two).logits[:, -1], model.model(two), atol=1e-3)
 
 
 def test_gpt2s_merges_are_those_of_its_own_file():

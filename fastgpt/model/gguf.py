@@ -1,30 +1,27 @@
-"""GPT-2 as a GGUF file, which llama.cpp and the programs around it run."""
+"""A model as a GGUF file, which llama.cpp and the programs around it run.
+
+The architectures and their weights are those of transformers (``layouts.py``). The ``gguf`` package knows llama.cpp's
+name of each weight by transformers'.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
-from fastgpt.model.config import GPTConfig
+from fastgpt.model import layouts
+from fastgpt.model.config import NORM_EPS, ROTARY_BASE, GPTConfig
+from fastgpt.model.layouts import Layout
 
-ARCHITECTURE = "gpt2"
+# Those whose files transformers reads, with which they are tested.
+ARCHITECTURES = ("gpt2", "llama", "qwen3", "starcoder2")
 
-# Our names and llama.cpp's. N stands for the number of the layer.
-NAMES = {
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.h.N.ln_1": "blk.N.attn_norm",
-    "transformer.h.N.attn.c_attn": "blk.N.attn_qkv",
-    "transformer.h.N.attn.c_proj": "blk.N.attn_output",
-    "transformer.h.N.ln_2": "blk.N.ffn_norm",
-    "transformer.h.N.mlp.c_fc": "blk.N.ffn_up",
-    "transformer.h.N.mlp.c_proj": "blk.N.ffn_down",
-    "transformer.ln_f": "output_norm",
-}
+# llama.cpp turns pairs of neighbours in these, and transformers pairs of halves.
+INTERLEAVED = ("llama",)
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,36 @@ def save(
         name: of the model.
 
     Raises:
-        RequestError: the ``gguf`` package is not installed.
+        RequestError: llama.cpp has no architecture that computes the same, or the ``gguf`` package is not installed.
     """
+    layout = layout_of(config)
     try:
         import gguf
     except ImportError as error:
         raise RequestError("a GGUF file needs the gguf package: pip install gguf") from error
+    n_tokens = len(vocabulary.tokens) if vocabulary is not None else config.vocab_size
     with written_whole(path) as partial:
-        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
+        writer = gguf.GGUFWriter(partial, layout.model_type)
         writer.add_name(name)
         writer.add_context_length(config.block_size)
         writer.add_embedding_length(config.n_embd)
-        writer.add_feed_forward_length(4 * config.n_embd)
+        writer.add_feed_forward_length(config.mlp_width)
         writer.add_block_count(config.n_layer)
         writer.add_head_count(config.n_head)
-        writer.add_layer_norm_eps(1e-5)
+        if config.norm == "rms":
+            writer.add_layer_norm_rms_eps(NORM_EPS)
+        else:
+            writer.add_layer_norm_eps(NORM_EPS)
+        if config.positions == "rotary":
+            writer.add_head_count_kv(config.kv_heads)
+            writer.add_key_length(config.head_size)
+            writer.add_value_length(config.head_size)
+            writer.add_rope_dimension_count(config.head_size)
+            writer.add_rope_freq_base(ROTARY_BASE)
+        writer.add_vocab_size(n_tokens)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         if vocabulary is None:
             writer.add_tokenizer_model("no_vocab")
-            writer.add_vocab_size(config.vocab_size)
         else:
             kinds = [gguf.TokenType.NORMAL] * len(vocabulary.tokens)
             if vocabulary.end_of_text is not None:
@@ -85,30 +93,42 @@ def save(
             writer.add_token_list(vocabulary.tokens)
             writer.add_token_types(kinds)
             writer.add_token_merges(vocabulary.merges)
-        n_tokens = len(vocabulary.tokens) if vocabulary is not None else config.vocab_size
-        for ours, t in parameters.items():
-            tensor = t.detach().float().cpu()
-            rows = tensor[:n_tokens] if ours == "transformer.wte.weight" else tensor
-            writer.add_tensor(theirs(ours), rows.contiguous().numpy())
-        for missing in _missing_biases(parameters, config):
-            writer.add_tensor(theirs(missing[0]), torch.zeros(missing[1]).numpy())
+        written = replace(layout.written_config(config), vocab_size=n_tokens)
+        names = gguf.get_tensor_name_map(_key_of(layout, gguf.MODEL_ARCH_NAMES), config.n_layer)
+        for hf_name, part in layouts.parts(layout, written).items():
+            theirs = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            tensor = part.of(parameters)
+            if layout.model_type in INTERLEAVED and hf_name.endswith((".q_proj.weight", ".k_proj.weight")):
+                tensor = _pairs_of_neighbours(tensor, config.head_size)
+            writer.add_tensor(theirs, tensor.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def theirs(name: str) -> str:
-    """llama.cpp's name of a parameter."""
-    module, _, kind = name.rpartition(".")
-    parts = module.split(".")
-    layer = next((part for part in parts if part.isdigit()), "N")
-    pattern = ".".join("N" if part.isdigit() else part for part in parts)
-    return f"{NAMES[pattern].replace('N', layer)}.{kind}"
+def layout_of(config: GPTConfig) -> Layout:
+    """The architecture of llama.cpp that a model is.
+
+    Raises:
+        RequestError: it has none that computes the same, or none that is tested.
+    """
+    layout = layouts.layout_of(config)
+    if layout.model_type not in ARCHITECTURES:
+        raise RequestError(f"a GGUF file of {layout.name}'s architecture is not written: --format hf is")
+    for option in ("window", "bias"):
+        if getattr(config, option) and option in layout.free and not layout.zero_biases:
+            raise RequestError(
+                f"a GGUF file of {layout.name}'s architecture is written without {option} only: --format hf has it"
+            )
+    return layout
 
 
-def _missing_biases(parameters: Mapping[str, Tensor], config: GPTConfig) -> list[tuple[str, int]]:
-    """The biases that the format asks for and the model does not have, with their sizes."""
-    names = [name for name in parameters if name.endswith(".weight") and not name.startswith(("transformer.w",))]
-    biases = [(name.removesuffix("weight") + "bias", parameters[name].shape[0]) for name in names]
-    return [(name, size) for name, size in biases if name not in parameters]
+def _key_of(layout: Layout, names: Mapping[Any, str]) -> Any:
+    """The gguf package's key of an architecture."""
+    return next(key for key, name in names.items() if name == layout.model_type)
+
+
+def _pairs_of_neighbours(weight: Tensor, head_size: int) -> Tensor:
+    """The rows of queries or keys (H D, C) in another order: those that are turned together beside each other."""
+    return weight.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)

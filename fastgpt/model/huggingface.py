@@ -1,12 +1,12 @@
-"""GPT-2 as Hugging Face keeps it: a folder with ``config.json`` and ``model.safetensors``.
+"""Models as Hugging Face keeps them: a folder with ``config.json`` and ``model.safetensors``.
 
-Names of parameters are ours, except that a folder from the hub may lack ``transformer.`` in front. Weights of linear
-layers lie the other way round (``Conv1D``: (in, out)). Biases that our model lacks are zeros there.
+``layouts.py`` has the architectures. A folder from the hub may lack the prefix of the names, such as ``transformer.``.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,16 @@ from torch import Tensor
 
 from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
+from fastgpt.model import layouts
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.gpt import GPT, on_meta
+from fastgpt.model.layouts import Layout
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 
-# What our model computes; transformers' defaults, so that a missing entry means the same.
-ONLY = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # all of them GELU's tanh form
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-    "add_cross_attention": (False,),
-}
-DEFAULTS = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}  # transformers'
-
-_CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-_MASKS = re.compile(r"\.attn\.(masked_)?bias$")  # buffers of old versions, not parameters
+# Buffers of old versions, not parameters.
+_BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
 def is_folder(path: Path) -> bool:
@@ -45,58 +35,95 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The architecture of a GPT-2, without dropout.
+    """The architecture of a model, without dropout.
 
     Raises:
         RequestError: there is no ``config.json``, or it describes something else than our model computes.
     """
+    return _read(folder)[1]
+
+
+def _read(folder: Path) -> tuple[Layout, GPTConfig]:
     path = folder / CONFIG
     content = _read_json(path)
     if "model_type" not in content:
         raise RequestError(f"{path} names no model_type")
-    for name, allowed in ONLY.items():
-        value = content.get(name, allowed[0])
-        if value not in allowed:
-            raise RequestError(f"{path}: {name} is {value!r}, and fastgpt's GPT-2 has {allowed[0]!r}")
-    sizes = {name: content.get(name, default) for name, default in DEFAULTS.items()}
-    for name, value in sizes.items():
-        if type(value) is not int:
-            raise RequestError(f"{path}: {name} is {value!r}, not a number")
-    inner = content.get("n_inner")
-    if inner is not None and inner != 4 * sizes["n_embd"]:
-        raise RequestError(f"{path}: n_inner is {inner!r}, and fastgpt's GPT-2 has 4 n_embd, {4 * sizes['n_embd']}")
+    model_type = content["model_type"]
+    layout = layouts.BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+    if layout is None:
+        raise RequestError(
+            f"{path}: model_type is {model_type!r}, and fastgpt reads {', '.join(layouts.BY_MODEL_TYPE)}"
+        )
+    content = _with_rotation(content, path)
+    values = dict(layout.needs)
+    for ours, (entry, default) in layout.read.items():
+        value = content.get(entry, default)
+        values[ours] = value = 0 if value is None and default is None else value
+        if type(value) is not (bool if isinstance(default, bool) else int):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise RequestError(f"{path}: {entry} is {value!r}, not {kind}")
+    if values.get("n_kv_head") == values["n_head"]:
+        values["n_kv_head"] = 0
     try:
-        return GPTConfig(block_size=sizes.pop("n_positions"), **sizes)
+        config = GPTConfig(**{"bias": True} | values)
     except ValueError as error:
         raise RequestError(f"{path}: {error}") from error
+    for entry, allowed in (layout.entries(config) | dict(layout.unwritten)).items():
+        value = content.get(entry, layout.missing.get(entry, allowed[0]))
+        if value not in allowed:
+            raise RequestError(f"{path}: {entry} is {value!r}, and fastgpt's {layout.name} has {allowed[0]!r}")
+    return layout, config
+
+
+def _with_rotation(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The entries, and those of the table of rotary positions, which transformers keeps within them under two names."""
+    for name in ("rope_parameters", "rope_scaling"):  # the later one counts
+        table = content.get(name)
+        if table is None:
+            continue
+        if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
+            raise RequestError(f"{path}: {name} is {table!r}, and fastgpt turns all layers alike")
+        # "type" is the name of rope_type in old folders
+        content = content | {"rope_type" if key == "type" else key: value for key, value in table.items()}
+    return content
 
 
 def load(folder: Path) -> GPT:
     """The model of a folder, in fp32 on the CPU.
 
     Raises:
-        RequestError: the folder does not hold a GPT-2 that our model computes, or is damaged.
+        RequestError: the folder does not hold a model that ours computes, or is damaged.
     """
-    config = read_config(folder)
+    layout, config = _read(folder)
     model = on_meta(config)
-    expected = {name: p.shape for name, p in model.named_parameters()}
+    expected = layouts.parts(layout, config)
     found: dict[str, Tensor] = {}
+    missing = set(expected)
     for file, name, tensor in _tensors(folder):
-        own = name if name.startswith("transformer.") else f"transformer.{name}"
-        if _MASKS.search(name) or name == "lm_head.weight":  # the head is the token embedding
+        full = name if name.startswith((layout.prefix, "lm_head.")) else layout.prefix + name
+        if _BUFFERS.search(full) or (full == "lm_head.weight" and config.tied):  # the head is the token embedding
             continue
-        if own not in expected:
-            raise RequestError(f"{file}: {name} is no parameter of GPT-2")
-        if _CONV1D.search(name) and tensor.dim() == 2:
-            tensor = tensor.T
-        if tensor.shape != expected[own] or not tensor.is_floating_point():
+        part = expected.get(full)
+        if part is None:
+            raise RequestError(f"{file}: {name} is no parameter of {layout.name}")
+        shape = part.shape[::-1] if part.transposed else part.shape
+        if tensor.shape != shape or not tensor.is_floating_point():
             raise RequestError(
-                f"{file}: {name} has shape {tuple(tensor.shape)} and {tensor.dtype}; {CONFIG} asks for "
-                f"{tuple(expected[own])}"
+                f"{file}: {name} has shape {tuple(tensor.shape)} and {tensor.dtype}; {CONFIG} asks for {shape}"
             )
-        found[own] = tensor.float().contiguous()
-    for name in sorted(expected.keys() - found.keys()):
-        raise RequestError(f"{folder} lacks the weights {name.removeprefix('transformer.')}")
+        missing.discard(full)
+        if part.ours is None:
+            if not (tensor == 1).all():
+                raise RequestError(f"{file}: {name} is not all ones, and fastgpt's QK-norm has no weight")
+            continue
+        if part.ours not in found:
+            found[part.ours] = torch.empty(model.get_parameter(part.ours).shape)
+        rows = found[part.ours][part.start : part.start + part.shape[0]]
+        rows.copy_(tensor.T if part.transposed else tensor)
+        if part.factor != 1.0:
+            rows /= part.factor
+    for name in sorted(missing):
+        raise RequestError(f"{folder} lacks the weights {name.removeprefix(layout.prefix)}")
     model.load_state_dict(found, assign=True)
     return model
 
@@ -114,29 +141,26 @@ def save(
         end_of_text: the token at which generation stops; ``None`` for none.
 
     Raises:
+        RequestError: transformers has no architecture that computes the same.
         OSError: a file cannot be written.
     """
+    layout = layouts.layout_of(config)
+    written = replace(layout.written_config(config), vocab_size=vocab_size)
     tensors = {}
-    for name, shape in _expected(config, vocab_size).items():
-        ours = parameters.get(name)
-        if ours is None:  # biases of a model without biases
-            tensors[name] = torch.zeros(shape)
-            continue
-        t = ours.detach().float().cpu()
-        t = t[:vocab_size] if name == "transformer.wte.weight" else t
-        tensors[name] = (t.T if _CONV1D.search(name) else t).contiguous()
+    for name, part in layouts.parts(layout, written).items():
+        tensor = part.of(parameters)
+        tensors[name] = (tensor.T if part.transposed else tensor).contiguous()
     with written_whole(folder / WEIGHTS) as partial:
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk
             raise OSError(str(error)) from error
     content = {
-        "architectures": ["GPT2LMHeadModel"],
-        **{name: allowed[0] for name, allowed in ONLY.items()},
-        "vocab_size": vocab_size,
-        "n_positions": config.block_size,
-        **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")},
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        "architectures": [layout.architecture],
+        "model_type": layout.model_type,
+        **{entry: getattr(written, ours) for ours, (entry, _) in layout.read.items()},
+        **{entry: allowed[0] for entry, allowed in layout.entries(written).items()},
+        **dict.fromkeys(layout.dropouts, config.dropout),
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": "float32",
@@ -145,21 +169,6 @@ def save(
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)  # safetensors lets only the owner read
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "do_sample": True}
     _write_json(folder / GENERATION_CONFIG, {name: value for name, value in generation.items() if value is not None})
-
-
-def check_gpt2(config: GPTConfig) -> None:
-    """Raise ``RequestError`` if the architecture is not GPT-2's, as which a model is to be written."""
-    if config.beyond_gpt2:
-        raise RequestError(
-            f"the model has what GPT-2 has not ({', '.join(config.beyond_gpt2)}), and only GPT-2's layout is written"
-        )
-
-
-def _expected(config: GPTConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of our parameters by name, with all biases."""
-    model = on_meta(GPTConfig(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, bias=True))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return {name: shape[::-1] if _CONV1D.search(name) else shape for name, shape in shapes.items()}
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
