@@ -97,6 +97,7 @@ def save(
         names = gguf.get_tensor_name_map(_key_of(layout, gguf.MODEL_ARCH_NAMES), config.n_layer)
         for hf_name, part in layouts.parts(layout, written).items():
             theirs = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            assert theirs is not None, f"{hf_name} is a tensor of {layout.name}, and the package gguf does not know it"
             tensor = part.of(parameters)
             if layout.model_type in INTERLEAVED and hf_name.endswith((".q_proj.weight", ".k_proj.weight")):
                 tensor = _pairs_of_neighbours(tensor, config.head_size)
