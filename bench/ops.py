@@ -146,6 +146,7 @@ def local_attention(
     The peers get the mask that says the same: SDPA as booleans, FlexAttention as blocks that it leaves out.
     """
     H, positions = s.C // head_size, torch.arange(s.T, device=s.device)
+    group = math.gcd(group, H)  # of a small model fewer
     starts = None if documents is None else (positions // documents * documents).int().expand(s.B, s.T)
     distance = positions[:, None] - positions
     mask = (distance >= 0) & (distance < (window or s.T))
