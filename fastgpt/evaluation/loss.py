@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt import kernels
 from fastgpt.data.tokenizers import Tokens
 from fastgpt.errors import RequestError
 from fastgpt.model import GPT
@@ -130,8 +129,8 @@ def _batch(tokens: Tokens, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _window_losses(model: GPT, idx: Tensor, targets: Tensor) -> Iterator[tuple[float, int]]:
     """Sum of losses and number of targets of each row."""
-    weight, softcap = model.output_weight, model.config.softcap or None
-    hidden = model.transformer(idx.to(weight.device))  # (B, T, C)
-    for x, row in zip(hidden, targets.to(weight.device), strict=True):
+    device = model.output_weight.device
+    hidden = model.transformer(idx.to(device))  # (B, T, C)
+    for x, row in zip(hidden, targets.to(device), strict=True):
         count = int((row != IGNORED).sum())
-        yield kernels.linear_cross_entropy(x, weight, row, softcap=softcap).item() * count, count
+        yield model.loss(x, row).item() * count, count

@@ -31,6 +31,27 @@ PASSED_ON = {
 }
 
 
+# Arguments of a layer that do not affect its attention. If any other argument is set, transformers' own code runs.
+IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
+
+
+def is_causal_alone(attention: Any, x: Tensor, cache: Any, given: dict[str, Any]) -> bool:
+    """Whether attention can run on the kernels, and is faster there.
+
+    Args:
+        attention: a module of transformers.
+        x: its input, (B, T, C).
+        cache: of keys and values, or ``None``.
+        given: its other arguments by name.
+    """
+    others = {name for name, value in given.items() if value is not None and value is not False} - IRRELEVANT
+    return (
+        not others  # such as a mask other than the causal one
+        and attention.config._attn_implementation == "sdpa"
+        and (cache is None or x.shape[1] > 1)  # PyTorch's attention is faster for a single query
+    )
+
+
 class CausalLM(nn.Module):
     """The ``forward`` of a model with an output layer: in a training step the loss is computed without logits.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgpt import kernels
 from fastgpt.integrations import probe
-from fastgpt.integrations.causal_lm import CausalLM, require_patchable, run_with_labels
+from fastgpt.integrations.causal_lm import CausalLM, is_causal_alone, require_patchable, run_with_labels
 from fastgpt.integrations.swap import (
     Model,
     named,
@@ -26,9 +26,6 @@ GELU_FORMS = {
     "GELUActivation": "none",
 }
 
-# Arguments of a layer that do not affect its attention. If any other argument is set, transformers' own code runs.
-IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
-
 
 class _Conv1D(nn.Module):
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -39,14 +36,7 @@ class _Attention(nn.Module):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = named(self, args, kwargs)
         x, cache = given.pop("hidden_states"), given.pop("past_key_values", None)
-        others = {name for name, value in given.items() if value is not None and value is not False} - IRRELEVANT
-        T = x.shape[1]
-        if (
-            others  # such as a mask other than the causal one
-            or self.config._attn_implementation != "sdpa"
-            or hasattr(cache, "self_attention_cache")
-            or (cache is not None and T == 1)  # PyTorch's attention is faster for a single query
-        ):
+        if hasattr(cache, "self_attention_cache") or not is_causal_alone(self, x, cache, given):
             return super().forward(*args, **kwargs)
         options: dict[str, Any] = {
             "scale": getattr(self, "scaling", None),  # before 5.1, transformers' sdpa always uses the default
@@ -60,6 +50,7 @@ class _Attention(nn.Module):
             place = [{"cache_position": given["cache_position"]}] if "cache_position" in given else []
             k, v = cache.update(k, v, self.layer_idx, *place)
             # there is no mask, so the cache was empty; a static cache also returns its unused part
+            T = x.shape[1]
             y = kernels.attention(q, k[:, :, :T], v[:, :, :T], **options).transpose(1, 2).flatten(2)
         return self.resid_dropout(self.c_proj(y)), None
 

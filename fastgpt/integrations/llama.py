@@ -7,12 +7,9 @@ from torch import Tensor
 
 from fastgpt import kernels
 from fastgpt.integrations import probe
-from fastgpt.integrations.causal_lm import CausalLM, require_patchable, run_with_labels
+from fastgpt.integrations.causal_lm import CausalLM, is_causal_alone, require_patchable, run_with_labels
 from fastgpt.integrations.swap import Model, named, refuse, replaceable, require, require_kind
 from fastgpt.kernels.heads import MAX_HEAD_SIZE
-
-# Arguments of a layer that do not affect its attention. If any other argument is set, transformers' own code runs.
-IRRELEVANT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch", "position_embeddings"}
 
 PROJECTIONS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -29,22 +26,17 @@ class _Attention(nn.Module):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = named(self, args, kwargs)
         x, cache = given.pop("hidden_states"), given.pop("past_key_values", None)
-        others = {name for name, value in given.items() if value is not None and value is not False} - IRRELEVANT
-        T = x.shape[1]
-        if (
-            others  # such as a mask other than the causal one
-            or given.get("position_embeddings") is None
-            or self.config._attn_implementation != "sdpa"
-            or (cache is not None and T == 1)  # PyTorch's attention is faster for a single query
-        ):
+        turns = given.pop("position_embeddings", None)
+        if turns is None or not is_causal_alone(self, x, cache, given):
             return super().forward(*args, **kwargs)
-        tables = [_half(table, self.head_dim) for table in given["position_embeddings"]]
+        tables = [_half(table, self.head_dim) for table in turns]
         q, k, v = (layer(x).unflatten(2, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (kernels.rotary(t, *tables).transpose(1, 2) for t in (q, k))  # (B, heads, T, D)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             # there is no mask, so the cache was empty; a static cache also returns its unused part
+            T = x.shape[1]
             k, v = k[:, :, :T], v[:, :, :T]
         dropout_p = self.attention_dropout if self.training else 0.0
         y = kernels.attention(q, k, v, scale=self.scaling, dropout_p=dropout_p)

@@ -15,6 +15,7 @@ from fastgpt.errors import RequestError
 from fastgpt.files import written_whole
 from fastgpt.model import layouts
 from fastgpt.model.config import NORM_EPS, ROTARY_BASE, GPTConfig
+from fastgpt.model.gpt import on_meta
 from fastgpt.model.layouts import Layout
 
 # Those whose files transformers reads, with which they are tested.
@@ -95,7 +96,7 @@ def save(
             writer.add_token_merges(vocabulary.merges)
         written = replace(layout.written_config(config), vocab_size=n_tokens)
         names = gguf.get_tensor_name_map(_key_of(layout, gguf.MODEL_ARCH_NAMES), config.n_layer)
-        for hf_name, part in layouts.parts(layout, written).items():
+        for hf_name, part in layouts.parts(layout, on_meta(written)).items():
             theirs = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             assert theirs is not None, f"{hf_name} is a tensor of {layout.name}, and the package gguf does not know it"
             tensor = part.of(parameters)

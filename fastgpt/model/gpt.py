@@ -279,11 +279,16 @@ class GPT(nn.Module):
         x = self.transformer(idx, cache)  # (B, T, C)
         if targets is None:
             return self.logits(x[:, -1])
-        # the (B T, V) logits are the largest tensor of a step; this never holds all of them
+        return self.loss(x.flatten(0, 1), targets.flatten(), gradient_scale)
+
+    def loss(self, x: Tensor, targets: Tensor, gradient_scale: Tensor | None = None) -> Tensor:
+        """The output layer and the mean loss: (N, C) hidden states and (N,) targets to 0-dim fp32.
+
+        The (N, V) logits are the largest tensor of a step; this never holds all of them.
+        """
         return kernels.linear_cross_entropy(
-            x.flatten(0, 1), self.output_weight, targets.flatten(), gradient_scale=gradient_scale,
-            softcap=self.config.softcap or None,
-        )  # fmt: skip
+            x, self.output_weight, targets, gradient_scale=gradient_scale, softcap=self.config.softcap or None
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (…, C) hidden states to (…, V)."""

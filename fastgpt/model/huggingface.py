@@ -96,7 +96,7 @@ def load(folder: Path) -> GPT:
     """
     layout, config = _read(folder)
     model = on_meta(config)
-    expected = layouts.parts(layout, config)
+    expected = layouts.parts(layout, model)
     found: dict[str, Tensor] = {}
     missing = set(expected)
     for file, name, tensor in _tensors(folder):
@@ -147,7 +147,7 @@ def save(
     layout = layouts.layout_of(config)
     written = replace(layout.written_config(config), vocab_size=vocab_size)
     tensors = {}
-    for name, part in layouts.parts(layout, written).items():
+    for name, part in layouts.parts(layout, on_meta(written)).items():
         tensor = part.of(parameters)
         tensors[name] = (tensor.T if part.transposed else tensor).contiguous()
     with written_whole(folder / WEIGHTS) as partial:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.errors import RequestError
 from fastgpt.model.config import NORM_EPS, QK_NORM_EPS, ROTARY_BASE, GPTConfig
-from fastgpt.model.gpt import on_meta
+from fastgpt.model.gpt import GPT
 
 # Of options that later GPTs have: how the weights begin is over, and documents are a note of export's.
 OPTIONS = {f.name: f.default for f in fields(GPTConfig) if f.metadata.get("later")} | {"bias": True}
@@ -124,9 +124,8 @@ def layout_of(config: GPTConfig) -> Layout:
     return next(layout for layout in LAYOUTS if not misfits[layout.name])
 
 
-def parts(layout: Layout, config: GPTConfig) -> dict[str, Part]:
-    """The tensors of a model of this architecture by their names."""
-    model = on_meta(config)
+def parts(layout: Layout, model: GPT) -> dict[str, Part]:
+    """The tensors of a model of this architecture by their names. Of ``model`` only names and shapes matter."""
     found = {}
     for ours, parameter in model.named_parameters():
         module, _, kind = ours.rpartition(".")
@@ -139,8 +138,8 @@ def parts(layout: Layout, config: GPTConfig) -> dict[str, Part]:
             found[f"{name}.{kind}"] = Part(ours, start, (rows, *parameter.shape[1:]), transposed, factor)
             start += rows
     for name in layout.ones:
-        for layer in range(config.n_layer):
-            found[name.replace("N", str(layer))] = Part(None, 0, (config.head_size,), False, 1.0)
+        for layer in range(model.config.n_layer):
+            found[name.replace("N", str(layer))] = Part(None, 0, (model.config.head_size,), False, 1.0)
     return found
 
 
